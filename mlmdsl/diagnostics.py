@@ -1,0 +1,127 @@
+"""Source positions, diagnostics, and the error tree.
+
+    MlmError                  everything a user can cause; carries diagnostics, never a traceback
+    ├── SpecError             the text is wrong (exit status 1)
+    ├── UsageError            the command line is wrong (exit status 2)
+    ├── PlanError             no plan fits, or a saved plan no longer matches (exit status 3)
+    └── RunError              training failed (exit status 4)
+
+One `Diagnostic` record feeds the terminal, `--format json`, SARIF and (later) the language server. Codes are stable and
+listed in `CODES`; each has a page in docs/diagnostics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+MAX_DIAGNOSTICS = 20  # more than a screenful helps nobody; the rest is counted
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of source text: 1-based lines and columns, the end column exclusive."""
+
+    file: str
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+    def to(self, other: Span) -> Span:
+        """From the start of this span to the end of `other`."""
+        return Span(self.file, self.line, self.column, other.end_line, other.end_column)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A second place in the source that takes part in the contradiction."""
+
+    span: Span
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One problem: a stable code, what is wrong, where, and what to write instead."""
+
+    code: str
+    message: str
+    span: Span | None = None
+    label: str = ""
+    secondary: tuple[Label, ...] = ()
+    help: str = ""
+    severity: Severity = "error"
+
+
+class MlmError(Exception):
+    """A problem that the user can mend. `exit_status` is what the command returns."""
+
+    exit_status = 1
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]):
+        self.diagnostics = tuple(diagnostics)
+        super().__init__("; ".join(f"{d.code}: {d.message}" for d in self.diagnostics))
+
+
+class SpecError(MlmError):
+    exit_status = 1
+
+
+class UsageError(MlmError):
+    exit_status = 2
+
+
+class PlanError(MlmError):
+    exit_status = 3
+
+
+class RunError(MlmError):
+    exit_status = 4
+
+
+@dataclass(slots=True)
+class Diagnostics:
+    """Collects the problems of one run, in source order, without repeats. Passes report here and go on."""
+
+    items: list[Diagnostic] = field(default_factory=list)
+
+    def report(
+        self,
+        code: str,
+        message: str,
+        span: Span | None = None,
+        *,
+        label: str = "",
+        secondary: tuple[Label, ...] = (),
+        help: str = "",
+        severity: Severity = "error",
+    ) -> None:
+        assert code in CODES, code
+        item = Diagnostic(code, message, span, label, secondary, help, severity)
+        if item not in self.items:
+            self.items.append(item)
+
+    @property
+    def errors(self) -> tuple[Diagnostic, ...]:
+        return tuple(d for d in self.items if d.severity == "error")
+
+    def raise_if_errors(self, kind: type[MlmError] = SpecError) -> None:
+        if self.errors:
+            raise kind(self.items)
+
+
+CODES: Mapping[str, str] = {
+    # 00xx: characters and syntax
+    # 01xx: files, imports, items
+    # 02xx: names, types, arguments
+    # 03xx: quantities, units, settings
+    # 04xx: divisibility, contradictions between constraints, model, batch and cluster
+    "MLM0412": "tensor cannot split the heads",
+    # 05xx: shapes, the graph, expect
+    # 06xx: planning and saved plans
+    # 07xx: the run: data, tokenizers, checkpoints, processes
+}

@@ -1,0 +1,183 @@
+"""What a user described, resolved: every name looked up, every quantity in SI units, every setting checked.
+
+All models are frozen and refuse unknown fields. Bytes are bytes, seconds are seconds, bandwidths are bytes per second in one
+direction per device; counts of tokens and sequences are plain ints.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from mlmdsl.diagnostics import Span
+from mlmdsl.grammar import syntax
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+Precision = Literal["fp32", "bf16"]
+
+
+# ---- the cluster ----------------------------------------------------------------------------------------------------
+
+
+class Device(Frozen):
+    """One accelerator. `peak_flops_per_second` by precision ("fp32", "tf32", "fp16", "bf16", "fp8"), dense, as in the datasheet."""
+
+    name: str
+    kind: Literal["cuda", "rocm", "cpu"]
+    memory_bytes: int
+    memory_bytes_per_second: float
+    peak_flops_per_second: dict[str, float]
+    launch_seconds: float  # host time to launch one kernel, eager
+    power_watts: float
+
+
+class Link(Frozen):
+    """One level of the network: what one device can send in one direction while the others do the same."""
+
+    kind: str  # "nvlink", "pcie", "infinity_fabric", "infiniband", "ethernet", "shm", "loopback"
+    bytes_per_second: float
+    latency_seconds: float
+    oversubscription: float = 1.0
+
+
+class Pool(Frozen):
+    """Alike nodes."""
+
+    name: str
+    nodes: int
+    devices_per_node: int
+    device: Device
+    intra: Link
+
+
+class Cluster(Frozen):
+    name: str
+    pools: tuple[Pool, ...]  # one, unless the text has `pool` blocks
+    inter: Link | None  # None on a single node
+    usd_per_device_hour: float | None = None
+    usd_per_kwh: float | None = None
+    span: Span
+
+    @property
+    def world_size(self) -> int:
+        return sum(p.nodes * p.devices_per_node for p in self.pools)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+class Data(Frozen):
+    """`paths` are absolute patterns (resolved against the spec's folder); for "python" they are module names."""
+
+    kind: Literal["text", "jsonl", "parquet", "python"]
+    paths: tuple[str, ...]
+    field: str | None = None  # the text column of jsonl and parquet
+    validation: float = 0.05  # share of the token stream held out at its end
+
+
+class Tokenizer(Frozen):
+    kind: Literal["bytes", "hf"]
+    path: str | None = None
+    vocab: int | None = None  # bytes: 256 (+ end of text where asked for); hf: read from the file when training starts
+
+
+class Objective(Frozen):
+    kind: Literal["next_token"]
+
+
+class Optimizer(Frozen):
+    kind: Literal["adamw"]
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+
+
+class LearningRateSchedule(Frozen):
+    kind: Literal["constant", "linear", "cosine"]
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+
+class Train(Frozen):
+    data: Data
+    tokenizer: Tokenizer
+    objective: Objective
+    seq_len: int  # tokens
+    batch: int  # sequences
+    steps: int
+    optimizer: Optimizer
+    schedule: LearningRateSchedule
+    precision: Precision
+    seed: int = 0
+    validate_every: int | None = None  # steps; None: at the end only
+    validation_batches: int = 8
+    checkpoint_every: int | None = None  # steps; None: at the end only
+    spans: dict[str, Span]  # where each setting was written, for diagnostics
+
+
+# ---- constraints on the plan ----------------------------------------------------------------------------------------
+
+PlanValue = int | bool | str | tuple[int, ...]
+
+
+class Pin(Frozen):
+    variable: str
+    value: PlanValue
+    text: str
+    span: Span
+
+
+class Rule(Frozen):
+    """`condition` is boolean over plan variables and `memory`, `device.memory`, `step_time`, `bubble`, `cost`, and the
+    facts `<axis>.crosses_nodes`."""
+
+    form: Literal["require", "prefer", "avoid", "forbid"]
+    condition: syntax.Expr
+    text: str
+    span: Span
+
+
+class PlanConstraints(Frozen):
+    minimize: Literal["time", "cost", "memory"] = "time"
+    pins: tuple[Pin, ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+class ModelSource(Frozen):
+    """The model as text still: its shapes are checked when the graph is built. `values` holds the consts and params in force
+    (after `--set`) by name; `blocks` every block that the model can call, by the name it is called by, with the values of the
+    file it was written in."""
+
+    model: syntax.Model
+    values: dict[str, object]
+    blocks: dict[str, BlockSource]
+
+
+class BlockSource(Frozen):
+    block: syntax.Block
+    values: dict[str, object]
+    blocks: dict[str, str]  # names as written inside this block's file -> keys of ModelSource.blocks
+    qualified: str  # "std/attention.mlm:Attention"
+
+
+class Spec(Frozen):
+    """`sources` maps each file read to its text; `sha256` is over the entry file, its imports (not std) and the overrides."""
+
+    path: str
+    sources: dict[str, str]
+    sha256: str
+    overrides: tuple[str, ...]
+    model: ModelSource
+    cluster: Cluster
+    train: Train
+    plan: PlanConstraints

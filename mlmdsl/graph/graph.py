@@ -1,0 +1,110 @@
+"""The computation graph: regions in order, each a straight piece of code or a folded `repeat`.
+
+A value is named by the path of the node that makes it; paths are unique in the whole graph. Inside a repeat a variable that is
+carried from one pass to the next is made by a node of operation "carry"; `Carried` says where its first value comes from and
+which node gives the next one. After the repeat, `Carried.next` names the value of the last pass. A node of a repeat may also
+use a value made outside (a captured value): the same on every pass.
+
+Operations without computation: "input" (a model input, or the targets of the objective) and "carry".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import networkx as nx
+
+from mlmdsl.diagnostics import Span
+from mlmdsl.graph.tensor import TensorType, Weight
+
+Scalar = int | float | bool | str | None | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One primitive operation. `attributes` are the operation's settings, sorted by name; `weights` are keys of
+    `Graph.weights` in the operation's order; `scope` is the chain of block calls around it, outermost first, as
+    (path, block name) pairs: (("blocks.attn", "Attention"),)."""
+
+    path: str
+    op: str
+    inputs: tuple[str, ...]
+    type: TensorType
+    attributes: tuple[tuple[str, Scalar], ...] = ()
+    weights: tuple[str, ...] = ()
+    scope: tuple[tuple[str, str], ...] = ()
+    variable: str = ""  # the user's name for this value where there is one: `h`
+    span: Span | None = field(default=None, compare=False)
+
+    @cached_property
+    def attrs(self) -> Mapping[str, Scalar]:
+        return dict(self.attributes)
+
+
+@dataclass(frozen=True)
+class Carried:
+    variable: str
+    entry: str  # path of the "carry" node
+    initial: str  # path of the value before the first pass
+    next: str  # path of the node, inside the region, that gives the next pass its value
+
+
+@dataclass(frozen=True)
+class Region:
+    """`name` is "" for straight code (any number of such regions), else the repeat's name."""
+
+    name: str
+    count: int
+    nodes: tuple[Node, ...]  # in the order of computation
+    carried: tuple[Carried, ...] = ()
+
+    @property
+    def repeated(self) -> bool:
+        return self.name != ""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """`output` is the model's (first) output, `loss` the node that ends the training graph."""
+
+    model: str
+    regions: tuple[Region, ...]
+    weights: Mapping[str, Weight]  # by folded key, in the order of declaration
+    inputs: tuple[str, ...]  # what the data loader feeds: ("tokens", "targets")
+    output: str
+    loss: str
+
+    @cached_property
+    def nodes(self) -> Mapping[str, Node]:
+        return {n.path: n for r in self.regions for n in r.nodes}
+
+    @cached_property
+    def region_of(self) -> Mapping[str, Region]:
+        return {n.path: r for r in self.regions for n in r.nodes}
+
+    @cached_property
+    def network(self) -> nx.DiGraph:
+        """Nodes keyed by path with their `Node` as attribute "node"; one edge per use. A repeat is one pass of its body."""
+        network = nx.DiGraph()
+        for path, node in self.nodes.items():
+            network.add_node(path, node=node)
+            network.add_edges_from((source, path) for source in node.inputs)
+        for region in self.regions:
+            network.add_edges_from((c.initial, c.entry) for c in region.carried)
+        return network
+
+    def count_of(self, weight: Weight) -> int:
+        """How many tensors this folded weight stands for."""
+        return next((r.count for r in self.regions if r.name == weight.region and r.repeated), 1)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Exact number of trainable values; a tied weight counts once."""
+        return sum(w.elements * self.count_of(w) for w in self.weights.values())
+
+    @property
+    def layers(self) -> int:
+        """Passes of all repeats: the unit in which pipeline stages are cut."""
+        return sum(r.count for r in self.regions if r.repeated)

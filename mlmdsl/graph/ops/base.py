@@ -1,0 +1,116 @@
+"""What the compiler knows of a primitive operation, declared once.
+
+A family file (`linear.py`, `norm.py`, ...) makes `Op` values and lists them in its `OPS`; `ops/__init__.py` joins the families
+into `CATALOGUE`. Everything below is a pure function of the node's static description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mlmdsl.graph.graph import Scalar
+from mlmdsl.graph.placement import Strategy
+from mlmdsl.graph.tensor import Init, TensorType
+
+
+class ShapeProblem(Exception):
+    """Raised by a shape rule; `build` turns it into a positioned diagnostic.
+
+    code: MLM05xx (or MLM04xx for divisibility); argument: which input's origin is the other half of the contradiction
+    (its index), or None."""
+
+    def __init__(self, code: str, message: str, argument: int | None = None, help: str = ""):
+        super().__init__(message)
+        self.code, self.message, self.argument, self.help = code, message, argument, help
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A weight that an operation wants made: its leaf name ("weight", "bias"), shape and initialisation."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    init: Init
+    decay: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one execution costs on one rank, local sizes. FLOPs count matrix products only (2 M N K; causal attention half);
+    bytes are what has to cross HBM, each operand once.
+
+    matmul: (M, K, N) of a "matmul"; attention: (batch, heads, queries, keys, head_dim) of an "attention".
+    saved: which values stay until the backward pass, by reference so that a value saved by several operations counts once:
+    "in0", "in1", "out"; extra_saved_bytes: what else does (log-sum-exp, masks)."""
+
+    kind: Literal["matmul", "attention", "memory", "none"]
+    flops_forward: float = 0.0
+    flops_backward: float = 0.0
+    bytes_forward: float = 0.0
+    bytes_backward: float = 0.0
+    saved: tuple[str, ...] = ()
+    extra_saved_bytes: float = 0.0
+    transient_bytes: float = 0.0  # live only while it runs, forward or backward (fp32 logits, unfused scores)
+    kernels_forward: int = 1
+    kernels_backward: int = 1
+    matmul: tuple[int, int, int] | None = None
+    attention: tuple[int, int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Local:
+    """A node's sizes on one rank, under one strategy and bound B and S: what `Op.work` is given."""
+
+    inputs: tuple[tuple[int, ...], ...]
+    input_bytes: tuple[int, ...]  # bytes per element of each input
+    output: tuple[int, ...]
+    output_bytes: int
+    weights: tuple[tuple[int, ...], ...]
+    weight_bytes: int  # bytes per element in the training precision
+    attrs: Mapping[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What `Op.emit` is given: Python expressions for inputs and weights (None where an optional weight is absent), the node's
+    attributes, the name of the tensor-axis variable ("tp"; None when tensor = 1), its size, the strategy in force, and the
+    node's local output shape as Python expressions (e.g. ("B", "S", "16", "64"), where "B" and "S" stand for
+    `x.size(0)`, `x.size(1)`: -1 safe)."""
+
+    inputs: tuple[str, ...]
+    weights: tuple[str, ...]
+    attrs: Mapping[str, Scalar]
+    axis: str | None
+    axis_size: int
+    strategy: Strategy
+    input_types: tuple[TensorType, ...]
+    output_type: TensorType
+
+
+@dataclass(frozen=True)
+class Op:
+    """One primitive operation.
+
+    infer(input types, attributes) -> output type; raises ShapeProblem.
+    weights(input types, attributes) -> weights to make (empty for a pure function).
+    strategies(node input types, output type, weight shapes, attributes, axis size) -> the ways to place it on an axis of that
+        size, the replicated one always among them; only legal ones (divisible sizes).
+    work(local) -> cost.
+    emit(emission) -> one Python expression; `imports` names what it needs from mlmdsl.runtime.
+    linear: the operation is linear in its inputs jointly with no constant, so that it maps PARTIAL to PARTIAL.
+    cheap: recomputed under `recompute = selective` (everything but matrix products and flash attention).
+    """
+
+    name: str
+    doc: str
+    infer: Callable[[tuple[TensorType, ...], Mapping[str, Scalar]], TensorType]
+    strategies: Callable[
+        [tuple[TensorType, ...], TensorType, tuple[tuple[int, ...], ...], Mapping[str, Scalar], int], tuple[Strategy, ...]
+    ]
+    work: Callable[[Local], Work]
+    emit: Callable[[Emission], str]
+    weights: Callable[[tuple[TensorType, ...], Mapping[str, Scalar]], tuple[WeightSpec, ...]] = lambda types, attrs: ()
+    imports: tuple[str, ...] = ()
+    cheap: bool = True

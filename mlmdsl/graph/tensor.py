@@ -1,0 +1,59 @@
+"""Types of values in the graph: a dtype and a symbolic shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+Dim = int | str  # a known size, or a symbol such as "B" or "S" that is bound when planning
+DType = Literal["int", "float", "fp32"]  # "float": the training precision; "fp32": always
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return ("" if self.dtype == "float" else self.dtype) + "[" + ", ".join(str(d) for d in self.shape) + "]"
+
+    def sizes(self, bound: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with its symbols replaced: KeyError for an unbound one."""
+        return tuple(d if isinstance(d, int) else bound[d] for d in self.shape)
+
+    def elements(self, bound: Mapping[str, int]) -> int:
+        return prod(self.sizes(bound))
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """How a weight starts: every value is a function of the weight's name and the global index alone."""
+
+    kind: Literal["normal", "zeros", "ones"]
+    std: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter tensor. In a repeated region one `Weight` stands for `count` of them."""
+
+    region: str  # "" outside every repeat
+    name: str  # "attn.query.weight", inside its region
+    shape: tuple[int, ...]
+    init: Init
+    decay: bool = True  # weight decay applies: matrices yes, norms and biases no
+
+    @property
+    def key(self) -> str:
+        """Its name in the folded graph."""
+        return f"{self.region}.{self.name}" if self.region else self.name
+
+    def instance(self, index: int) -> str:
+        """The checkpoint's key of pass `index`: `blocks.0.attn.query.weight`."""
+        return f"{self.region}.{index}.{self.name}" if self.region else self.name
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)

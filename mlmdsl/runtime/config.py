@@ -1,0 +1,80 @@
+"""What an emitted program tells the runtime: plain frozen values, no torch.
+
+They appear literally in `program.py`, so that the settings of a run can be read and changed there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The plan's variables as executed. Ranks lie in the grid (pipeline, data, tensor), tensor innermost.
+
+    `stages` gives layers per virtual stage in model order, pipeline * interleave of them; virtual stage v runs on pipeline
+    rank v % pipeline. zero 0: gradients all-reduced over data; 1: optimizer state sharded; 3: weights sharded too (FSDP2)."""
+
+    pipeline: int = 1
+    data: int = 1
+    tensor: int = 1
+    interleave: int = 1
+    schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b
+    stages: tuple[int, ...] = (0,)
+    zero: int = 0
+    micro_batch: int = 1
+    recompute: str = "none"  # none, selective, full
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data * self.tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    kind: str  # text, jsonl, parquet, python
+    paths: tuple[str, ...]
+    field: str | None = None
+    validation: float = 0.05
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    kind: str  # bytes, hf
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class AdamW:
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    kind: str  # constant, linear, cosine
+    warmup: int = 0
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """`batch` and `sequence` in sequences and tokens; `steps` optimizer steps."""
+
+    data: Data
+    tokenizer: Tokenizer
+    sequence: int
+    batch: int
+    steps: int
+    optimizer: AdamW
+    schedule: Schedule = Schedule("constant")
+    precision: str = "fp32"  # fp32, bf16
+    seed: int = 0
+    validate_every: int | None = None
+    validation_batches: int = 8
+    checkpoint_every: int | None = None
+    flops_per_token: float = 0.0  # of the model, forward and backward, for MFU
+    peak_flops_per_second: float = 0.0  # of one device, what MFU is divided by
