@@ -62,8 +62,9 @@ class MlmError(Exception):
 
     exit_status = 1
 
-    def __init__(self, diagnostics: Iterable[Diagnostic]):
+    def __init__(self, diagnostics: Iterable[Diagnostic], sources: Mapping[str, str] | None = None):
         self.diagnostics = tuple(diagnostics)
+        self.sources = dict(sources or {})  # text of the files that the spans point into
         super().__init__("; ".join(f"{d.code}: {d.message}" for d in self.diagnostics))
 
 
@@ -88,6 +89,7 @@ class Diagnostics:
     """Collects the problems of one run, in source order, without repeats. Passes report here and go on."""
 
     items: list[Diagnostic] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)  # every file read, by the path that spans name
 
     def report(
         self,
@@ -111,7 +113,7 @@ class Diagnostics:
 
     def raise_if_errors(self, kind: type[MlmError] = SpecError) -> None:
         if self.errors:
-            raise kind(self.items)
+            raise kind(self.items, self.sources)
 
 
 CODES: Mapping[str, str] = {
@@ -124,4 +126,6 @@ CODES: Mapping[str, str] = {
     # 05xx: shapes, the graph, expect
     # 06xx: planning and saved plans
     # 07xx: the run: data, tokenizers, checkpoints, processes
+    "MLM0701": "the command cannot be carried out as written",
+    "MLM0702": "no GPU of a known kind here",
 }

@@ -167,7 +167,9 @@ class ClusterFacts(Frozen):
 
 class Plan(Frozen):
     version: int = 1
+    spec: str = "spec.mlm"  # where the spec lies, relative to the plan's file
     spec_sha256: str
+    overrides: tuple[str, ...] = ()  # the `--set`s that were in force
     plan: PlanVariables
     predicted: Predicted
     model: ModelFacts

@@ -1,0 +1,44 @@
+# make demo   builds .venv, plans and trains specs/quickstart.mlm on this machine, prints a sample
+# make test   builds .venv and runs the tests
+# make check  formatter, linter and types
+# make golden rewrites the golden files: read the diff
+# make parity every plan of the lattice against one process (long)
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check golden parity clean
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit("mlmdsl needs Python 3.11 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(CONSTRAINTS)
+	$(BIN)/python -m compileall -q $(VENV)/lib mlmdsl > /dev/null || true
+	touch $@
+
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/mlmdsl run specs/quickstart.mlm --out runs/demo
+	$(BIN)/mlmdsl generate runs/demo --prompt "The import statement " --tokens 300
+
+test: $(STAMP)
+	$(BIN)/python -m compileall -q mlmdsl
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+golden: $(STAMP)
+	$(BIN)/python -m pytest --update-golden
+	git --no-pager diff --stat -- tests/golden
+
+parity: $(STAMP)
+	$(BIN)/python -m tests.parity.lattice
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -1,0 +1,415 @@
+"""The command line: `mlmdsl check | plan | run | generate | fmt`.
+
+    exit status   0 ok   1 the spec is wrong   2 usage   3 no plan fits   4 the run failed
+
+Only `run` and `generate` load torch; everything before them is planning and starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mlmdsl import __version__
+from mlmdsl.diagnostics import Diagnostic, MlmError, UsageError
+
+if TYPE_CHECKING:
+    from mlmdsl.compile import Compilation, Pass
+    from mlmdsl.planner.plan import Plan
+
+FORMATS = ("text", "json", "sarif")
+PASSES = ("syntax", "spec", "graph", "plan", "program")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. Problems of the user's are rendered, never raised."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except MlmError as problem:
+        _show(problem.diagnostics, problem.sources, getattr(options, "format", "text"))
+        return problem.exit_status
+    except BrokenPipeError:  # `mlmdsl plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> int:
+    done = _compile(options, "graph")
+    assert done.graph is not None
+    if options.format != "text" or done.diagnostics:
+        _show(done.diagnostics, done.sources, options.format)
+    if options.format == "text":
+        print(f"{options.spec}: ok ({done.graph.model}, {done.graph.parameters:,} parameters)")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    until: Pass = options.emit or "plan"
+    done = _compile(options, until)
+    _show(done.diagnostics, done.sources, "text")
+    if until != "plan":
+        print(_emitted(done, until), end="")
+        return 0
+    assert done.plan is not None
+    plan = done.plan.model_copy(
+        update={"spec": _relative(options.spec, Path(options.output).parent if options.output else Path())}
+    )
+    if options.output:
+        Path(options.output).write_text(plan.saved().to_json(), encoding="utf-8")
+    if options.json or options.emit == "plan":
+        print(plan.to_json(), end="")
+        return 0
+    from mlmdsl.report.terminal import render_plan
+
+    print(render_plan(plan, color=_color(sys.stdout), width=_width()))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    done = _compile_to_run(options)
+    plan, program = done.plan, done.program
+    assert plan is not None and program is not None
+    _show(done.diagnostics, done.sources, "text")
+    from mlmdsl.report.terminal import render_summary
+
+    print(render_summary(plan, color=_color(sys.stdout)), flush=True)
+    out = Path(options.out or Path("runs") / f"{plan.model.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    _make_room(out, resuming=options.resume is not None)
+    program.write(out)
+    from mlmdsl.runtime.launch import launch
+
+    return launch(out / "program.py", plan.plan.world_size, _program_arguments(options, out), out / "logs")
+
+
+def _compile_to_run(options: argparse.Namespace) -> Compilation:
+    """From a spec, or from a saved plan and the spec it names."""
+    if not options.spec.endswith(".json"):
+        return _compile(options, "program")
+    if options.set or options.pin or options.procs or options.here:
+        raise _usage("a saved plan is run as it is: --set, --pin, --procs and --here belong to `mlmdsl plan`")
+    from mlmdsl.compile import compile_spec
+    from mlmdsl.planner.plan import load_plan
+
+    plan = load_plan(_read(options.spec), options.spec)
+    path = str(Path(options.spec).parent / plan.spec)
+    return compile_spec(_read(path), path=path, overrides=plan.overrides, plan=plan)
+
+
+def _program_arguments(options: argparse.Namespace, out: Path) -> list[str]:
+    """What `program.py` is started with."""
+    arguments = ["--out", str(out)]
+    if options.steps is not None:
+        arguments += ["--steps", str(options.steps)]
+    if options.resume is not None:
+        arguments += ["--resume", *([options.resume] if options.resume else [])]
+    return arguments + (["--profile"] if options.profile else [])
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from mlmdsl.codegen.emit import emit
+    from mlmdsl.compile import compile_spec
+    from mlmdsl.planner.plan import load_plan
+    from mlmdsl.planner.search import single_device
+
+    run = Path(options.run) if options.run else _newest_run()
+    if not (run / "plan.json").exists():
+        raise _usage(f"{run} is no run: it has no plan.json", "name the folder that `mlmdsl run --out` wrote")
+    path = str(run / "spec.mlm")
+    plan = load_plan(_read(str(run / "plan.json")), str(run / "plan.json"))
+    done = compile_spec(_read(path), path=path, overrides=plan.overrides, until="graph")
+    assert done.spec is not None and done.graph is not None
+    from mlmdsl.runtime.generate import generate
+
+    with tempfile.TemporaryDirectory(prefix="mlmdsl-") as folder:
+        emit(done.spec, done.graph, single_device(done.spec, done.graph)).write(Path(folder))
+        return generate(
+            Path(folder) / "program.py",
+            run,
+            prompt=options.prompt,
+            tokens=options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            checkpoint=Path(options.checkpoint) if options.checkpoint else None,
+        )
+
+
+def _fmt(options: argparse.Namespace) -> int:
+    changed = [name for name in options.specs if _format_one(name, options.check)]
+    return int(bool(changed) and options.check)
+
+
+def _format_one(name: str, check: bool) -> bool:
+    """Rewrites `name` in the canonical form, or only says so; whether it differed."""
+    from mlmdsl.diagnostics import Diagnostics
+    from mlmdsl.grammar.format import format_file
+    from mlmdsl.grammar.parser import parse
+
+    found, text = Diagnostics(), _read(name)
+    tree = parse(text, name, found)
+    found.raise_if_errors()
+    formatted = format_file(tree)
+    if formatted == text:
+        return False
+    if check:
+        print(f"{name}: would be reformatted")
+    else:
+        Path(name).write_text(formatted, encoding="utf-8")
+        print(f"{name}: reformatted")
+    return True
+
+
+# ---- what they share ------------------------------------------------------------------------------------------------
+
+
+def _compile(options: argparse.Namespace, until: Pass) -> Compilation:
+    from mlmdsl.compile import compile_spec
+
+    overrides = [*_machine(options), *options.set]
+    return compile_spec(_read(options.spec), path=options.spec, overrides=overrides, pins=options.pin, until=until)
+
+
+def _machine(options: argparse.Namespace) -> list[str]:
+    """The overrides that --procs and --here stand for."""
+    if options.procs is not None:
+        if options.procs < 1:
+            raise _usage(f"--procs {options.procs}: there must be one process at least")
+        return ["cluster.nodes=1", f"cluster.devices_per_node={options.procs}"]
+    if not options.here:
+        return []
+    from mlmdsl.local import local_gpus
+
+    return local_gpus()
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise _usage(f"{name} is not UTF-8 text (byte {problem.start})") from None
+    except OSError as problem:
+        raise _usage(f"cannot read {name}: {problem.strerror}") from None
+
+
+def _usage(message: str, help: str = "") -> UsageError:
+    return UsageError([Diagnostic("MLM0701", message, help=help)])
+
+
+def _show(diagnostics: Sequence[Diagnostic], sources: Mapping[str, str], format: str) -> None:
+    """Text goes to standard error; JSON and SARIF are what was asked for, to standard output, an empty list included."""
+    from mlmdsl.rendering import render
+
+    stream = sys.stderr if format == "text" else sys.stdout
+    text = render(diagnostics, sources, format=format, color=format == "text" and _color(stream))
+    if text:
+        print(text, file=stream)
+
+
+def _emitted(done: Compilation, until: Pass) -> str:
+    """One pass's value as text: the program as it is, the others as JSON."""
+    from mlmdsl.report.emitted import graph_json, spec_json, syntax_json
+
+    if until == "program":
+        assert done.program is not None
+        return done.program.files["program.py"]
+    show = {
+        "syntax": lambda: syntax_json(done.syntax),
+        "spec": lambda: spec_json(done.spec),
+        "graph": lambda: graph_json(done.graph),
+    }
+    return show[until]()
+
+
+def _relative(spec: str, folder: Path) -> str:
+    return os.path.relpath(Path(spec).resolve(), folder.resolve())
+
+
+def _make_room(out: Path, resuming: bool) -> None:
+    """A run never overwrites another; a resumed one keeps the program and plan that it replaces."""
+    if not out.exists():
+        return
+    if not resuming and any(out.iterdir()):
+        raise _usage(f"{out} already holds a run", "continue it with --resume, or name another folder with --out")
+    for name in ("program.py", "plan.json", "spec.mlm"):
+        if (out / name).exists():
+            shutil.copy2(out / name, _free_name(out, name))
+
+
+def _free_name(out: Path, name: str) -> Path:
+    stem, _, suffix = name.partition(".")
+    number = 1
+    while (path := out / "before" / f"{stem}.{number}.{suffix}").exists():
+        number += 1
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
+def _newest_run() -> Path:
+    runs = sorted(Path("runs").glob("*/plan.json"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise _usage("no run to sample from under runs/", "train one first: mlmdsl run SPEC")
+    return runs[-1].parent
+
+
+def _color(stream: TextIO) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size((80, 24)).columns, 120) if sys.stdout.isatty() else 80
+
+
+# ---- the parser -----------------------------------------------------------------------------------------------------
+
+_TOP = """\
+describe a transformer and a cluster; preview the partitioning; train
+
+  mlmdsl check gpt.mlm                        every mistake of the text, in one go
+  mlmdsl plan gpt.mlm                         how it would be split over the cluster, and why
+  mlmdsl plan gpt.mlm --pin tensor=4          the same with your own choice of a degree
+  mlmdsl run gpt.mlm --out runs/gpt           train; runs/gpt/program.py is the program, readable
+  mlmdsl run gpt.mlm --out runs/gpt --resume  go on from the last whole checkpoint
+  mlmdsl generate runs/gpt --prompt "Once"    sample from what was trained
+"""
+
+_STATUS = "exit status: 0 ok, 1 the spec is wrong, 2 usage, 3 no plan fits, 4 the run failed"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mlmdsl", description=_TOP, epilog=_STATUS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"mlmdsl {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_check(commands)
+    _add_plan(commands)
+    _add_run(commands)
+    _add_generate(commands)
+    _add_fmt(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str, text: str
+) -> argparse.ArgumentParser:
+    """One sub-command; its description teaches by example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=text, epilog=_STATUS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_spec(parser: argparse.ArgumentParser, what: str = "the .mlm file") -> None:
+    parser.add_argument("spec", metavar="SPEC", help=what)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override a param or setting: gpt2.d=1024"
+    )
+    parser.add_argument("--pin", action="append", default=[], metavar="NAME=VALUE", help="fix a plan variable: tensor=4")
+    machine = parser.add_mutually_exclusive_group()
+    machine.add_argument("--procs", type=int, metavar="N", help="take one node with N processes for the cluster")
+    machine.add_argument("--here", action="store_true", help="take this machine's GPUs for the cluster, where it has some")
+
+
+_CHECK = """\
+Read the spec and report every mistake in it: syntax, names, units, shapes, divisibility, contradictions.
+
+  mlmdsl check gpt.mlm
+  mlmdsl check gpt.mlm --format sarif > gpt.sarif
+"""
+
+_PLAN = """\
+Choose how to split the model over the cluster, and show the choice: mesh, step time and its parts, memory by stage,
+links, cost, the runners-up and what was rejected. Nothing is started, and no GPU is needed.
+
+  mlmdsl plan gpt.mlm
+  mlmdsl plan gpt.mlm --pin tensor=4 --pin pipeline=2
+  mlmdsl plan gpt.mlm --set train.batch="1024 seq" --json
+  mlmdsl plan gpt.mlm -o gpt.plan.json && mlmdsl run gpt.plan.json
+  mlmdsl plan gpt.mlm --emit program          the program that would run
+"""
+
+_RUN = """\
+Plan, write the program, and train with one process per device. OUT then holds program.py, plan.json, spec.mlm,
+metrics.jsonl, checkpoints/ and logs/ (TensorBoard too: tensorboard --logdir OUT).
+
+  mlmdsl run gpt.mlm --out runs/gpt
+  mlmdsl run gpt.mlm --out runs/gpt --resume              under any plan: checkpoints do not depend on it
+  mlmdsl run gpt.mlm --here --steps 20 --profile
+"""
+
+_GENERATE = """\
+Sample text from a run's newest whole checkpoint, in this process.
+
+  mlmdsl generate                                         the newest run under runs/
+  mlmdsl generate runs/gpt --prompt "Once upon a time" --tokens 200 --temperature 0.8
+"""
+
+_FMT = """\
+Rewrite specs in the one canonical layout; comments stay.
+
+  mlmdsl fmt specs/*.mlm
+  mlmdsl fmt --check specs/*.mlm
+"""
+
+
+def _add_check(commands: Any) -> None:
+    parser = _command(commands, "check", _check, "report every mistake of a spec", _CHECK)
+    _add_spec(parser)
+    parser.add_argument("--format", choices=FORMATS, default="text", help="how to print the diagnostics")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(commands, "plan", _plan, "preview the partitioning", _PLAN)
+    _add_spec(parser)
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--emit", choices=PASSES, help="stop after this pass and print what it made")
+    parser.add_argument("-o", "--output", metavar="FILE", help="save the plan, for `mlmdsl run FILE`")
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(commands, "run", _run, "train", _RUN)
+    _add_spec(parser, "the .mlm file, or a saved plan (.json)")
+    parser.add_argument("--out", metavar="DIR", help="where everything goes (default runs/<model>-<time>)")
+    parser.add_argument("--steps", type=int, metavar="N", help="stop after N steps in all")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="go on from OUT's newest whole checkpoint, or from the one named",
+    )
+    parser.add_argument("--profile", action="store_true", help="write traces of a few steps for TensorBoard's profiler page")
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(commands, "generate", _generate, "sample text from a run", _GENERATE)
+    parser.add_argument("run", metavar="RUN", nargs="?", help="the run's folder (default: the newest under runs/)")
+    parser.add_argument("--prompt", default="", help="the text to go on from")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many tokens to sample")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that make up probability P")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", metavar="DIR", help="another than the newest whole one")
+
+
+def _add_fmt(commands: Any) -> None:
+    parser = _command(commands, "fmt", _fmt, "rewrite specs in the canonical layout", _FMT)
+    parser.add_argument("specs", metavar="SPEC", nargs="+")
+    parser.add_argument("--check", action="store_true", help="only say which files differ; exit status 1 if any does")

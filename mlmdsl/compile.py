@@ -1,0 +1,76 @@
+"""The compiler on one page: a line per pass, a verification between passes, a stop at any of them.
+
+text ──parse──▶ Syntax ──resolve──▶ Spec ──build──▶ Graph ──search──▶ Plan ──emit──▶ Program
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mlmdsl.codegen.emit import Program, emit
+from mlmdsl.diagnostics import Diagnostic, Diagnostics
+from mlmdsl.grammar.parser import parse
+from mlmdsl.grammar.resolve import resolve
+from mlmdsl.grammar.spec import Spec
+from mlmdsl.grammar.syntax import File
+from mlmdsl.graph.build import build
+from mlmdsl.graph.graph import Graph
+from mlmdsl.graph.verify import verify
+from mlmdsl.planner.check import check
+from mlmdsl.planner.plan import Plan
+from mlmdsl.planner.search import search
+from mlmdsl.planner.verify_layout import verify_layout
+
+Pass = Literal["syntax", "spec", "graph", "plan", "program"]
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What the passes up to `until` made; the later fields are None. `sources` holds the text of every file read, for
+    rendering diagnostics."""
+
+    diagnostics: tuple[Diagnostic, ...]
+    sources: dict[str, str]
+    syntax: File | None = None
+    spec: Spec | None = None
+    graph: Graph | None = None
+    plan: Plan | None = None
+    program: Program | None = None
+
+
+def compile_spec(
+    text: str,
+    *,
+    path: str = "spec.mlm",
+    overrides: Sequence[str] = (),
+    pins: Sequence[str] = (),
+    until: Pass = "program",
+    plan: Plan | None = None,
+) -> Compilation:
+    """Compile `text`, which stands in the file `path` (its imports are relative to it), up to the pass `until`.
+
+    overrides: "gpt2.d=1024"; pins: "tensor=4". A given `plan` is taken instead of a search: a saved one, already checked
+    against the spec. Raises SpecError with every problem of the text, PlanError where no plan fits.
+    """
+    found = Diagnostics()
+    if until == "syntax":
+        syntax = parse(text, path, found)
+        found.raise_if_errors()
+        return Compilation(tuple(found.items), {path: text}, syntax)
+    resolved = resolve(path, text, found, overrides=overrides, pins=pins)
+    graph = build(resolved.model, found) if resolved.model else None
+    spec = resolved.spec
+    if spec and graph and not found.errors:
+        check(spec, graph, found)
+    found.raise_if_errors()
+    assert spec is not None and graph is not None, "a pass failed without a diagnostic"
+    verify(graph)
+    done = Compilation(tuple(found.items), dict(resolved.sources), None, spec, graph)
+    if until in ("spec", "graph"):
+        return done
+    chosen = plan or search(spec, graph)
+    verify_layout(graph, chosen)
+    program = emit(spec, graph, chosen) if until == "program" else None
+    return Compilation(done.diagnostics, done.sources, None, spec, graph, chosen, program)
