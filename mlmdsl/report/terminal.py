@@ -1,0 +1,247 @@
+"""A plan, drawn for a terminal: 80 columns, plain text when piped, colour only as decoration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlmdsl.planner.plan import Alternative, Plan, PlanVariables, StageMemory
+from mlmdsl.report import words
+
+_BOLD, _DIM, _OFF = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+
+# The ledger's entries in the order of the bar: (letter, colour, word, fields of StageMemory)
+_LEDGER = (
+    ("w", "\x1b[34m", "weights", ("weights_bytes", "master_weights_bytes", "unsharded_weights_bytes")),
+    ("g", "\x1b[36m", "gradients", ("gradients_bytes",)),
+    ("o", "\x1b[35m", "optimizer", ("optimizer_bytes",)),
+    ("a", "\x1b[33m", "activations", ("activations_bytes",)),
+    ("l", "\x1b[32m", "logits and loss", ("logits_and_loss_bytes",)),
+    ("x", "\x1b[90m", "buffers, workspace, context", ("buffers_bytes", "workspace_bytes", "context_bytes")),
+)
+
+
+def render_plan(plan: Plan, *, color: bool = False, width: int = 80) -> str:
+    """The whole preview, sections parted by empty lines, no line longer than `width` (at least 80)."""
+    ink = _Ink(color)
+    sections = (_head, _mesh, _step, _memory, _links, _price, _soft, _alternatives, _search, _notes)
+    drawn = ("\n".join(section(plan, ink, max(width, 80))) for section in sections)
+    return "\n\n".join(text for text in drawn if text)
+
+
+def render_summary(plan: Plan, *, color: bool = False) -> str:
+    """Two lines before training starts."""
+    name, predicted = _Ink(color).bold(plan.model.name), plan.predicted
+    peak = words.gib(max(predicted.peak_memory_bytes))
+    return (
+        f"{name}  {plan.model.parameters:,} parameters on {_machine(plan)}\n"
+        f"{describe(plan.plan)}; predicted {words.seconds(predicted.step_time_s)} a step, peak memory {peak}"
+    )
+
+
+def describe(plan: PlanVariables) -> str:
+    """`tensor 8 x pipeline 4 x data 8, 1f1b, ZeRO 1, micro-batch 1, recompute selective`; degrees of one are left out."""
+    degrees = [f"{name} {size}" for name, size in _degrees(plan) if size > 1] or ["one device"]
+    parts = [" x ".join(degrees)]
+    if plan.tensor > 1 and plan.sequence_parallel:
+        parts.append("sequence parallel")
+    if plan.pipeline > 1:
+        parts.append(plan.schedule + (f" x {plan.interleave}" if plan.interleave > 1 else ""))
+    if plan.data > 1:
+        parts.append(f"ZeRO {plan.zero}")
+    return ", ".join([*parts, f"micro-batch {plan.micro_batch}", f"recompute {plan.recompute}"])
+
+
+def _degrees(plan: PlanVariables) -> tuple[tuple[str, int], ...]:
+    return (("tensor", plan.tensor), ("context", plan.context), ("pipeline", plan.pipeline), ("data", plan.data))
+
+
+class _Ink:
+    def __init__(self, color: bool):
+        self._color = color
+
+    def paint(self, code: str, text: str) -> str:
+        return f"{code}{text}{_OFF}" if self._color and text else text
+
+    def bold(self, text: str) -> str:
+        return self.paint(_BOLD, text)
+
+    def dim(self, text: str) -> str:
+        return self.paint(_DIM, text)
+
+
+# ---- sections: each yields lines ------------------------------------------------------------------------------------
+
+
+def _machine(plan: Plan) -> str:
+    cluster = plan.cluster
+    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes:,} nodes of {cluster.devices_per_node}"
+    return f"{cluster.world_size:,} x {cluster.device} ({nodes})"
+
+
+def _head(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    yield f"{ink.bold(plan.model.name)}  {plan.model.parameters:,} parameters"
+    yield f"on {_machine(plan)}"
+    tokens = plan.batch * plan.seq_len
+    yield f"batch {plan.batch:,} sequences of {plan.seq_len:,} tokens ({tokens:,}), {plan.precision}"
+    yield ""
+    yield from _wrapped(describe(plan.plan), width, ink.bold("plan") + "    ", " " * 8)
+    micro_batches = plan.batch // (plan.plan.data * plan.plan.micro_batch)
+    each = f" on each of {plan.plan.data:,} data ranks" if plan.plan.data > 1 else ""
+    yield f"        {micro_batches:,} micro-batch{'es' if micro_batches > 1 else ''} a step{each}"
+
+
+def _mesh(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    """Rows are pipeline stages, columns data ranks; a cell is the range of its tensor ranks."""
+    p = plan.plan
+    if p.world_size == 1:
+        return
+    cell = max(len(_ranks(p, p.pipeline - 1, p.data - 1)), len(f"data {p.data - 1}")) + 2
+    layers = max(len(_layers(p, stage)) for stage in range(p.pipeline)) + 2
+    columns = _elided(p.data, max(3, (width - 17 - layers) // cell))
+    yield f"{ink.bold('mesh')}    ranks: a row is a pipeline stage, a column a data rank, a cell tensor ranks"
+    yield " " * 17 + "".join(("..." if c is None else f"data {c}").rjust(cell) for c in columns)
+    for stage in _elided(p.pipeline, 8):
+        if stage is None:
+            yield "        ..."
+            continue
+        cells = "".join(("..." if c is None else _ranks(p, stage, c)).rjust(cell) for c in columns)
+        yield f"        stage {stage:<3}{cells}  {ink.dim(_layers(p, stage))}"
+
+
+def _elided(count: int, most: int) -> list[int | None]:
+    """0 .. count - 1, with a gap (None) where there are more than `most`."""
+    if count <= most:
+        return list(range(count))
+    return [*range(most - 2), None, count - 1]
+
+
+def _ranks(plan: PlanVariables, stage: int, data: int) -> str:
+    first = (stage * plan.data + data) * plan.tensor
+    return str(first) if plan.tensor == 1 else f"{first}-{first + plan.tensor - 1}"
+
+
+def _layers(plan: PlanVariables, stage: int) -> str:
+    """`layers 0-19`, or one range per virtual stage."""
+    ranges: list[str] = []
+    for virtual in range(stage, len(plan.stages), plan.pipeline):
+        first = sum(plan.stages[:virtual])
+        last = first + plan.stages[virtual] - 1
+        ranges.append(f"{first}-{last}" if last > first else f"{first}")
+    shown = ranges if len(ranges) <= 3 else [*ranges[:2], "...", ranges[-1]]
+    return "layers " + " ".join(shown)
+
+
+def _step(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    predicted, peak = plan.predicted, plan.cluster.peak_flops_per_second / 1e12
+    tokens, flops = predicted.tokens_per_s_per_device, predicted.model_tflops_per_device
+    yield f"{ink.bold('step')}    {words.seconds(predicted.step_time_s)}, {tokens:,.0f} tokens/s per device"
+    yield f"        {flops:,.4g} TFLOP/s per device, {words.percent(predicted.mfu)} MFU of {peak:,.4g} TFLOP/s {plan.precision}"
+    yield f"        {ink.dim('(FLOPs of matrix products only, causal attention counted half)')}"
+    parts = {name: value for name, value in predicted.breakdown_s.items() if value > 0}
+    whole = max(sum(parts.values()), 1e-12)
+    for name, value in parts.items():
+        bar = "█" * round(36 * value / whole)
+        yield f"        {name:<11}{words.seconds(value):>9} {words.percent(value / whole):>6}  {ink.paint(_CYAN, bar)}".rstrip()
+
+
+_CYAN = "\x1b[36m"
+
+
+def _memory(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    capacity = plan.cluster.device_memory_bytes
+    yield f"{ink.bold('memory')}  per device at its peak, of {words.gib(capacity)}"
+    for stage in _elided(len(plan.memory), 8):
+        if stage is None:
+            yield "        ..."
+            continue
+        entry = plan.memory[stage]
+        share = entry.total_bytes / capacity
+        yield f"        stage {entry.stage:<5}{words.gib(entry.total_bytes):>9} {words.percent(share):>6}  {_bar(entry, capacity, ink)}"
+    fullest = max(plan.memory, key=lambda m: m.total_bytes)
+    entries = [(letter, word, _sum(fullest, fields)) for letter, _, word, fields in _LEDGER]
+    line = ", ".join(f"{letter} {word} {words.gib(value)}" for letter, word, value in entries if value)
+    yield from _wrapped(f"the fullest, stage {fullest.stage}: {line}", width, "        ")
+
+
+def _sum(entry: StageMemory, fields: tuple[str, ...]) -> int:
+    return sum(getattr(entry, name) for name in fields)
+
+
+def _bar(entry: StageMemory, capacity: int, ink: _Ink, length: int = 36) -> str:
+    """The ledger as letters, the free rest as dots; rounding is cumulative, so that the bar's length is right."""
+    drawn, filled, total = "", 0, 0
+    for letter, color, _, fields in _LEDGER:
+        total += _sum(entry, fields)
+        upto = min(length, round(length * total / capacity))
+        drawn += ink.paint(color, letter * (upto - filled))
+        filled = max(filled, upto)
+    return drawn + "." * (length - filled)
+
+
+def _links(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    for number, (axis, link) in enumerate(plan.cluster.links.items()):
+        head = ink.bold("links") + "   " if number == 0 else " " * 8
+        speed, latency = float(link["bytes_per_second"]), float(link["latency_seconds"])
+        yield f"{head}{axis:<11}{link['link']!s:<14}{words.rate(speed):>10} per device, {words.seconds(latency)} latency"
+
+
+def _price(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    predicted = plan.predicted
+    cost = "" if predicted.cost_usd is None else f", {predicted.cost_usd:,.{0 if predicted.cost_usd >= 1000 else 2}f} USD"
+    yield f"{ink.bold('run')}     {words.days(predicted.train_days)}{cost}, {predicted.energy_kwh:,.{0 if predicted.energy_kwh >= 100 else 2}f} kWh"
+
+
+def _soft(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    for number, rule in enumerate(plan.soft):
+        head = ink.bold("wishes") + "  " if number == 0 else " " * 8
+        price = f"costs {words.seconds(rule.price_s)} a step" if rule.price_s > 0 else "costs nothing"
+        yield from _wrapped(f"{rule.text}: {'kept, ' + price if rule.kept else 'not kept'}", width, head, " " * 8)
+
+
+def _alternatives(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    if plan.alternatives:
+        yield f"{ink.bold('next')}    the runners-up, and what each would cost"
+    for other in plan.alternatives:
+        yield from _wrapped(_alternative(plan, other), width, "        ", " " * 25)
+
+
+def _alternative(plan: Plan, other: Alternative) -> str:
+    more = other.predicted.step_time_s / plan.predicted.step_time_s - 1
+    memory = words.gib(max(other.predicted.peak_memory_bytes))
+    return f"{100 * more:+6.1f} % {memory:>9} {describe(other.plan)}"
+
+
+def _search(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    search = plan.search
+    took = f" in {search.seconds:.2f} s" if search.seconds else ""
+    yield f"{ink.bold('search')}  {search.candidates:,} candidates{took}, {search.feasible:,} fit"
+    for rejection in search.rejected:
+        yield from _wrapped(f"{rejection.count:>9,} {rejection.reason}: {rejection.closest}", width, "        ", " " * 18)
+
+
+def _notes(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+    for note in plan.notes:
+        yield from _wrapped(note, width, ink.bold("note") + "    ", " " * 8)
+
+
+def _wrapped(text: str, width: int, first: str, rest: str | None = None) -> Iterator[str]:
+    """Words of `text` on lines of `width`; `first` (8 columns wide when drawn) leads the first line, `rest` the others."""
+    lead, indent = first, rest if rest is not None else first
+    room, line = width - (8 if rest is not None else len(first)), ""
+    for word in _words(text):
+        if line and len(line) + len(word) > room:
+            yield lead + line.rstrip()
+            lead, line, room = indent, "", width - len(indent)
+        line += word
+    yield lead + line.rstrip()
+
+
+def _words(text: str) -> list[str]:
+    """Pieces that keep their spaces: " 1,204 memory: needs" -> [" 1,204 ", "memory: ", "needs"]."""
+    pieces: list[str] = []
+    for piece in text.split(" "):
+        if piece == "" and pieces:
+            pieces[-1] += " "
+        else:
+            pieces.append(piece + " ")
+    return pieces
