@@ -9,6 +9,8 @@ from mlmdsl.report import words
 
 _BOLD, _DIM, _OFF = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
+_GLUE = "\N{NO-BREAK SPACE}"  # keeps words on one line; printed as a space
+
 # The ledger's entries in the order of the bar: (letter, colour, word, fields of StageMemory)
 _LEDGER = (
     ("w", "\x1b[34m", "weights", ("weights_bytes", "master_weights_bytes", "unsharded_weights_bytes")),
@@ -98,7 +100,7 @@ def _mesh(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
     cell = max(len(_ranks(p, p.pipeline - 1, p.data - 1)), len(f"data {p.data - 1}")) + 2
     layers = max(len(_layers(p, stage)) for stage in range(p.pipeline)) + 2
     columns = _elided(p.data, max(3, (width - 17 - layers) // cell))
-    yield f"{ink.bold('mesh')}    ranks: a row is a pipeline stage, a column a data rank, a cell tensor ranks"
+    yield f"{ink.bold('mesh')}    a row is a pipeline stage, a column a data rank, a cell its ranks"
     yield " " * 17 + "".join(("..." if c is None else f"data {c}").rjust(cell) for c in columns)
     for stage in _elided(p.pipeline, 8):
         if stage is None:
@@ -155,11 +157,11 @@ def _memory(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
             yield "        ..."
             continue
         entry = plan.memory[stage]
-        share = entry.total_bytes / capacity
-        yield f"        stage {entry.stage:<5}{words.gib(entry.total_bytes):>9} {words.percent(share):>6}  {_bar(entry, capacity, ink)}"
+        share = words.percent(entry.total_bytes / capacity)
+        yield f"        stage {entry.stage:<5}{words.gib(entry.total_bytes):>9} {share:>6}  {_bar(entry, capacity, ink)}"
     fullest = max(plan.memory, key=lambda m: m.total_bytes)
-    entries = [(letter, word, _sum(fullest, fields)) for letter, _, word, fields in _LEDGER]
-    line = ", ".join(f"{letter} {word} {words.gib(value)}" for letter, word, value in entries if value)
+    entries = [(f"{letter} {word}", _sum(fullest, fields)) for letter, _, word, fields in _LEDGER]
+    line = ", ".join(f"{name} {words.gib(value)}".replace(" ", _GLUE) for name, value in entries if value)
     yield from _wrapped(f"the fullest, stage {fullest.stage}: {line}", width, "        ")
 
 
@@ -187,8 +189,8 @@ def _links(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
 
 def _price(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
     predicted = plan.predicted
-    cost = "" if predicted.cost_usd is None else f", {predicted.cost_usd:,.{0 if predicted.cost_usd >= 1000 else 2}f} USD"
-    yield f"{ink.bold('run')}     {words.days(predicted.train_days)}{cost}, {predicted.energy_kwh:,.{0 if predicted.energy_kwh >= 100 else 2}f} kWh"
+    cost = "" if predicted.cost_usd is None else f", {words.amount(predicted.cost_usd)} USD"
+    yield f"{ink.bold('run')}     {words.days(predicted.train_days)}{cost}, {words.amount(predicted.energy_kwh)} kWh"
 
 
 def _soft(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
@@ -230,10 +232,10 @@ def _wrapped(text: str, width: int, first: str, rest: str | None = None) -> Iter
     room, line = width - (8 if rest is not None else len(first)), ""
     for word in _words(text):
         if line and len(line) + len(word) > room:
-            yield lead + line.rstrip()
+            yield (lead + line.rstrip()).replace(_GLUE, " ")
             lead, line, room = indent, "", width - len(indent)
         line += word
-    yield lead + line.rstrip()
+    yield (lead + line.rstrip()).replace(_GLUE, " ")
 
 
 def _words(text: str) -> list[str]:

@@ -39,3 +39,8 @@ def rate(bytes_per_second: float) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
+
+
+def amount(value: float) -> str:
+    """Money or energy: cents only where they matter."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.2f}"
