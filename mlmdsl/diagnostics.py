@@ -126,6 +126,24 @@ CODES: Mapping[str, str] = {
     # 05xx: shapes, the graph, expect
     # 06xx: planning and saved plans
     # 07xx: the run: data, tokenizers, checkpoints, processes
+    "MLM0700": "no file matches the data pattern",
+    "MLM0701": "the data is empty",
+    "MLM0702": "the data is not UTF-8",
+    "MLM0703": "a line is not valid JSON",
+    "MLM0704": "the data has no such field or column",
+    "MLM0705": "the data is shorter than one sequence",
+    "MLM0706": "a token lies outside the model's vocabulary",
+    "MLM0707": "no such Python module to read text from",
+    "MLM0708": "a data file cannot be read",
+    "MLM0709": "the field or column is not text",
+    "MLM0710": "the tokenizer cannot be read",
+    "MLM0711": "the tokenizer has no end-of-text token",
+    "MLM0712": "the folder for token files cannot be written",
+    "MLM0720": "a process was killed",
+    "MLM0721": "a process failed",
+    "MLM0722": "the run was interrupted",
+    "MLM0730": "there is nothing to sample from",
+    "MLM0731": "a sampling setting is out of range",
     "MLM0701": "the command cannot be carried out as written",
     "MLM0702": "no GPU of a known kind here",
 }

@@ -78,3 +78,4 @@ class Training:
     checkpoint_every: int | None = None
     flops_per_token: float = 0.0  # of the model, forward and backward, for MFU
     peak_flops_per_second: float = 0.0  # of one device, what MFU is divided by
+    vocab: int = 0  # of the model: no token id may reach it; 0 is unchecked
