@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlmdsl.diagnostics import Diagnostic, RunError
+from mlmdsl.runtime import launch as module
 from mlmdsl.runtime.launch import Tee, cache_dir, last_step, launch
 
 PROGRAM = """
@@ -115,6 +116,14 @@ def test_a_program_that_cannot_start(program: Path) -> None:
     assert found.message == "rank 0 failed before its first step: ModuleNotFoundError: No module named 'no_such_module'" or (
         found.message.startswith("rank 1 failed before")
     )
+
+
+def test_fresh_interpreters_where_a_fork_will_not_do(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_cuda", lambda: True)
+    assert launch(program, 2, ["ok", "2"], program.parent / "logs") == 0
+    assert "hello from 1" in (program.parent / "logs" / "rank1.log").read_text()
+    assert ended(program, "kill", "500").code == "MLM0720"
+    assert ended(program, "user", "500") == Diagnostic("MLM0700", "no file matches 0", help="look again")
 
 
 DRIVER = """
