@@ -1,0 +1,232 @@
+"""The text around the modules: docstring, imports, PARALLEL and TRAINING, the loss, the call of `main`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import PurePath
+
+from mlmdsl.codegen.layers import Layer, Passage, Sharded, returning
+from mlmdsl.codegen.names import PROGRAM_NAMES, mentions, variable
+from mlmdsl.codegen.stages import StageModule
+from mlmdsl.codegen.statements import Key, write
+from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, plain, size, wrap
+from mlmdsl.grammar.spec import Spec, Train
+from mlmdsl.graph.graph import Graph
+from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.planner.plan import Plan, PlanVariables
+
+OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "lo", "hi", "self", "mesh", "index", "block", "values"}) | {
+    "loss",
+    "Stage",
+    "PARALLEL",
+    "TRAINING",
+}
+
+
+def program_text(spec: Spec, graph: Graph, plan: Plan) -> str:
+    """program.py."""
+    sharded = Sharded(graph, plan.plan, plan.layout)
+    layers = {index: Layer(sharded, index) for index, region in enumerate(graph.regions) if region.repeated}
+    parts = [
+        [
+            *_literal_lines("PARALLEL", _parallel(plan.plan)),
+            "",
+            *_literal_lines("TRAINING", _training(spec.train, graph, plan)),
+        ],
+        *(layer.lines() for layer in layers.values()),
+        StageModule(sharded, layers).lines(),
+        _loss(sharded),
+        ['if __name__ == "__main__":', f"{INDENT}main(Stage, loss, PARALLEL, TRAINING)"],
+    ]
+    code = "\n\n\n".join("\n".join(part) for part in parts) + "\n"
+    return "\n".join([*_docstring(spec, plan), "", *_imports(code, graph), "", code])
+
+
+# ---- docstring ------------------------------------------------------------------------------------------------------
+
+
+def _docstring(spec: Spec, plan: Plan) -> list[str]:
+    name, source = plain(plan.model.name), plain(PurePath(spec.path).name)
+    head = f"{name} on {plain(plan.cluster.name)}: {summary(plan.plan)}."
+    lines = [
+        *wrap(head),
+        "",
+        *wrap(f"Written by mlmdsl from {source}; it needs torch and mlmdsl.runtime, and runs with"),
+        f"{INDENT}torchrun {_processes(plan)}program.py --out runs/{name}",
+        *wrap(_predicted(plan)),
+        "",
+        *wrap(_shapes(plan)),
+        *wrap(_grid(plan.plan)),
+    ]
+    while not lines[-1]:
+        lines.pop()
+    return [f'"""{lines[0]}', *lines[1:], '"""']
+
+
+def summary(plan: PlanVariables) -> str:
+    """`tensor 2 (sequence parallel) x pipeline 2 (1f1b) x data 2 (ZeRO 1), micro-batch 2, recompute none`."""
+    interleave = f" x {plan.interleave}" if plan.interleave > 1 else ""
+    parts = [
+        (plan.tensor, f"tensor {plan.tensor}" + (" (sequence parallel)" if plan.sequence_parallel else "")),
+        (plan.pipeline, f"pipeline {plan.pipeline} ({plan.schedule}{interleave})"),
+        (plan.data, f"data {plan.data} (ZeRO {plan.zero})"),
+    ]
+    degrees = " x ".join(text for degree, text in parts if degree > 1) or "one device"
+    return f"{degrees}, micro-batch {plan.micro_batch}, recompute {plan.recompute}"
+
+
+def _processes(plan: Plan) -> str:
+    world, per_node = plan.plan.world_size, max(1, plan.cluster.devices_per_node)
+    nodes = -(-world // per_node)
+    return f"--nnodes {nodes} --nproc-per-node {per_node} " if nodes > 1 else f"--nproc-per-node {world} "
+
+
+def _predicted(plan: Plan) -> str:
+    predicted = plan.predicted
+    peaks = predicted.peak_memory_bytes
+    memory = ", ".join(
+        f"{size(peak)}" + (f" on stage {i}" if len(peaks) > 1 else "") for i, peak in enumerate(_distinct(peaks))
+    )
+    if len(set(peaks)) > 2:
+        memory = f"{size(min(peaks))} to {size(max(peaks))}"
+    return (
+        f"Predicted: {predicted.step_time_s:.3g} s a step, {predicted.tokens_per_s_per_device:,.0f} tokens/s and"
+        f" {predicted.model_tflops_per_device:,.3g} TFLOP/s per device (MFU {100 * predicted.mfu:.1f} %);"
+        f" peak memory {memory or 'unknown'}."
+    )
+
+
+def _distinct(peaks: tuple[int, ...]) -> tuple[int, ...]:
+    return peaks[:1] if len(set(peaks)) == 1 else peaks
+
+
+def _shapes(plan: Plan) -> str:
+    divided = f"; n/tp is a dim divided over the {plan.plan.tensor} ranks of the tensor axis" if plan.plan.tensor > 1 else ""
+    return f"Shapes: B = {plan.plan.micro_batch} (sequences of a micro-batch), S = {plan.seq_len:,} (tokens){divided}."
+
+
+def _grid(plan: PlanVariables) -> str:
+    if plan.world_size == 1:
+        return ""
+    return (
+        f"Ranks: torch.arange({plan.world_size}).view({plan.pipeline}, {plan.data}, {plan.tensor}),"
+        " the axes pipeline, data and tensor. Collectives over data and pipeline are the runtime's."
+    )
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def _literal_lines(name: str, tree: Call) -> list[str]:
+    return lay_out(f"{name} = ", tree, 0)
+
+
+def _parallel(plan: PlanVariables) -> Call:
+    several = plan.pipeline > 1
+    settings: dict[str, object] = {
+        "pipeline": plan.pipeline,
+        "data": plan.data,
+        "tensor": plan.tensor,
+        **({"interleave": plan.interleave} if plan.interleave > 1 else {}),
+        **({"schedule": plan.schedule} if several else {}),
+        "stages": plan.stages,
+        "zero": plan.zero,
+        "micro_batch": plan.micro_batch,
+        **({"recompute": plan.recompute} if plan.recompute != "none" else {}),
+    }
+    return Call("Parallel", tuple((key, literal(value)) for key, value in settings.items()))
+
+
+def _training(train: Train, graph: Graph, plan: Plan) -> Call:
+    data, tokenizer, optimizer, schedule = train.data, train.tokenizer, train.optimizer, train.schedule
+    fields = (("field", literal(data.field)),) if data.field is not None else ()
+    path = (("", literal(tokenizer.path)),) if tokenizer.path is not None else ()
+    shape = (("warmup", str(schedule.warmup_steps)), ("min_lr", number(schedule.min_lr))) if schedule.kind != "constant" else ()
+    adamw = (
+        ("lr", number(optimizer.lr)),
+        ("betas", literal(optimizer.betas)),
+        ("eps", number(optimizer.eps)),
+        ("weight_decay", number(optimizer.weight_decay)),
+        ("clip", "None" if optimizer.clip is None else number(optimizer.clip)),
+    )
+    warmup = (("warmup", str(schedule.warmup_steps)),) if schedule.kind == "constant" and schedule.warmup_steps else ()
+    paths = Call("", tuple(("", literal(item)) for item in data.paths)) if len(data.paths) > 1 else literal(data.paths)
+    return Call(
+        "Training",
+        (
+            ("data", Call("Data", (("", literal(data.kind)), ("", paths), *fields, ("validation", number(data.validation))))),
+            ("tokenizer", Call("Tokenizer", (("", literal(tokenizer.kind)), *path))),
+            ("vocab", str(vocabulary(graph))),
+            ("sequence", str(train.seq_len)),
+            ("batch", str(train.batch)),
+            ("steps", str(train.steps)),
+            ("optimizer", Call("AdamW", adamw)),
+            ("schedule", Call("Schedule", (("", literal(schedule.kind)), *shape, *warmup))),
+            ("precision", literal(train.precision)),
+            *_optional(train),
+            ("flops_per_token", number(plan.model.flops_per_token)),
+            ("peak_flops_per_second", number(plan.cluster.peak_flops_per_second)),
+        ),
+    )
+
+
+def _optional(train: Train) -> Iterable[tuple[str, str]]:
+    """Settings that most specs leave alone."""
+    settings = {
+        "seed": (train.seed, 0),
+        "validate_every": (train.validate_every, None),
+        "validation_batches": (train.validation_batches, 8),
+        "checkpoint_every": (train.checkpoint_every, None),
+    }
+    return ((key, str(value)) for key, (value, default) in settings.items() if value != default)
+
+
+def vocabulary(graph: Graph) -> int:
+    """Rows of the embedding of a model input; 0 where there is none."""
+    for node in graph.nodes.values():
+        if node.op == "embedding" and graph.nodes[node.inputs[0]].op == "input":
+            return graph.weights[node.weights[0]].shape[0]
+    return 0
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------
+
+
+def _loss(sharded: Sharded) -> list[str]:
+    graph, last = sharded.graph, len(sharded.graph.regions) - 1
+    output: Key = (graph.output, sharded.placement(graph.output, last))
+    names = {output: variable(graph.nodes[graph.output].variable or "logits")}
+    values = chain.from_iterable(node.inputs for node in sharded.objective)
+    for name in dict.fromkeys(value for value in values if value in graph.inputs):
+        names[name, sharded.placement(name, last)] = variable(name)
+    passage = Passage(sharded, last, lambda weight: weight.key, "", [], set(names))
+    passage.add(sharded.objective)
+    body = write([*passage.steps, returning(((graph.loss, sharded.placement(graph.loss, last)),))], names, indent=1)
+    axis = any(mentions(line, "tp") for line in body.lines)
+    return [
+        f"def loss({', '.join(names.values())}, mesh: Mesh):",
+        f'{INDENT}"""Sum of the losses over the tokens of this rank\'s micro-batch; targets of -100 do not count."""',
+        *([f"{INDENT}tp = mesh.tensor"] if axis else []),
+        *body.lines,
+    ]
+
+
+# ---- imports --------------------------------------------------------------------------------------------------------
+
+
+def _imports(code: str, graph: Graph) -> list[str]:
+    """What the code uses, as formatters order it."""
+    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    offered = PROGRAM_NAMES.union(*(CATALOGUE[n.op].imports for n in graph.nodes.values() if n.op in CATALOGUE))
+    names = sorted((used & offered) - OWN_NAMES, key=lambda name: (not name[0].isupper(), name))
+    torch = [
+        *(["import torch"] if "torch" in used else []),
+        *(["import torch.nn.functional as F"] if "F" in used else []),
+        "from torch import nn",
+        "",
+    ]
+    line = f"from mlmdsl.runtime import {', '.join(names)}"
+    several = ["from mlmdsl.runtime import (", *(f"{INDENT}{name}," for name in names), ")"]
+    return [*torch, *([line] if len(line) <= WIDTH else several), ""]
