@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mlmdsl.codegen.names import attribute_path, class_name, mentions, variable
-from mlmdsl.codegen.statements import Key, Kind, Step, slot, write
+from mlmdsl.codegen.statements import Key, Kind, Step, returning, slot, write
 from mlmdsl.codegen.text import INDENT, WIDTH, plain, size
 from mlmdsl.codegen.weights import declarations
 from mlmdsl.graph.graph import Carried, Graph, Node, Region
@@ -435,10 +435,6 @@ class Layer:
         if weight.key in self.weight_parameters:
             return self.weight_parameters[weight.key]
         return f"self.{attribute_path(weight.name)}"
-
-
-def returning(results: tuple[Key, ...], condition: str = "") -> Step:
-    return Step("return", results, (), ", ".join(slot(i) for i in range(len(results))), condition=condition)
 
 
 def _unique(name: str, taken: Iterable[str]) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import PurePath
 
-from mlmdsl.codegen.layers import Layer, Passage, Sharded, returning
+from mlmdsl.codegen.layers import Layer, Passage, Sharded
 from mlmdsl.codegen.names import PROGRAM_NAMES, mentions, variable
 from mlmdsl.codegen.stages import StageModule
-from mlmdsl.codegen.statements import Key, write
+from mlmdsl.codegen.statements import Key, returning, write
 from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, plain, size, wrap
 from mlmdsl.grammar.spec import Spec, Train
 from mlmdsl.graph.graph import Graph

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
-from mlmdsl.codegen.layers import Layer, Passage, Sharded, returning
+from mlmdsl.codegen.layers import Layer, Passage, Sharded
 from mlmdsl.codegen.names import attribute, attribute_path, mentions, variable
-from mlmdsl.codegen.statements import Body, Key, Step, write
+from mlmdsl.codegen.statements import Body, Key, Step, returning, slot, write
 from mlmdsl.codegen.text import INDENT, WIDTH
 from mlmdsl.codegen.weights import Placed, declarations, late, skeleton
 from mlmdsl.graph.graph import Region
@@ -77,7 +77,9 @@ class StageModule:
         layer = self.layers[passage.region]
         for carried, entry in zip(layer.carried, layer.entries, strict=True):
             first = passage.bring(carried.initial, entry[1], carried.entry)
-            passage.steps.append(Step("alias", (first,), (entry,), hints=(carried.variable,), condition=passage.condition))
+            passage.steps.append(
+                Step("alias", (first,), (entry,), slot(0), hints=(carried.variable,), condition=passage.condition)
+            )
         captured = tuple(passage.bring(value, place, user) for (value, place), user in layer.captured.items())
         results = tuple((c.next, self.sharded.boundary(c.entry)) for c in layer.carried)
         passage.present.update(results)
@@ -130,7 +132,7 @@ class StageModule:
         if single and len(names) > 1:
             body, names = self._written(False)
             single = False
-        keywords = ["*", *map(variable, self.later_inputs)] if self.later_inputs else []
+        keywords = [*(["*"] if single else []), *map(variable, self.later_inputs)] if self.later_inputs else []
         if not self.several:
             arguments = [variable(name) for name in self.first_inputs]
             comment = ", ".join(f"{variable(n)}: {self._input_shape(n)}" for n in self.first_inputs)
@@ -175,17 +177,17 @@ class StageModule:
 
     def _receive(self, names: Mapping[Key, str]) -> list[str]:
         """The arguments by their names, which depend on where the stage begins."""
-        cases = [("if self.first:", tuple(map(self._input_key, self.first_inputs)))] if self.first_inputs else []
+        cases = [(["self.first"], tuple(map(self._input_key, self.first_inputs)))] if self.first_inputs else []
         for region in self.cut_regions:
-            more = region != self.cut_regions[-1]
-            test = f"self.lo < {self.starts[region + 1]}:" if more else ""
-            word = "elif" if cases and test else "if" if test else "else:" if cases else ""
-            cases.append((f"{word} {test}".strip(), self.live(region)))
+            more = [f"self.lo < {self.starts[region + 1]}"] if region != self.cut_regions[-1] else []
+            cases.append(([*(["not self.first"] if not self.first_inputs else []), *more], self.live(region)))
         lines: list[str] = []
-        for head, keys in cases:
+        for position, (tests, keys) in enumerate(cases):
+            word = "elif" if position else "if"
             target = ", ".join(names[key] for key in keys)
+            head = f"{word} {' and '.join(tests)}:" if tests else "else:"
             lines += [head, f"{INDENT}{f'({target},)' if len(keys) == 1 else target} = values"]
-        return lines if cases[0][0] else [lines[1].strip()]
+        return lines
 
     def _with_cuts(self) -> Iterable[Step]:
         """The computations, and after each repeat the return of stages that end in it."""
@@ -313,8 +315,9 @@ class StageModule:
     def _module_dict(self, region: int) -> str:
         layer, start, end = self.layers[region], self.starts[region], self.starts[region + 1]
         made = f"{layer.class_name}({'tp' if layer.takes_axis else ''})"
-        many = len(self.layers) > 1
-        bounds = (f"max(lo, {start}), min(hi, {end})" if many else "lo, hi") if self.several else f"{end - start}"
+        lo = f"max(lo, {start})" if start else "lo"
+        hi = f"min(hi, {end})" if end < self.starts[-1] else "hi"
+        bounds = f"{lo}, {hi}" if self.several else str(end - start)
         key = f"i - {start}" if self.several and start else "i"
         return f"self.{attribute(layer.region.name)} = nn.ModuleDict({{str({key}): {made} for i in range({bounds})}})"
 

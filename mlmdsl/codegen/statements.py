@@ -130,6 +130,11 @@ def _slots(template: str) -> tuple[tuple[int, int, int, bool], ...]:
     return tuple(sorted(found, key=lambda item: item[1]))
 
 
+def returning(results: tuple[Key, ...], condition: str = "") -> Step:
+    """The end of the function, or of its part under `condition`."""
+    return Step("return", results, (), ", ".join(slot(i) for i in range(len(results))), condition=condition)
+
+
 # ---- inlining -------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +188,7 @@ def _operand(tree: Tree, last: Tree, uses: Counter[Key]) -> int | None:
 
 def _fits(tree: Tree, last: Tree) -> bool:
     kind = tree.step.kind
-    if kind == "return":
+    if kind in ("return", "alias"):
         return len(tree.step.inputs) == 1 and not last.hint
     if kind not in ("heavy", "light", "reshape"):
         return False
@@ -230,12 +235,12 @@ def allocate(trees: Sequence[Tree], given: Mapping[Key, str]) -> Mapping[Key, st
 
 
 def _wish(tree: Tree, position: int, old: Sequence[str], freed: Collection[str]) -> str:
-    """What result number `position` would like to be called: a block's results like its inputs, a collective's result and an
-    alias like a value that ends there, others as the user says."""
+    """What result number `position` would like to be called: a block's results like its inputs, a collective's result like
+    a value that ends there, others as the user says."""
     hints = tree.step.hints
     if tree.step.kind == "block" and position < len(old):
         return old[position]
-    if tree.step.kind in ("alias", "collective") and old[0] in freed:
+    if tree.step.kind == "collective" and old[0] in freed:
         return old[0]
     return hints[position] if position < len(hints) and hints[position] else tree.hint
 
@@ -266,7 +271,8 @@ def _lines(trees: Sequence[Tree], names: Mapping[Key, str], indent: int, shape: 
             scope = step.scope
         yield from text
         condition = step.condition
-        shape = step.shape if step.shape and f"# {step.shape}" in text[-1] else shape
+        said = text[-1].partition("  # ")[2]
+        shape = step.shape if step.shape and said.startswith(step.shape) else shape
 
 
 def _statement(tree: Tree, names: Mapping[Key, str], indent: int, shape: str) -> list[str]:
@@ -275,10 +281,10 @@ def _statement(tree: Tree, names: Mapping[Key, str], indent: int, shape: str) ->
     if step.kind == "block":
         assert step.lines is not None
         return [INDENT * indent + line for line in step.lines(names)]
-    if step.kind == "alias" and names[step.inputs[0]] == names[step.results[0]]:
+    if step.kind == "alias" and not tree.inlined and names[step.inputs[0]] == names[step.results[0]]:
         return []
     expression = tree.expression(names)
-    new_shape = tree.inlined[0][1].step.shape if step.kind == "return" and tree.inlined else step.shape
+    new_shape = tree.inlined[0][1].step.shape if step.kind in ("return", "alias") and tree.inlined else step.shape
     code = f"return {expression}" if step.kind == "return" else f"{names[step.results[0]]} = {expression}"
     return commented(code, (new_shape if new_shape != shape else "", step.comment), indent)
 

@@ -13,13 +13,13 @@ WIDTH = 128
 INDENT = "    "
 
 
-def literal(value: object) -> str:
+def literal(value: str | float | bool | tuple[str | float | bool, ...] | None) -> str:
     """A Python literal that evaluates to `value`; strings in double quotes where they need no escape."""
     if isinstance(value, str):
         text = repr(value)
         return f'"{text[1:-1]}"' if "'" not in text[1:-1] and '"' not in value else text
     if isinstance(value, tuple):
-        items = [literal(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        items = [literal(item) for item in value]
         return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
     return repr(value)
 

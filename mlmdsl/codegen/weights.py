@@ -60,5 +60,5 @@ def skeleton(weights: Sequence[Placed]) -> list[str]:
 
 def late(weight: Placed) -> list[str]:
     """One weight put into a scope that exists."""
-    name, *placed = weight
-    return lay_out(f"self.{attribute_path(name)} = ", declaration(*placed), 0)
+    name, declared, placement = weight
+    return lay_out(f"self.{attribute_path(name)} = ", declaration(declared, placement), 0)
