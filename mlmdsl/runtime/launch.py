@@ -233,19 +233,23 @@ def _open_log(path: Path, *, shown: bool) -> None:
 
 
 class Tee:
-    """Standard output that also goes to the log, apart from lines that overwrite themselves on a terminal."""
+    """Standard output that also goes to the log, apart from lines that overwrite themselves on a terminal.
+
+    Training goes on when nobody reads any more (`mlmdsl run ... | head`)."""
 
     def __init__(self, terminal: TextIO, log: TextIO):
         self.terminal, self.log = terminal, log
 
     def write(self, text: str) -> int:
-        self.terminal.write(text)
+        with contextlib.suppress(BrokenPipeError):
+            self.terminal.write(text)
         if not text.startswith("\r"):
             self.log.write(text)
         return len(text)
 
     def flush(self) -> None:
-        self.terminal.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.terminal.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.terminal, name)
