@@ -162,6 +162,7 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
 
 def _module_source(name: str) -> list[Path]:
     """The source file of an installed module, found without importing it or the packages around it."""
+    spec: importlib.machinery.ModuleSpec | None = None
     search: Any = None  # sys.path
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
