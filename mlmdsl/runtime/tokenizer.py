@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -96,14 +95,12 @@ class HuggingFaceTokenizer:
     tokenizer: tokenizers.Tokenizer
     end_of_text: int
     vocab: int = field(init=False)
+    identity: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.identity = f"hf:{hashlib.sha256(self.path.read_bytes()).hexdigest()}:{self.end_of_text}"
         ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab = max(ids, default=-1) + 1  # ids may have gaps: what counts is the largest
-
-    @cached_property
-    def identity(self) -> str:
-        return f"hf:{hashlib.sha256(self.path.read_bytes()).hexdigest()}:{self.end_of_text}"
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
