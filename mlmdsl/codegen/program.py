@@ -86,20 +86,13 @@ def _processes(plan: Plan) -> str:
 def _predicted(plan: Plan) -> str:
     predicted = plan.predicted
     peaks = predicted.peak_memory_bytes
-    memory = ", ".join(
-        f"{size(peak)}" + (f" on stage {i}" if len(peaks) > 1 else "") for i, peak in enumerate(_distinct(peaks))
-    )
-    if len(set(peaks)) > 2:
-        memory = f"{size(min(peaks))} to {size(max(peaks))}"
+    bounds = dict.fromkeys(size(peak) for peak in (min(peaks, default=0), max(peaks, default=0)))
     return (
         f"Predicted: {predicted.step_time_s:.3g} s a step, {predicted.tokens_per_s_per_device:,.0f} tokens/s and"
-        f" {predicted.model_tflops_per_device:,.3g} TFLOP/s per device (MFU {100 * predicted.mfu:.1f} %);"
-        f" peak memory {memory or 'unknown'}."
+        f" {predicted.model_tflops_per_device:,.3g} TFLOP/s per device (MFU {100 * predicted.mfu:.1f} % of"
+        f" {plan.cluster.peak_flops_per_second / 1e12:,.3g} TFLOP/s, counting matrix products only, causal attention half);"
+        f" peak memory {' to '.join(bounds)}."
     )
-
-
-def _distinct(peaks: tuple[int, ...]) -> tuple[int, ...]:
-    return peaks[:1] if len(set(peaks)) == 1 else peaks
 
 
 def _shapes(plan: Plan) -> str:
@@ -229,4 +222,4 @@ def _imports(code: str, graph: Graph) -> list[str]:
     ]
     line = f"from mlmdsl.runtime import {', '.join(names)}"
     several = ["from mlmdsl.runtime import (", *(f"{INDENT}{name}," for name in names), ")"]
-    return [*torch, *([line] if len(line) <= WIDTH else several), ""]
+    return [*torch, *([line] if len(line) <= WIDTH else several)]
