@@ -287,8 +287,8 @@ class StageModule:
         found: dict[str, dict[str, None]] = {}
         for index in range(len(self.sharded.graph.regions)):
             inside = index in self.layers
-            everywhere = inside and len(self.layers) == 1
-            text = f"lo < {self.starts[index + 1]} and hi > {self.starts[index]}" if inside else self.condition(index, "")
+            everywhere = inside and len(self.layers) == 1 and 0 not in self.sharded.plan.stages
+            text = f"max(lo, {self.starts[index]}) < min(hi, {self.starts[index + 1]})" if inside else self.condition(index, "")
             for weight in self._used_in(index):
                 found.setdefault(weight.key, {})["" if everywhere or not self.several else text] = None
         return {key: () if "" in places else tuple(places) for key, places in found.items()}
