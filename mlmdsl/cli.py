@@ -22,7 +22,6 @@ from mlmdsl.diagnostics import Diagnostic, MlmError, UsageError
 
 if TYPE_CHECKING:
     from mlmdsl.compile import Compilation, Pass
-    from mlmdsl.planner.plan import Plan
 
 FORMATS = ("text", "json", "sarif")
 PASSES = ("syntax", "spec", "graph", "plan", "program")

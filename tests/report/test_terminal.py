@@ -72,7 +72,9 @@ def large_plan() -> Plan:
         spec_sha256="0" * 64,
         plan=chosen,
         predicted=predicted,
-        model=ModelFacts(name="llama3_405b", parameters=405_853_388_800, parameters_active=405_853_388_800, flops_per_token=2.5e12),
+        model=ModelFacts(
+            name="llama3_405b", parameters=405_853_388_800, parameters_active=405_853_388_800, flops_per_token=2.5e12
+        ),
         cluster=ClusterFacts(
             name="large",
             device="H100_SXM_80GB",

@@ -1,0 +1,170 @@
+"""Text to syntax tree, with every syntax error of a file in one run.
+
+Tokens are fed one by one to lark's LALR parser. On an error the parser goes back to its state at the start of the statement, the
+rest of that statement is skipped (braces that it opened included), and parsing goes on: a broken statement costs one diagnostic
+and never makes another. `wording.py` says what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lark import Lark, Token, Tree
+from lark.exceptions import UnexpectedInput, UnexpectedToken
+from lark.parsers.lalr_interactive_parser import InteractiveParser
+
+from mlmdsl.diagnostics import Diagnostics, Label, Span
+from mlmdsl.grammar import syntax
+from mlmdsl.grammar.tokens import Tokens, token_span
+from mlmdsl.grammar.tree import ToSyntax
+from mlmdsl.grammar.wording import ITEM_KEYWORDS, report, unclosed
+
+_GRAMMAR = Path(__file__).with_name("mlm.lark")
+MAX_NESTING = 100  # brackets within brackets; the passes after this one recurse
+
+
+@cache
+def _lark() -> Lark:
+    """The parser, from lark's cache file where there is one (grammar, options and lark's version make its key)."""
+    text = _GRAMMAR.read_text(encoding="utf-8")
+    options: dict[str, Any] = {"start": ["start", "expression"], "parser": "lalr", "lexer": "basic", "postlex": Tokens()}
+    try:
+        return Lark(text, cache=True, propagate_positions=True, maybe_placeholders=True, **options)
+    except OSError:  # no folder to write the cache to
+        return Lark(text, propagate_positions=True, maybe_placeholders=True, **options)
+
+
+def parse(text: str, path: str, diagnostics: Diagnostics) -> syntax.File:
+    """The file's items; statements that cannot be parsed are reported and left out."""
+    diagnostics.sources[path] = text
+    return ToSyntax(path, text).transform(_tree(text, path, "start", diagnostics) or Tree("start", []))
+
+
+def parse_expression(text: str, path: str, diagnostics: Diagnostics) -> syntax.Expr | None:
+    """One expression, as in `--set` and `--pin`; None where it is broken (reported)."""
+    diagnostics.sources[path] = text
+    before = len(diagnostics.items)
+    tree = _tree(text, path, "expression", diagnostics)
+    if tree is None or len(diagnostics.items) > before:
+        return None
+    return ToSyntax(path, text).transform(tree).children[0]
+
+
+def _tree(text: str, path: str, start: str, diagnostics: Diagnostics) -> Tree[Token] | None:
+    tokens = list(_lark().lex(text.replace("\r\n", "\n").removeprefix("\ufeff") + "\n"))
+    if _too_deep(tokens, path, diagnostics):
+        return None
+    feeder = _Feeder(_lark().parse_interactive("", start=start), path, diagnostics)
+    return feeder.run(tokens)
+
+
+def _too_deep(tokens: Iterable[Token], path: str, diagnostics: Diagnostics) -> bool:
+    depth = 0
+    for token in tokens:
+        depth += (token.type in _OPEN) - (token.type in _CLOSE)
+        if depth > MAX_NESTING:
+            where = token_span(token, path)
+            diagnostics.report(
+                "MLM0011", f"brackets are nested more than {MAX_NESTING} deep", where, help="name the inner parts"
+            )
+            return True
+    return False
+
+
+_OPEN = {"LPAR": "(", "LSQB": "[", "LBRACE": "{"}
+_CLOSE = {"RPAR": ")", "RSQB": "]", "RBRACE": "}"}
+
+
+@dataclass
+class _Feeder:
+    """The parser's state at the start of each open block's current statement, so that it can go back there."""
+
+    parser: InteractiveParser
+    path: str
+    diagnostics: Diagnostics
+    marks: list[InteractiveParser] = field(default_factory=list)
+    opened: list[Token] = field(default_factory=list)  # brackets not closed yet
+    statement: list[Token] = field(default_factory=list)  # tokens since the last mark
+
+    def run(self, tokens: list[Token]) -> Tree[Token] | None:
+        self.marks.append(self.parser.copy(deepcopy_values=False))
+        position = 0
+        while position < len(tokens):
+            position = self._step(tokens, position)
+        return self._finish(tokens)
+
+    def _step(self, tokens: list[Token], position: int) -> int:
+        """Feeds one token; the position to go on from. Newlines inside () and [] do not count."""
+        token = tokens[position]
+        if token.type == "_NL" and self.opened and self.opened[-1].type != "LBRACE":
+            return position + 1
+        try:
+            self.parser.feed_token(token)
+        except UnexpectedToken as problem:
+            if token.type in ITEM_KEYWORDS and not self.statement and len(self.marks) > 1:
+                self._close_blocks(token)
+                return position
+            after = tokens[position + 1] if position + 1 < len(tokens) else None
+            report(problem, self.statement, after, self.opened, self.path, self.diagnostics)
+            return self._skip(tokens, position)
+        self.statement.append(token)
+        self._mark(token)
+        return position + 1
+
+    def _close_blocks(self, token: Token) -> None:
+        """An item begins inside a block: its brace was forgotten."""
+        unclosed(self.opened[-1], self.path, self.diagnostics, Label(token_span(token, self.path), "a new item begins here"))
+        while len(self.marks) > 1:
+            self.marks.pop()
+            closing = Token.new_borrow_pos("RBRACE", "}", token)
+            self.parser.feed_token(closing)
+            self.parser.feed_token(Token.new_borrow_pos("_NL", "\n", token))
+        self.opened.clear()
+        self.marks[-1] = self.parser.copy(deepcopy_values=False)
+
+    def _mark(self, token: Token) -> None:
+        """Keeps the brackets, and the state where a statement starts."""
+        if token.type in _OPEN:
+            self.opened.append(token)
+        elif token.type in _CLOSE and self.opened:
+            self.opened.pop()
+        if token.type == "LBRACE":
+            self.marks.append(self.parser.copy(deepcopy_values=False))
+            self.statement = []
+        elif token.type == "RBRACE" and len(self.marks) > 1:
+            self.marks.pop()
+        elif token.type == "_NL":
+            self.marks[-1] = self.parser.copy(deepcopy_values=False)
+            self.statement = []
+
+    def _skip(self, tokens: list[Token], position: int) -> int:
+        """Back to the statement's start, on to the first token after it."""
+        started = self.statement[0] if self.statement else tokens[position]
+        self.opened = [t for t in self.opened if (t.start_pos or 0) < (started.start_pos or 0)]
+        self.parser = self.marks[-1].copy(deepcopy_values=False)
+        depth = sum((t.type == "LBRACE") - (t.type == "RBRACE") for t in self.statement)
+        self.statement = []
+        while position < len(tokens):
+            token = tokens[position]
+            if token.type == "_NL" and depth <= 0:
+                return position + 1
+            if token.type == "RBRACE" and depth <= 0 and len(self.marks) > 1:
+                return position
+            depth += (token.type == "LBRACE") - (token.type == "RBRACE")
+            position += 1
+        return position
+
+    def _finish(self, tokens: list[Token]) -> Tree[Token] | None:
+        try:
+            return self.parser.feed_eof(tokens[-1] if tokens else None)
+        except UnexpectedInput:
+            if self.opened:
+                unclosed(self.opened[-1], self.path, self.diagnostics)
+            elif not self.diagnostics.errors:
+                last = token_span(tokens[-1], self.path) if tokens else Span(self.path, 1, 1, 1, 1)
+                self.diagnostics.report("MLM0001", "the text ends in the middle of a statement", last)
+            return None

@@ -1,0 +1,123 @@
+"""What is wrong with a statement that the parser refused, in words, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from lark import Token
+from lark.exceptions import UnexpectedToken
+
+from mlmdsl.diagnostics import Diagnostics, Label
+from mlmdsl.grammar.tokens import KEYWORDS, token_span
+
+ITEM_KEYWORDS = frozenset({"IMPORT", "BLOCK", "MODEL", "CLUSTER", "TRAIN", "PLAN"})
+_STATEMENTS = {
+    "INPUT": "in a model",
+    "OUTPUT": "in a model or block",
+    "REPEAT": "in a model or block",
+    "EXPECT": "in a model",
+    "IF": "in a model or block",
+    "POOL": "in a cluster",
+    "MINIMIZE": "in a plan",
+    "PIN": "in a plan",
+    "REQUIRE": "in a plan",
+    "PREFER": "in a plan",
+    "AVOID": "in a plan",
+    "FORBID": "in a plan",
+}
+_CLOSING = {"LPAR": ")", "LSQB": "]", "LBRACE": "}"}
+_SHOWN = {
+    "_NL": "the end of the line", "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`", "RSQB": "`]`", "LBRACE": "`{`", "RBRACE": "`}`",
+    "COMMA": "`,`", "EQUAL": "`=`", "COLON": "`:`", "DOT": "`.`", "NAME": "a name", "NUMBER": "a number", "STRING": "a string",
+    "QUANTITY": "a quantity",
+}  # fmt: skip
+_VALUE_STARTS = {"NUMBER", "QUANTITY", "STRING", "NAME", "LPAR", "LSQB"}
+
+
+def unclosed(opened: Token, path: str, diagnostics: Diagnostics, *secondary: Label) -> None:
+    diagnostics.report(
+        "MLM0004",
+        f"this `{opened}` is never closed",
+        token_span(opened, path),
+        label="opened here",
+        secondary=secondary,
+        help=f"write `{_CLOSING[opened.type]}` where it ends",
+    )
+
+
+def report(
+    problem: UnexpectedToken,
+    statement: Sequence[Token],
+    after: Token | None,
+    opened: Sequence[Token],
+    path: str,
+    diagnostics: Diagnostics,
+) -> None:
+    """One diagnostic for one refused token; the first rule that knows the mistake words it."""
+    token = problem.token
+    where = token_span(token, path)
+    text, last = str(token), statement[-1] if statement else None
+    bracket = next((t for t in reversed(opened) if t.type != "LBRACE"), None)
+    expected = problem.accepts or problem.expected
+
+    def say(code: str, message: str, label: str = "", help: str = "") -> None:
+        diagnostics.report(code, message, where, label=label, help=help)
+
+    if token.type == "BAD":
+        if text == '"':
+            return say("MLM0005", "this string is never closed", "starts here", 'write `"` where it ends, on the same line')
+        if text == "'":
+            return say("MLM0006", "strings stand in double quotes", help='write "..."')
+        if text == ";":
+            return say(
+                "MLM0006", "a statement ends with its line, not with `;`", help="take the `;` away; one statement a line"
+            )
+        return say("MLM0006", f"the character {text!r} means nothing here", help="take it away")
+    if not statement and token.type == "NAME" and (near := _near(text)):
+        return say("MLM0003", f"`{text}` starts no statement here", help=f"did you mean `{near}`?")
+    word = statement[0] if statement else None
+    if word is not None and word.type == "NAME" and (len(statement) == 1 or last is word) and token.type != "_NL":
+        near = _near(str(word))
+        if near and token.type not in ("EQUAL", "DOT"):
+            diagnostics.report(
+                "MLM0003", f"`{word}` starts no statement", token_span(word, path), help=f"did you mean `{near}`?"
+            )
+            return None
+    if bracket is not None and (
+        token.type in ("RBRACE", *ITEM_KEYWORDS) or (last is not None and _on_new_statement(token, last, after))
+    ):
+        return unclosed(bracket, path, diagnostics, Label(where, "this does not belong inside"))
+    if token.type in _STATEMENTS and not statement:
+        return say("MLM0007", f"`{text}` does not belong here", help=f"it stands {_STATEMENTS[token.type]}")
+    if token.type in ITEM_KEYWORDS and not statement:
+        return say("MLM0007", f"`{text}` cannot stand inside another item", help="close the one before with `}` first")
+    if token.type in ("RPAR", "RSQB", "RBRACE") and not any(_CLOSING[t.type] == text for t in opened):
+        return say("MLM0008", f"this `{text}` closes nothing", help="take it away, or open it earlier")
+    if "COMMA" in expected and token.type in _VALUE_STARTS and bracket is not None:
+        return say("MLM0002", "a comma is missing", f"before `{text}`", f"write `, {text}`")
+    if "EQUAL" in expected and token.type in _VALUE_STARTS and len(statement) <= 2:
+        return say("MLM0009", f"`=` is missing after `{last}`", help=f"write `{last} = {text}`")
+    if text in KEYWORDS and "NAME" in expected:
+        return say("MLM0010", f"`{text}` is a word of the language and cannot be a name", help=f"call it `{text}_`, say")
+    if token.type == "_NL":
+        return say("MLM0001", "the statement ends too early", f"expected {_expected(expected)}")
+    return say("MLM0001", f"`{text}` does not fit here", f"expected {_expected(expected)}")
+
+
+def _near(word: str) -> str | None:
+    found = get_close_matches(word, sorted(KEYWORDS), 1, 0.7)
+    return found[0] if found and word != found[0] else None
+
+
+def _on_new_statement(token: Token, last: Token, after: Token | None) -> bool:
+    """On a later line, and `name =` or a keyword: the line before was meant to end."""
+    later = (token.line or 0) > (last.end_line or 0)
+    return later and (
+        str(token) in KEYWORDS or (token.type == "NAME" and after is not None and after.type in ("EQUAL", "LBRACE"))
+    )
+
+
+def _expected(names: set[str]) -> str:
+    shown = sorted({_SHOWN.get(name, f"`{name.lower()}`") for name in names if name in _SHOWN})
+    return " or ".join(shown[:4]) if shown else "something else"
