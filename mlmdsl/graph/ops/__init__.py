@@ -1,0 +1,14 @@
+"""The catalogue of primitive operations: one declaration each, joined from the families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mlmdsl.graph.ops import attention, elementwise, embedding, linear, loss, norm, structure
+from mlmdsl.graph.ops.base import Op
+
+CATALOGUE: Mapping[str, Op] = {
+    op.name: op for family in (structure, embedding, linear, norm, elementwise, attention, loss) for op in family.OPS
+}
+
+__all__ = ["CATALOGUE", "Op"]

@@ -1,0 +1,77 @@
+"""The end of the training graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from mlmdsl.graph.graph import Scalar
+from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, Work
+from mlmdsl.graph.ops.linear import features
+from mlmdsl.graph.placement import PARTIAL, REPLICATE, Strategy, shard
+from mlmdsl.graph.tensor import TensorType
+
+Types = tuple[TensorType, ...]
+Attributes = Mapping[str, Scalar]
+
+
+def _type(types: Types, attrs: Attributes) -> TensorType:
+    logits, targets = types
+    features(logits)
+    if targets.dtype != "int" or logits.shape[:-1] != targets.shape:
+        raise ShapeProblem(
+            "MLM0504", f"logits {logits} do not fit targets {targets}", 0, help="the model's output is [B, S, vocabulary]"
+        )
+    return TensorType("fp32", ())
+
+
+def _strategies(
+    types: Types, out: TensorType, weights: tuple[tuple[int, ...], ...], attrs: Attributes, n: int
+) -> tuple[Strategy, ...]:
+    logits = types[0]
+    last = len(logits.shape) - 1
+    found = [Strategy("replicated", (REPLICATE, REPLICATE), (), REPLICATE)]
+    vocab = logits.shape[last]
+    if isinstance(vocab, int) and vocab % n == 0:
+        found.append(Strategy("vocabulary", (shard(last), REPLICATE), (), REPLICATE))
+    found += [
+        Strategy("sequence", (shard(d), shard(d)), (), PARTIAL)
+        for d, size in enumerate(logits.shape[:-1])
+        if isinstance(size, str) and size != "B"
+    ]
+    return tuple(found)
+
+
+def _work(local: Local) -> Work:
+    """The log-probabilities are kept in fp32 for backward; their gradient and that in the training precision pass by."""
+    count = prod(local.inputs[0])
+    moved = float(count) * (local.input_bytes[0] + 3 * 4)
+    return Work(
+        "memory",
+        bytes_forward=moved,
+        bytes_backward=moved,
+        saved=("in1",),
+        extra_saved_bytes=4.0 * count,
+        transient_bytes=4.0 * count,
+        kernels_forward=4,
+        kernels_backward=3,
+    )
+
+
+def _emit(e: Emission) -> str:
+    if e.strategy.name == "vocabulary":
+        return f"vocab_parallel_cross_entropy({e.inputs[0]}, {e.inputs[1]}, {e.axis})"
+    return f"cross_entropy({e.inputs[0]}, {e.inputs[1]})"
+
+
+OPS = (
+    Op(
+        name="cross_entropy",
+        doc="Sum over the valid targets of -log softmax(logits)[target]; a target of -100 does not count.",
+        infer=_type,
+        strategies=_strategies,
+        work=_work,
+        emit=_emit,
+        imports=("cross_entropy", "vocab_parallel_cross_entropy"),
+    ),
+)
