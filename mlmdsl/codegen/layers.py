@@ -30,7 +30,9 @@ from mlmdsl.graph.placement import (
 from mlmdsl.graph.tensor import TensorType, Weight
 from mlmdsl.planner.plan import NodeLayout, PlanVariables, RegionLayout, Transition
 
-LIGHT = frozenset({"add", "subtract", "multiply", "divide", "scale", "gelu", "relu", "silu", "sigmoid", "tanh", "bias"})
+LIGHT = frozenset(
+    {"add", "subtract", "multiply", "divide", "scale", "gelu", "relu", "silu", "sigmoid", "tanh", "bias", "offset"}
+)
 RESHAPES = frozenset({"split_heads", "merge_heads"})
 PLACEHOLDERS = frozenset({"input", "carry"})
 
@@ -43,6 +45,7 @@ FUNCTIONS: Mapping[tuple[str | None, str | None], str] = {
     ("all_reduce", "all_reduce"): "all_reduce_both({x}, tp)",
     ("reduce_scatter", "all_gather"): "reduce_scatter({x}, tp, dim={dim})",
     ("split", "all_gather"): "split({x}, tp, dim={dim})",
+    ("split", None): "split({x}, tp, dim={dim})",  # integers
     ("all_to_all", "all_to_all"): "all_to_all({x}, tp, {dim}, {target_dim})",
 }
 

@@ -42,6 +42,8 @@ WORDS = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) | frozenset(di
 def attribute(name: str) -> str:
     """The attribute that holds a module or weight of this name: one underscore more where the name is taken or ends in one."""
     taken = name in MODULE_ATTRIBUTES or name in OWN_ATTRIBUTES or keyword.iskeyword(name) or name.startswith("_")
+    if name.startswith("__") and not name.endswith("_"):
+        return name + "__"  # Python rewrites names in a class that start with two underscores, unless they end with two
     return name + "_" if taken or name.endswith("_") else name
 
 

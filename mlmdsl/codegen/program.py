@@ -118,7 +118,7 @@ def _literal_lines(name: str, tree: Call) -> list[str]:
 
 def _parallel(plan: PlanVariables) -> Call:
     several = plan.pipeline > 1
-    settings: dict[str, object] = {
+    settings: dict[str, int | str | tuple[int, ...]] = {
         "pipeline": plan.pipeline,
         "data": plan.data,
         "tensor": plan.tensor,

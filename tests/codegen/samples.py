@@ -178,8 +178,8 @@ class Builder:
 
 
 def two_stacks(encoder: int = 4, decoder: int = 6) -> Graph:
-    """Two repeats with straight code between, two carried values, a skip from the first to the last operation, a captured value,
-    a weight of straight code used on every pass, weights used in two places, and an unpleasant name."""
+    """Two repeats with straight code between, two carried values, a skip from the first to the last operation, a captured
+    value, a weight of straight code used on every pass, weights used in two places, and an unpleasant name."""
     b = Builder()
     tok = b.weight("", "tok.weight", (256, 64))
     shared = b.weight("", "shared.weight", (64, 64))
