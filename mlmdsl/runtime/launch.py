@@ -57,6 +57,21 @@ def cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / f"mlmdsl-{os.getuid()}"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where torchrun has put this process."""
+
+    local_rank: int
+    local_world_size: int
+
+
+def place_in_node() -> Place | None:
+    """None in a process that torchrun (or `launch`) has not started."""
+    if "RANK" not in os.environ:
+        return None
+    return Place(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def launch(program: Path, procs: int, arguments: Sequence[str], log_dir: Path) -> int:
     """Runs `program` on `procs` local processes to its end; 0, or a RunError. `log_dir` is OUT/logs."""
     log_dir.mkdir(parents=True, exist_ok=True)
