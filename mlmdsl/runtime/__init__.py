@@ -1,0 +1,81 @@
+"""What emitted programs import. Names are looked up on first use: reading a program's settings does not import torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlmdsl.runtime.collectives import (
+        all_gather,
+        all_reduce,
+        all_reduce_both,
+        all_to_all,
+        copy_to,
+        gather,
+        reduce_scatter,
+        split,
+    )
+    from mlmdsl.runtime.config import AdamW, Data, Parallel, Schedule, Tokenizer, Training
+    from mlmdsl.runtime.functions import (
+        attention,
+        cross_entropy,
+        positions,
+        rotary,
+        vocab_parallel_cross_entropy,
+        vocab_parallel_embedding,
+    )
+    from mlmdsl.runtime.initial import Init, normal, ones, zeros
+    from mlmdsl.runtime.mesh import Axis, Mesh
+    from mlmdsl.runtime.parallel import Scope, recomputed, weight
+    from mlmdsl.runtime.train import main
+
+_HOMES = {
+    "collectives": "all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split",
+    "config": "AdamW Data Parallel Schedule Tokenizer Training",
+    "functions": "attention cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
+    "initial": "Init normal ones zeros",
+    "mesh": "Axis Mesh",
+    "parallel": "Scope recomputed weight",
+    "train": "main",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "AdamW",
+    "Axis",
+    "Data",
+    "Init",
+    "Mesh",
+    "Parallel",
+    "Schedule",
+    "Scope",
+    "Tokenizer",
+    "Training",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_both",
+    "all_to_all",
+    "attention",
+    "copy_to",
+    "cross_entropy",
+    "gather",
+    "main",
+    "normal",
+    "ones",
+    "positions",
+    "recomputed",
+    "reduce_scatter",
+    "rotary",
+    "split",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_embedding",
+    "weight",
+    "zeros",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

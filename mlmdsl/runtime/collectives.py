@@ -1,0 +1,208 @@
+"""Transitions between placements on the tensor axis: each a collective and its dual in the backward pass.
+
+    name              forward          backward          placements
+    all_gather        all_gather       reduce_scatter    shard -> broadcast
+    gather            all_gather       split             shard -> replicate
+    copy_to           nothing          all_reduce        replicate -> broadcast   (Megatron's f, arXiv:1909.08053)
+    all_reduce        all_reduce       nothing           partial -> replicate     (Megatron's g)
+    reduce_scatter    reduce_scatter   all_gather        partial -> shard         (arXiv:2205.05198)
+    split             split            all_gather        replicate -> shard
+    all_reduce_both   all_reduce       all_reduce        partial -> broadcast
+    all_to_all        all_to_all       all_to_all        shard(a) -> shard(b)
+
+The functional collectives that torch registers gradients for give all_reduce another all_reduce as its backward, which is
+wrong by the size of the group for a partial sum that becomes replicated: hence pairs of our own. They stand on the raw
+operations, whose names are alike in torch 2.11 and 2.13. Sums in bfloat16 on the CPU are taken in float32: gloo's own err by
+0.02 to 0.08 at four ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlmdsl.runtime.mesh import Axis
+
+_ops = torch.ops._c10d_functional
+
+
+# ---- without gradients ----------------------------------------------------------------------------------------------
+
+
+def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The slices of all ranks joined along `dim`."""
+    if axis.size == 1:
+        return x
+    y = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group_name))
+    return y if dim % x.dim() == 0 else torch.cat(y.chunk(axis.size, 0), dim)
+
+
+def reduced(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
+    """Sum ("sum") or largest ("max") over the ranks."""
+    if axis.size == 1:
+        return x
+    return _ops.wait_tensor(_ops.all_reduce(_summable(x), op, axis.group_name)).to(x.dtype)
+
+
+def scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's slice along `dim` of the sum over the ranks."""
+    if axis.size == 1:
+        return x
+    parts = x if dim % x.dim() == 0 else torch.cat(x.chunk(axis.size, dim), 0)
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(_summable(parts), "sum", axis.size, axis.group_name)).to(x.dtype)
+
+
+def sliced(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's slice along `dim` of a value that all ranks have."""
+    return x if axis.size == 1 else x.chunk(axis.size, dim)[axis.rank].contiguous()
+
+
+def exchanged(x: Tensor, axis: Axis, source_dim: int, target_dim: int) -> Tensor:
+    """A value cut along `source_dim`, cut along `target_dim` instead."""
+    if axis.size == 1:
+        return x
+    sent = torch.cat(x.chunk(axis.size, target_dim), 0).contiguous()
+    sizes = [sent.size(0) // axis.size] * axis.size
+    received = _ops.wait_tensor(_ops.all_to_all_single(sent, sizes, sizes, axis.group_name))
+    return torch.cat(received.chunk(axis.size, 0), source_dim)
+
+
+def _summable(x: Tensor) -> Tensor:
+    """Contiguous (torch 2.11 refuses others on gloo, expanded gradients too), and wide enough to add up on the CPU."""
+    wide = x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+    return wide.contiguous()
+
+
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.arguments = (axis, dim)
+        return gathered(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return scattered(grad, *ctx.arguments), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.arguments = (axis, dim)
+        return gathered(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return sliced(grad, *ctx.arguments), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.arguments = (axis, dim)
+        return scattered(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return gathered(grad, *ctx.arguments), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.arguments = (axis, dim)
+        return sliced(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return gathered(grad, *ctx.arguments), None, None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return reduced(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduced(grad, ctx.axis), None
+
+
+class _AllReduceBoth(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduced(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduced(grad, ctx.axis), None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, source_dim: int, target_dim: int) -> Tensor:
+        ctx.arguments = (axis, target_dim, source_dim)
+        return exchanged(x, axis, source_dim, target_dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchanged(grad, *ctx.arguments), None, None, None
+
+
+# ---- what programs call ---------------------------------------------------------------------------------------------
+
+
+def all_gather(x: Tensor, tp: Axis, dim: int) -> Tensor:
+    """The whole of a value cut along `dim`; its gradient comes as partial sums, which are added up and cut again."""
+    return x if tp.size == 1 else _AllGather.apply(x, tp, dim)
+
+
+def gather(x: Tensor, tp: Axis, dim: int) -> Tensor:
+    """The whole of a value cut along `dim`, where every rank computes the whole gradient."""
+    return x if tp.size == 1 else _Gather.apply(x, tp, dim)
+
+
+def reduce_scatter(x: Tensor, tp: Axis, dim: int) -> Tensor:
+    """This rank's slice along `dim` of the sum of partial sums."""
+    return x if tp.size == 1 else _ReduceScatter.apply(x, tp, dim)
+
+
+def split(x: Tensor, tp: Axis, dim: int) -> Tensor:
+    """This rank's slice along `dim` of a replicated value; the slices of the gradient are joined."""
+    return x if tp.size == 1 else _Split.apply(x, tp, dim)
+
+
+def all_reduce(x: Tensor, tp: Axis) -> Tensor:
+    """The sum of partial sums; every rank has the whole gradient already."""
+    return x if tp.size == 1 else _AllReduce.apply(x, tp)
+
+
+def copy_to(x: Tensor, tp: Axis) -> Tensor:
+    """A replicated value whose consumers are spread over the ranks: their partial gradients are added up."""
+    return x if tp.size == 1 else _CopyTo.apply(x, tp)
+
+
+def all_reduce_both(x: Tensor, tp: Axis) -> Tensor:
+    """The sum of partial sums, for consumers that are spread over the ranks."""
+    return x if tp.size == 1 else _AllReduceBoth.apply(x, tp)
+
+
+def all_to_all(x: Tensor, tp: Axis, source_dim: int, target_dim: int) -> Tensor:
+    """A value cut along `source_dim`, cut along `target_dim` instead."""
+    return x if tp.size == 1 else _AllToAll.apply(x, tp, source_dim, target_dim)

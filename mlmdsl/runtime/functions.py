@@ -1,0 +1,100 @@
+"""Functions that programs call besides torch's own. B sequences, S positions, H heads (K for keys and values), D head dim."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlmdsl.runtime.collectives import reduced
+from mlmdsl.runtime.mesh import Axis
+
+IGNORE = -100  # a target that does not count
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> Tensor:
+    """q [B, S, H, D], k and v [B, T, K, D] with K a divisor of H -> [B, S, H, D]. `scale` defaults to D ** -0.5."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2)
+
+
+def rotary(
+    x: Tensor,
+    theta: float = 10000.0,
+    *,
+    factor: float = 1.0,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    original_max: int = 8192,
+    offset: int = 0,
+) -> Tensor:
+    """Rotary positions (arXiv:2104.09864) on x [B, S, H, D], the halves of D paired as in Hugging Face checkpoints.
+
+    `factor` other than 1 stretches low frequencies as Llama 3.1 does; `offset` is the position of x's first row."""
+    half = x.size(-1) // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    if factor != 1.0:
+        frequencies = _stretched(frequencies, factor, low_freq_factor, high_freq_factor, original_max)
+    angles = torch.outer(torch.arange(offset, offset + x.size(1), device=x.device, dtype=torch.float32), frequencies)
+    cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]  # [S, 1, D/2]
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def _stretched(frequencies: Tensor, factor: float, low: float, high: float, original_max: int) -> Tensor:
+    """Wavelengths above original_max / low are stretched by `factor`, those below original_max / high kept, blended between."""
+    turns = original_max * frequencies / (2 * math.pi)  # in the original context
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def positions(weight: Tensor, length: int, offset: int = 0) -> Tensor:
+    """Rows `offset` to `offset + length` of a table of positions: [length, dim]."""
+    return weight[offset : offset + length]
+
+
+def vocab_parallel_embedding(tokens: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+    """Rows of a table cut along the vocabulary: zero where another rank has the row, so partial sums. [B, S] -> [B, S, dim]."""
+    local = tokens - tp.rank * weight.size(0)
+    other = (local < 0) | (local >= weight.size(0))
+    return F.embedding(local.masked_fill(other, 0), weight).masked_fill(other[..., None], 0.0)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[target] in float32; targets of -100 do not count. [B, S, V], [B, S] -> []."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum", ignore_index=IGNORE)
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, tp: Axis) -> Tensor:
+    """`cross_entropy` of logits cut along the vocabulary, [B, S, V/tp]: the whole sum on every rank.
+
+    Three all_reduces of one number per token instead of gathering the logits (arXiv:1909.08053, section 3)."""
+    return cross_entropy(logits, targets) if tp.size == 1 else _VocabParallelCrossEntropy.apply(logits, targets, tp)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Saves the logits as they are and the log of the sum; the softmax is taken again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, tp: Axis) -> Tensor:
+        x = logits.float()
+        local = targets - tp.rank * x.size(-1)
+        other = (local < 0) | (local >= x.size(-1))
+        local = local.masked_fill(other, 0)
+        largest = reduced(x.amax(-1), tp, "max")
+        total = reduced((x - largest[..., None]).exp().sum(-1), tp).log() + largest
+        target = reduced(x.gather(-1, local[..., None])[..., 0].masked_fill(other, 0.0), tp)
+        ctx.save_for_backward(logits, total, local, other, targets)
+        return (total - target).masked_fill(targets == IGNORE, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, total, local, other, targets = ctx.saved_tensors
+        softmax = (logits.float() - total[..., None]).exp()
+        softmax.scatter_add_(-1, local[..., None], other.to(softmax.dtype)[..., None] - 1.0)
+        scale = grad * (targets != IGNORE)
+        return (softmax * scale[..., None]).to(logits.dtype), None, None

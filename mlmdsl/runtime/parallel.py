@@ -1,0 +1,202 @@
+"""Weights that know their place in the whole, and what wraps a stage: meta construction, FSDP2, recomputation.
+
+A program's modules are made on the meta device, so that no rank ever holds what it does not own. `weight` gives the local
+shape on the tensor axis; its WeightInfo stays beside it until `weights_of` has read it. Parameters are plain local tensors on
+the tensor axis; FSDP2 cuts them further along dim 0 over the data axis (ZeRO 1 and 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial as bound
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from mlmdsl.runtime.config import Parallel
+from mlmdsl.runtime.initial import Init
+from mlmdsl.runtime.mesh import Axis, Mesh
+
+StageClass = Callable[[int, Mesh], nn.Module]
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """`shape` is the whole weight's; `shard` the dim cut over the tensor axis, None where every rank has all of it; `partial`
+    says that each rank's gradient is a partial sum over the tensor axis; `decay` that weight decay applies."""
+
+    shape: tuple[int, ...]
+    init: Init
+    shard: int | None
+    partial: bool
+    decay: bool
+
+
+class Weight(nn.Parameter):
+    """A parameter with its WeightInfo. FSDP2 and `to_empty` put ordinary parameters in its place."""
+
+    info: WeightInfo
+
+
+def weight(
+    shape: Sequence[int],
+    init: Init,
+    tp: Axis | None = None,
+    *,
+    shard: int | None = None,
+    partial: bool = False,
+    decay: bool | None = None,
+) -> nn.Parameter:
+    """This rank's part of a weight of `shape`, cut along dim `shard` over the axis. Values come later (`initial.fill`).
+
+    decay None: matrices yes, vectors no."""
+    size = 1 if tp is None else tp.size
+    local = list(shape)
+    if shard is not None:
+        assert local[shard] % size == 0, f"{tuple(shape)} cannot be cut along dim {shard} over {size} ranks"
+        local[shard] //= size
+    parameter = Weight(torch.empty(local))
+    parameter.info = WeightInfo(
+        shape=tuple(shape),
+        init=init,
+        shard=shard if size > 1 else None,
+        partial=partial and size > 1,
+        decay=len(shape) > 1 if decay is None else decay,
+    )
+    return parameter
+
+
+class Scope(nn.Module):
+    """A named group of weights and further groups; it computes nothing."""
+
+    def __init__(self, **children: nn.Parameter | nn.Module):
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+
+
+def public_name(path: str) -> str:
+    """The weight's name in checkpoints: its path in the module, less one trailing underscore of each part (which stands there
+    where the user's name would hide an attribute or a word of Python)."""
+    return ".".join(part.removesuffix("_") for part in path.split("."))
+
+
+def weights_of(module: nn.Module) -> dict[str, WeightInfo]:
+    """What a freshly made stage holds, by path in the module."""
+    found: dict[str, WeightInfo] = {}
+    for path, parameter in module.named_parameters():
+        assert isinstance(parameter, Weight), f"{path} was not made by weight()"
+        found[path] = parameter.info
+    return found
+
+
+def on_meta(make: StageClass, index: int, mesh: Mesh) -> nn.Module:
+    with torch.device("meta"):
+        return make(index, mesh)
+
+
+# ---- FSDP2 ----------------------------------------------------------------------------------------------------------
+
+
+def wrap_sharded(stage: nn.Module, parallel: Parallel, data: DeviceMesh, precision: str) -> None:
+    """ZeRO 1 and 3: every layer a unit of its own, what stands around the layers another.
+
+    With ZeRO 3 a layer's weights are let go after its forward pass and gathered again for its backward pass; the outer unit's
+    backward pass follows its forward pass at once, so it keeps them. Gradients are summed, never averaged: the loss is divided
+    by the count of valid tokens beforehand. set_gradient_divide_factor(1.0) alone still premultiplies, which gloo refuses."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else None
+    settings: dict[str, Any] = {"mesh": data} | ({"mp_policy": policy} if policy else {})
+    for layer in layers(stage):
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, reshard_after_forward=parallel.zero == 3, **settings)
+    fully_shard(stage, reshard_after_forward=False, **settings)
+    for unit in sharded_units(stage):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def layers(stage: nn.Module) -> Iterator[nn.Module]:
+    """The passes of the model's repeats that the stage holds."""
+    for child in stage.children():
+        if isinstance(child, nn.ModuleDict):
+            yield from child.values()
+
+
+def sharded_units(stage: nn.Module) -> list[FSDPModule]:
+    return [module for module in stage.modules() if isinstance(module, FSDPModule)]
+
+
+# ---- recomputation --------------------------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_c10d = torch.ops._c10d_functional
+_KEPT = {
+    packet
+    for namespace, names in (
+        (_aten, "mm addmm bmm baddbmm linear matmul"),
+        (
+            _aten,
+            "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
+            "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention",
+        ),
+        (_c10d, "all_gather_into_tensor reduce_scatter_tensor all_reduce all_to_all_single wait_tensor"),
+    )
+    for name in names.split()
+    if (packet := getattr(namespace, name, None)) is not None
+}
+
+
+def _policy(context: Any, op: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+    """Keeps what is dear: matrix products, attention, what came over a wire (arXiv:2205.05198, section 5)."""
+    kept = getattr(op, "overloadpacket", None) in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(module: Callable[..., Any], how: str) -> Callable[..., Any]:
+    """`module` with what its backward pass needs kept ("none"), recomputed but for the dear part ("selective"), or recomputed
+    from its arguments ("full")."""
+    if how == "none":
+        return module
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if how == "selective":
+        settings["context_fn"] = bound(create_selective_checkpoint_contexts, _policy)
+    return bound(checkpoint, module, **settings)
+
+
+# ---- places in the whole --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank's part of a weight lies in the whole: its offsets, and its local shape after tensor and data cuts."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
+    """`sharded`: FSDP2 cuts dim 0 over the data axis, in chunks of ceil(rows / ranks)."""
+    local, offsets = list(info.shape), [0] * len(info.shape)
+    if info.shard is not None:
+        local[info.shard] //= mesh.tensor.size
+        offsets[info.shard] = mesh.tensor.rank * local[info.shard]
+    if sharded:
+        rows = local[0]
+        chunk = -(-rows // mesh.data.size)
+        low = min(rows, mesh.data.rank * chunk)
+        local[0] = min(chunk, rows - low)
+        offsets[0] += low
+    return Place(tuple(offsets), tuple(local))
+
+
+def local_part(x: Tensor) -> Tensor:
+    """The tensor behind a DTensor, or the tensor itself; shares memory."""
+    return x._local_tensor if hasattr(x, "_local_tensor") else x

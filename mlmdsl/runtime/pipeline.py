@@ -1,0 +1,155 @@
+"""Forward and backward passes of one step: micro-batch by micro-batch in one process, or through a pipeline of stages.
+
+Both engines are given this data rank's rows of the global batch and return the sum of the losses (zero on ranks that do not
+hold the last stage). `train` leaves gradients of `scale` times the loss, summed over the rows; the caller chooses scale as
+1 / (valid tokens of the whole step), so that micro-batches and ranks with unequal counts weigh as they should.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from mlmdsl.runtime.config import Parallel, Training
+from mlmdsl.runtime.mesh import Mesh
+from mlmdsl.runtime.parallel import StageClass, on_meta
+from mlmdsl.runtime.state import State
+
+LossFunction = Callable[[Any, Tensor, Mesh], Tensor]
+
+_SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B}
+
+
+class Engine(Protocol):
+    def train(self, tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """Gradients of scale * loss; the unscaled sum of losses."""
+        ...
+
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The sum of losses, without gradients."""
+        ...
+
+
+def make_engine(
+    stages: Mapping[int, nn.Module],
+    state: State,
+    make: StageClass,
+    loss: LossFunction,
+    parallel: Parallel,
+    training: Training,
+    mesh: Mesh,
+) -> Engine:
+    if parallel.pipeline == 1:
+        return Accumulated(stages[0], state, loss, parallel, mesh)
+    return Pipelined(stages, make, loss, parallel, training, mesh)
+
+
+class Accumulated:
+    """No pipeline: one micro-batch after another."""
+
+    def __init__(self, module: nn.Module, state: State, loss: LossFunction, parallel: Parallel, mesh: Mesh):
+        self.module, self.state, self.loss, self.mesh, self.micro_batch = module, state, loss, mesh, parallel.micro_batch
+
+    def train(self, tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
+        pairs = list(zip(tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
+        total = torch.zeros((), device=tokens.device)
+        for i, (inputs, expected) in enumerate(pairs):
+            self.state.before_micro_batch(last=i == len(pairs) - 1)
+            value = self.loss(self.module(inputs), expected, self.mesh)
+            total += value.detach()
+            (value * scale).backward()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), device=tokens.device)
+        for inputs, expected in zip(tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True):
+            total += self.loss(self.module(inputs), expected, self.mesh)
+        return total
+
+
+class Pipelined:
+    """torch.distributed.pipelining's schedules over this rank's virtual stages.
+
+    Shapes between stages are found beforehand on the meta device: asking the neighbours (torch's way when it is not told) costs
+    messages, and does not work under a fake process group."""
+
+    def __init__(
+        self,
+        stages: Mapping[int, nn.Module],
+        make: StageClass,
+        loss: LossFunction,
+        parallel: Parallel,
+        training: Training,
+        mesh: Mesh,
+    ):
+        self.loss, self.mesh = loss, mesh
+        self.first, self.last = 0 in stages, len(parallel.stages) - 1 in stages
+        self.keywords = keyword_inputs(next(iter(stages.values())))
+        self.scale = 0.0
+        values = boundaries(make, parallel, training, mesh)
+        wrapped = [
+            PipelineStage(
+                module,
+                index,
+                len(parallel.stages),
+                mesh.device,
+                input_args=values[index],
+                output_args=values[index + 1],
+                group=mesh.group("pipeline"),
+            )
+            for index, module in stages.items()
+        ]
+        kind = _SCHEDULES[parallel.schedule]
+        micro_batches = training.batch // parallel.data // parallel.micro_batch
+        held: Any = wrapped if kind is ScheduleInterleaved1F1B else wrapped[0]
+        self.schedule = kind(held, n_microbatches=micro_batches, loss_fn=self._scaled, scale_grads=False)
+
+    def _scaled(self, output: Any, targets: Tensor) -> Tensor:
+        return self.loss(output, targets, self.mesh) * self.scale
+
+    def train(self, tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
+        self.scale = scale
+        total = self._run(self.schedule.step, tokens, targets)
+        return total / scale if scale else total
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.scale = 1.0
+        return self._run(self.schedule.eval, tokens, targets)
+
+    def _run(self, step: Callable[..., Any], tokens: Tensor, targets: Tensor) -> Tensor:
+        """return_outputs=False: otherwise the last stage keeps the logits of every micro-batch."""
+        inputs = (tokens,) if self.first else ()
+        keywords = {name: tokens for name in self.keywords}
+        losses: list[Tensor] | None = [] if self.last else None
+        step(*inputs, target=targets if self.last else None, losses=losses, return_outputs=False, **keywords)
+        return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=tokens.device)
+
+
+def keyword_inputs(module: nn.Module) -> tuple[str, ...]:
+    """Model inputs that every stage is given besides what the stage before it returns."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def boundaries(make: StageClass, parallel: Parallel, training: Training, mesh: Mesh) -> list[tuple[Tensor, ...]]:
+    """Meta tensors that stand before each virtual stage, and after the last. torch takes a value's need of a gradient from
+    them, too."""
+    tokens = torch.empty(parallel.micro_batch, training.sequence, dtype=torch.int64, device="meta")
+    values: list[tuple[Tensor, ...]] = [(tokens,)]
+    for index in range(len(parallel.stages)):
+        module = on_meta(make, index, mesh)
+        if training.precision == "bf16":
+            module = module.to(torch.bfloat16)
+        given: Sequence[Tensor] = values[-1]
+        with torch.no_grad():
+            output = module(*given, **{name: tokens for name in keyword_inputs(module)})
+        made = output if isinstance(output, tuple) else (output,)
+        values.append(tuple(torch.empty_like(x, requires_grad=x.is_floating_point()) for x in made))
+    return values

@@ -1,0 +1,348 @@
+"""A rank's weights, gradients and optimizer state, and how gradients are added up over the axes.
+
+Two ways to hold weights over the data axis, one interface:
+
+    Replicated (ZeRO 0)   every rank all of them. Gradients are views of one flat float32 buffer, so that a step needs one
+                          all_reduce over data, and one over tensor for the part in front (partial gradients). In bf16 the
+                          weights that compute are bfloat16, with float32 masters and gradients.
+    Sharded (ZeRO 1, 3)   FSDP2: float32 shards along dim 0, cast to bf16 for computing where asked; gradients reduce-scattered
+                          in float32.
+
+`Held.master` is this rank's float32 part, which the optimizer steps and checkpoints store. A weight that several stages hold
+(tied embeddings) has one Held on each; all start alike, their gradients are summed over the holders, so they stay alike.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from mlmdsl.runtime import initial
+from mlmdsl.runtime.config import Parallel, Training
+from mlmdsl.runtime.mesh import Mesh
+from mlmdsl.runtime.optimizer import MOMENTS, Optimizer
+from mlmdsl.runtime.parallel import (
+    StageClass,
+    WeightInfo,
+    local_part,
+    on_meta,
+    place,
+    public_name,
+    sharded_units,
+    weights_of,
+    wrap_sharded,
+)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What every stage holds, known to all ranks: virtual stages by weight, in order."""
+
+    holders: Mapping[str, tuple[int, ...]]
+
+    @property
+    def tied(self) -> dict[str, tuple[int, ...]]:
+        return {name: stages for name, stages in sorted(self.holders.items()) if len(stages) > 1}
+
+
+def outline(make: StageClass, parallel: Parallel, mesh: Mesh) -> Outline:
+    """Makes every stage once on the meta device and lets it go: cheaper than asking the other ranks, and works without them."""
+    holders: dict[str, tuple[int, ...]] = {}
+    for stage in range(len(parallel.stages)):
+        for path in weights_of(on_meta(make, stage, mesh)):
+            holders[public_name(path)] = (*holders.get(public_name(path), ()), stage)
+    return Outline(holders)
+
+
+@dataclass
+class Held:
+    """One weight of one local stage."""
+
+    name: str
+    stage: int
+    info: WeightInfo
+    parameter: nn.Parameter  # what the module computes with
+    master: Tensor  # float32, this rank's part
+
+
+class State(ABC):
+    """All weights of this rank's stages (virtual stage -> module on the meta device, made real here)."""
+
+    sharded: bool
+
+    def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
+        self.plan, self.parallel, self.training, self.mesh = plan, parallel, training, mesh
+        self.held = [held for stage, module in stages.items() for held in self._made_real(stage, module)]
+        self.held.sort(key=lambda held: (not held.info.partial, held.stage, held.name))  # partial gradients in front
+        for held in self.held:
+            self._fill(held)
+        self.optimizer = Optimizer(training.optimizer, [h.master for h in self.held], [h.info.decay for h in self.held])
+        self.groups = self._tied_groups()
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
+        """Allocates what this rank owns of the stage's weights."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Lets the modules compute with the masters' values."""
+
+    def _fill(self, held: Held) -> None:
+        where = place(held.info, self.mesh, sharded=self.sharded)
+        assert tuple(held.master.shape) == where.shape, (held.name, held.master.shape, where)
+        initial.fill(held.master, held.name, held.info.init, self.training.seed, held.info.shape, where.offsets)
+
+    def _tied_groups(self) -> dict[str, dist.ProcessGroup | None]:
+        """For each tied weight held here, in an order that all ranks share: the ranks of this pipeline that hold it (None where
+        they are one)."""
+        here = {held.name for held in self.held}
+        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        groups: dict[str, dist.ProcessGroup | None] = {}
+        for name, stages in self.plan.tied.items():
+            ranks = tuple(sorted({stage % self.parallel.pipeline for stage in stages}))
+            if name in here:
+                if ranks not in made:
+                    made[ranks] = self._group_of(ranks) if len(ranks) > 1 else None
+                groups[name] = made[ranks]
+        return groups
+
+    def _group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        peers = dist.get_process_group_ranks(self.mesh.group("pipeline"))
+        return dist.new_group([peers[rank] for rank in ranks], use_local_synchronization=True)
+
+    # ---- gradients --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def before_step(self) -> None:
+        """Forgets gradients."""
+
+    @abstractmethod
+    def before_micro_batch(self, *, last: bool) -> None:
+        """To be called before each micro-batch of a loop of our own (torch's pipeline schedules see to it themselves)."""
+
+    @abstractmethod
+    def _sum_partial(self) -> None:
+        """Over the tensor axis, where each rank's gradient is a part."""
+
+    @abstractmethod
+    def _sum_data(self) -> None:
+        """Over the data axis."""
+
+    @property
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """Float32, in the order of `held`: of this rank's part of each weight, whole after `synchronise`."""
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        """Adds gradients up over every axis, once per step."""
+        self._sum_partial()
+        self._sum_tied()
+        self._sum_data()
+
+    def _sum_tied(self) -> None:
+        gradients = self.gradients if self.groups else []
+        for name, group in self.groups.items():
+            first, *others = (gradients[i] for i, held in enumerate(self.held) if held.name == name)
+            for other in others:
+                first.add_(other)
+            if group is not None:
+                dist.all_reduce(first, group=group)
+            for other in others:
+                other.copy_(first)
+
+    @torch.no_grad()
+    def square_norm(self) -> float:
+        """This rank's share of the squared norm of all gradients: over the world the shares add up, each element once."""
+        norms = torch._foreach_norm(self.gradients)
+        total = torch.stack(norms).double().square().cpu() if norms else torch.zeros(0, dtype=torch.float64)
+        shares = torch.tensor([1.0 / self._copies(held) for held in self.held], dtype=torch.float64)
+        return float((total * shares).sum())
+
+    def _copies(self, held: Held) -> int:
+        """How many ranks (or stages of one rank) have the same elements."""
+        tensor = 1 if held.info.shard is not None else self.mesh.tensor.size
+        data = 1 if self.sharded else self.mesh.data.size
+        return tensor * data * len(self.plan.holders[held.name])
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        torch._foreach_mul_(self.gradients, factor)
+
+    def step(self, learning_rate: float) -> None:
+        self.optimizer.step(self.gradients, learning_rate)
+        self.publish()
+
+    # ---- the whole --------------------------------------------------------------------------------------------------
+
+    def whole(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Parts in the order of `held` as DTensors on (tensor, data), by name; a tied weight from its first holder."""
+        return {
+            held.name: self._as_global(held, tensor)
+            for held, tensor in zip(self.held, tensors, strict=True)
+            if held.stage == self.plan.holders[held.name][0]
+        }
+
+    def stored(self, *, all_holders: bool) -> dict[str, Tensor]:
+        """What a checkpoint holds: weights by name, optimizer state as optim.exp_avg.<name>. Saving leaves out second holders."""
+        found: dict[str, Tensor] = {}
+        for held, moments in zip(self.held, self.optimizer.moments, strict=True):
+            if all_holders or held.stage == self.plan.holders[held.name][0]:
+                found[held.name] = self._as_global(held, held.master)
+                found |= {f"optim.{m}.{held.name}": self._as_global(held, moments[m]) for m in MOMENTS}
+        return found
+
+    def loaded(self, step: int) -> None:
+        """After `stored` tensors have been filled from a checkpoint of `step`."""
+        self._copy_to_twins()
+        self.optimizer.set_step(step)
+        self.publish()
+
+    @torch.no_grad()
+    def _copy_to_twins(self) -> None:
+        """`stored` has room for one of the copies that this rank's stages may hold of a tied weight: the last."""
+        last = {held.name: i for i, held in enumerate(self.held)}
+        for i, held in enumerate(self.held):
+            source = last[held.name]
+            if source != i:
+                held.master.copy_(self.held[source].master)
+                for moment, tensor in self.optimizer.moments[i].items():
+                    tensor.copy_(self.optimizer.moments[source][moment])
+
+    def _as_global(self, held: Held, part: Tensor) -> Tensor:
+        if self.mesh.devices is None:
+            return part.detach()
+        placements = (
+            Replicate() if held.info.shard is None else Shard(held.info.shard),
+            Shard(0) if self.sharded else Replicate(),
+        )
+        shape = torch.Size(held.info.shape)
+        strides = torch.empty(shape, device="meta").stride()
+        mesh = self.mesh.devices["tensor", "data"]
+        return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=shape, stride=strides)
+
+
+class Replicated(State):
+    sharded = False
+
+    def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
+        super().__init__(stages, plan, parallel, training, mesh)
+        sizes = [held.master.numel() for held in self.held]
+        self.flat = torch.zeros(sum(sizes), device=mesh.device)
+        self.partial = self.flat[: sum(size for size, held in zip(sizes, self.held, strict=True) if held.info.partial)]
+        self._gradients = [part.view(held.master.shape) for part, held in zip(self.flat.split(sizes), self.held, strict=True)]
+        self.publish()
+        for held, gradient in zip(self.held, self._gradients, strict=True):
+            if held.parameter.dtype == torch.float32:
+                held.parameter.grad = gradient  # the backward pass adds to it in place
+            else:
+                held.parameter.register_post_accumulate_grad_hook(_adding_to(gradient))
+
+    def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
+        bf16 = self.training.precision == "bf16"
+        for path, info in weights_of(module).items():
+            owner_path, _, attribute = path.rpartition(".")
+            shape = place(info, self.mesh, sharded=False).shape
+            master = torch.empty(shape, device=self.mesh.device)
+            parameter = nn.Parameter(torch.empty_like(master, dtype=torch.bfloat16) if bf16 else master)
+            setattr(module.get_submodule(owner_path), attribute, parameter)
+            yield Held(public_name(path), stage, info, parameter, parameter.data if not bf16 else master)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        pairs = [(h.parameter, h.master) for h in self.held if h.parameter.dtype != torch.float32]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+    def before_step(self) -> None:
+        self.flat.zero_()
+
+    def before_micro_batch(self, *, last: bool) -> None:
+        """Nothing to prepare."""
+
+    def _sum_partial(self) -> None:
+        if self.partial.numel():
+            dist.all_reduce(self.partial, group=self.mesh.group("tensor"))
+
+    def _sum_data(self) -> None:
+        if self.mesh.data.size > 1:
+            dist.all_reduce(self.flat, group=self.mesh.group("data"))
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return self._gradients
+
+
+def _adding_to(gradient: Tensor):
+    """Moves a bfloat16 gradient into its float32 sum as soon as it is there."""
+
+    def hook(parameter: Tensor) -> None:
+        gradient.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+class Sharded(State):
+    sharded = True
+
+    def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
+        self.stages = list(stages.values())
+        super().__init__(stages, plan, parallel, training, mesh)
+
+    def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
+        infos = weights_of(module)
+        assert self.mesh.devices is not None
+        wrap_sharded(module, self.parallel, self.mesh.devices["data"], self.training.precision)
+        module.to_empty(device=self.mesh.device)
+        for path, parameter in module.named_parameters():
+            yield Held(public_name(path), stage, infos[path], parameter, local_part(parameter.data))
+
+    def publish(self) -> None:
+        """FSDP2 gathers from the masters themselves; what an evaluation has gathered is let go."""
+        for stage in self.stages:
+            for unit in sharded_units(stage):
+                unit.reshard()
+
+    def before_step(self) -> None:
+        for held in self.held:
+            held.parameter.grad = None
+
+    def before_micro_batch(self, *, last: bool) -> None:
+        """ZeRO 3 reduce-scatters after every micro-batch, ZeRO 1 after the last."""
+        for stage in self.stages:
+            stage.set_is_last_backward(last)
+            stage.set_requires_gradient_sync(last or self.parallel.zero == 3)
+            stage.set_reshard_after_backward(last or self.parallel.zero == 3)
+
+    def _sum_partial(self) -> None:
+        parts = [g for g, held in zip(self.gradients, self.held, strict=True) if held.info.partial]
+        if not parts:
+            return
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat, group=self.mesh.group("tensor"))
+        torch._foreach_copy_(parts, [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)])
+
+    def _sum_data(self) -> None:
+        """FSDP2 has done it."""
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        for held in self.held:
+            if held.parameter.grad is None:  # no part in the loss
+                held.parameter.grad = torch.zeros_like(held.parameter)
+        return [local_part(held.parameter.grad) for held in self.held if held.parameter.grad is not None]
+
+
+def make_state(stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh) -> State:
+    """ZeRO needs ranks to divide by: over a data axis of one it is replication."""
+    kind = Sharded if parallel.zero and parallel.data > 1 else Replicated
+    return kind(stages, plan, parallel, training, mesh)

@@ -1,0 +1,175 @@
+"""Training curves of emitted programs on forked ranks, over a synthetic dataset with uneven counts of valid tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlmdsl.runtime import mesh as meshes
+from mlmdsl.runtime.config import AdamW, Data, Parallel, Schedule, Tokenizer, Training
+from mlmdsl.runtime.parallel import place
+from mlmdsl.runtime.train import Trainer
+from tests.parity.ranks import run_ranks
+
+# AdamW divides by the square root of the second moment: with its usual epsilon a gradient of 1e-9 moves its weight as far as
+# one of 1, and rounding decides where to. With a large one it is close to SGD with momentum, and curves can be compared.
+SETTINGS = AdamW(lr=0.3, betas=(0.9, 0.95), eps=0.1, weight_decay=0.1, clip=1.0)
+
+
+def training(sequence: int = 16, batch: int = 8, steps: int = 8, **changes: Any) -> Training:
+    """Settings of a run on synthetic data. The clip is small enough to act."""
+    return Training(
+        data=Data("text", ("unused",)),
+        tokenizer=Tokenizer("bytes"),
+        sequence=sequence,
+        batch=batch,
+        steps=steps,
+        optimizer=SETTINGS,
+        schedule=Schedule("cosine", warmup=2, min_lr=0.01),
+        **changes,
+    )
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Tokens by a formula; each row has another length, the rest of it is padding; some rows have no valid token at all."""
+
+    batch_size: int
+    sequence: int
+    vocab: int
+    batches: int = 2
+
+    def batch(self, step: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+        rows = [self._row(step * self.batch_size + row) for row in range(low, high)]
+        stream = torch.stack([tokens for tokens, _ in rows])
+        targets = stream[:, 1:].clone()
+        for target, (_, length) in zip(targets, rows, strict=True):
+            target[length:] = -100
+        return stream[:, :-1].contiguous(), targets
+
+    def _row(self, sample: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(1000 + sample)
+        start, stride = (int(x) for x in torch.randint(1, 7, (2,), generator=generator))
+        noise = torch.randint(0, 3, (self.sequence + 1,), generator=generator)
+        length = int(torch.randint(1, self.sequence + 1, (), generator=generator)) if sample % 5 else 0
+        return (start + stride * torch.arange(self.sequence + 1) + noise) % self.vocab, length
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses and norms of each step, validation loss after the last, gradients of the step after that, weights before it."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    validation: float
+    gradients: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+
+
+def settings(program_text: str) -> tuple[Parallel, Training]:
+    names = _executed(program_text)
+    return names["PARALLEL"], names["TRAINING"]
+
+
+def _executed(program_text: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "program"}
+    exec(compile(program_text, "program.py", "exec"), names)
+    return names
+
+
+def train_curve(program_text: str, ranks: int, steps: int = 5, *, vocab: int = 64, timeout: float = 120.0) -> Curve:
+    """Runs an emitted program on `ranks` forked processes; what rank 0 saw. Optimizer settings are replaced by SETTINGS."""
+    return run_ranks(_curve_of_rank, ranks, program_text, steps, vocab, timeout=timeout)[0]
+
+
+def _curve_of_rank(rank: int, program_text: str, steps: int, vocab: int) -> Curve | None:
+    trainer = make_trainer(program_text, vocab)
+    reports = [trainer.step() for _ in range(steps)]
+    validation = trainer.validate()
+    weights = collected(trainer, [held.master for held in trainer.state.held])
+    trainer.backward()
+    gradients = collected(trainer, trainer.state.gradients)
+    assert validation is not None
+    return (
+        Curve(tuple(r.loss for r in reports), tuple(r.grad_norm for r in reports), validation, gradients, weights)
+        if rank == 0
+        else None
+    )
+
+
+def make_trainer(program_text: str, vocab: int = 64, device: torch.device | None = None) -> Trainer:
+    names = _executed(program_text)
+    parallel: Parallel = names["PARALLEL"]
+    run: Training = replace(names["TRAINING"], optimizer=replace(SETTINGS, clip=names["TRAINING"].optimizer.clip))
+    data = Synthetic(run.batch, run.sequence, vocab)
+    grid = meshes.create(parallel, device or torch.device("cpu"))
+    return Trainer(names["Stage"], names["loss"], parallel, run, grid, data, data)
+
+
+def collected(trainer: Trainer, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The whole of every weight's tensor, on rank 0, put together from every rank's part."""
+    state, mesh = trainer.state, trainer.mesh
+    mine = [
+        (held.name, held.info.shape, place(held.info, mesh, sharded=state.sharded).offsets, part.detach().cpu().clone())
+        for held, part in zip(state.held, parts, strict=True)
+    ]
+    every: list[Any] = [mine]
+    if mesh.world_size > 1:
+        every = [None] * mesh.world_size
+        dist.gather_object(mine, every if dist.get_rank() == 0 else None)
+    whole: dict[str, Tensor] = {}
+    for name, shape, offsets, part in (item for found in every if found for item in found):
+        box = tuple(slice(low, low + size) for low, size in zip(offsets, part.shape, strict=True))
+        whole.setdefault(name, torch.full(shape, torch.nan))[box] = part
+    return whole
+
+
+# ---- comparing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Largest relative differences of two curves."""
+
+    loss: float
+    norm: float
+    validation: float
+    gradient: float
+    worst: str  # the weight whose gradient differs most
+
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.norm, self.validation, self.gradient)
+
+
+def compare(one: Curve, other: Curve) -> Differences:
+    """Gradients by the largest difference over the largest value of the weight's gradient, or over a thousandth of the largest
+    value of all where that is more: some gradients (of key biases: softmax does not see them) are zero but for rounding."""
+    assert one.gradients.keys() == other.gradients.keys(), one.gradients.keys() ^ other.gradients.keys()
+    least = 1e-3 * max(float(gradient.abs().max()) for gradient in one.gradients.values())
+    by_weight = {name: difference(one.gradients[name], other.gradients[name], least) for name in one.gradients}
+    worst = max(by_weight, key=lambda name: by_weight[name])
+    return Differences(
+        loss=max(map(_relative, one.losses, other.losses)),
+        norm=max(map(_relative, one.norms, other.norms)),
+        validation=_relative(one.validation, other.validation),
+        gradient=by_weight[worst],
+        worst=worst,
+    )
+
+
+def difference(one: Tensor, other: Tensor, least: float = 0.0) -> float:
+    """Relative to the largest value, or `least`; not-a-number counts as infinite."""
+    scale = max(float(one.abs().max()), least)
+    found = float((one - other).abs().max())
+    return 0.0 if found == 0 else found / scale if scale and found == found else math.inf
+
+
+def _relative(one: float, other: float) -> float:
+    return abs(one - other) / max(abs(one), 1e-30)
