@@ -20,10 +20,10 @@ OPS = (
         doc="A variable of a repeat at the start of a pass: whole, or cut along one dim.",
         infer=lambda types, attrs: types[0],
         strategies=lambda types, out, weights, attrs, n: (
-            Strategy("replicated", (REPLICATE,), (), REPLICATE),
-            *(Strategy(shard_name(out, d), (shard(d),), (), shard(d)) for d in shardable(out, n)),
+            Strategy("replicated", (), (), REPLICATE),
+            *(Strategy(shard_name(out, d), (), (), shard(d)) for d in shardable(out, n)),
         ),
         work=lambda local: Work("none", kernels_forward=0, kernels_backward=0),
-        emit=lambda e: e.inputs[0],
+        emit=lambda e: "",
     ),
 )

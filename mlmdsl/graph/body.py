@@ -1,0 +1,544 @@
+"""The statements of a model or block, evaluated: tensors become nodes, block calls are inlined."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mlmdsl.diagnostics import Label, Span
+from mlmdsl.grammar import syntax as s
+from mlmdsl.grammar.evaluate import POISON, Evaluator, did_you_mean, kind_of
+from mlmdsl.grammar.spec import BlockSource
+from mlmdsl.graph.arguments import Given, bind_tensors, check_scalar, match_dims
+from mlmdsl.graph.calls import OPERATORS, SIGNATURES, Signature
+from mlmdsl.graph.graph import Carried, Node, Scalar
+from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.graph.ops.base import ShapeProblem
+from mlmdsl.graph.state import State
+from mlmdsl.graph.tensor import TensorType, Weight
+from mlmdsl.graph.values import Scope, ScopeRef, Symbol, TensorValue, WeightRef
+
+MAX_UNROLLED = 1024  # passes of a repeat inside a block, which is written out
+
+
+class Body(Evaluator):
+    """One block call (or the model itself): its variables, and the names that it can call."""
+
+    def __init__(self, state: State, scope: dict[str, Any], blocks: Mapping[str, str], names: Scope, *, top: bool = False):
+        super().__init__(scope, state.diagnostics)
+        self.variables = scope
+        self.state, self.blocks, self.names, self.top = state, blocks, names, top
+        self.outputs: tuple[Any, ...] | None = None
+        self._expected: list[s.Expect] = []
+        self._target: str | None = None  # what the call being evaluated is assigned to
+        self._transparent = False  # the block call being evaluated adds no name
+
+    # ---- statements -------------------------------------------------------------------------------------------------
+
+    def run(self, body: Sequence[s.Statement]) -> None:
+        for statement in body:
+            self._statement(statement, body)
+
+    def _statement(self, statement: s.Statement, body: Sequence[s.Statement]) -> None:
+        match statement:
+            case s.Const() | s.Param():
+                self.variables[statement.name] = self.value(statement.value)
+            case s.Input():
+                self._input(statement)
+            case s.Assign():
+                self._assign(statement)
+            case s.Repeat():
+                self._repeat(statement)
+            case s.If():
+                self._if(statement)
+            case s.Output():
+                self.outputs = tuple(self.assigned(expr, None) for expr in statement.values)
+            case s.Expect():
+                self._expected.append(statement)
+
+    def assigned(self, expr: s.Expr, target: str | None) -> Any:
+        """The value of an expression that is assigned to `target` as a whole."""
+        self._target = target
+        try:
+            return self.value(expr)
+        finally:
+            self._target = None
+
+    def _take_target(self) -> str | None:
+        """The name for the outermost operation; those inside have none."""
+        target, self._target = self._target, None
+        return target
+
+    def _input(self, statement: s.Input) -> None:
+        kind = statement.type
+        if not self.top:
+            self.poison("MLM0514", "only a model has inputs", statement.span, help="a block takes its values as arguments")
+            return
+        if kind.dims is None or kind.base not in (None, "int"):
+            self.poison("MLM0515", "an input is a tensor", kind.span, help=f"write input {statement.name}: int[B, S]")
+            self.variables[statement.name] = POISON
+            return
+        shape = tuple(self._dim(dim) for dim in kind.dims)
+        if POISON in shape:
+            self.variables[statement.name] = POISON
+            return
+        type = TensorType("int" if kind.base == "int" else "float", shape)
+        path = self.names.fresh(statement.name)
+        self.state.add(Node(path, "input", (), type, variable=statement.name, span=statement.span))
+        self.state.inputs.append(path)
+        self.variables[statement.name] = TensorValue(path, type, statement.span)
+
+    def _dim(self, expr: s.Expr) -> Any:
+        """A dim of an input: a known number, or a symbol that it introduces."""
+        if isinstance(expr, s.Name) and not isinstance(self.variables.get(expr.name), int):
+            self.variables.setdefault(expr.name, Symbol(expr.name))
+            return expr.name
+        value = self.value(expr)
+        if value is POISON or (isinstance(value, int) and value >= 1):
+            return value
+        return self.poison("MLM0515", f"a dim is a positive integer, not {kind_of(value)}", expr.span)
+
+    def _assign(self, statement: s.Assign) -> None:
+        value = self.assigned(statement.value, statement.names[0])
+        if len(statement.names) == 1:
+            self.variables[statement.names[0]] = value
+            return
+        if value is POISON:
+            self.variables |= dict.fromkeys(statement.names, POISON)
+        elif not isinstance(value, tuple) or len(value) != len(statement.names):
+            count = len(value) if isinstance(value, tuple) else 1
+            self.poison("MLM0516", f"{len(statement.names)} names for {count} value{'s' * (count != 1)}", statement.span)
+            self.variables |= dict.fromkeys(statement.names, POISON)
+        else:
+            self.variables |= dict(zip(statement.names, value, strict=True))
+
+    def _if(self, statement: s.If) -> None:
+        condition = self.value(statement.condition)
+        if condition is POISON:
+            return
+        if not isinstance(condition, bool):
+            self.poison("MLM0517", f"`if` wants a truth value, not {_kind(condition)}", statement.condition.span)
+            return
+        self.run(statement.then if condition else statement.otherwise)
+
+    # ---- repeat -----------------------------------------------------------------------------------------------------
+
+    def _repeat(self, statement: s.Repeat) -> None:
+        count = self.value(statement.count)
+        if count is POISON:
+            self._poison_assigned(statement.body)
+            return
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            self.poison("MLM0518", f"a repeat runs a positive number of times, not {_shown(count)}", statement.count.span)
+            self._poison_assigned(statement.body)
+            return
+        name = self.names.fresh(statement.name or "layers").removeprefix(self.names.prefix)
+        if self.top and not self.names.region:
+            self._folded(statement, name, count)
+        else:
+            self._unrolled(statement, name, count)
+
+    def _poison_assigned(self, body: Iterable[s.Statement]) -> None:
+        self.variables |= dict.fromkeys(_assigned_names(body), POISON)
+
+    def _unrolled(self, statement: s.Repeat, name: str, count: int) -> None:
+        if count > MAX_UNROLLED:
+            self.poison(
+                "MLM0518",
+                f"a repeat inside a block is written out, {count} times",
+                statement.count.span,
+                help=f"{MAX_UNROLLED} is the most",
+            )
+            return
+        outer = self.names
+        for index in range(count):
+            self.names = Scope(f"{outer.prefix}{name}.{index}.", outer.region, outer.calls)
+            self._pass(statement)
+        self.names = outer
+
+    def _folded(self, statement: s.Repeat, name: str, count: int) -> None:
+        """One pass stands for all: variables of before that the body assigns are carried."""
+        self.state.close_straight()
+        outer, self.names = self.names, Scope(f"{name}.", name)
+        before: dict[str, TensorValue] = {}
+        for variable in dict.fromkeys(_assigned_names(statement.body)):
+            value = self.variables.get(variable)
+            if isinstance(value, TensorValue):
+                before[variable] = value
+                path = self.names.fresh(variable)
+                self.state.add(Node(path, "carry", (), value.type, variable=variable, span=statement.span))
+                self.variables[variable] = TensorValue(path, value.type, value.span)
+        entries = {variable: self.variables[variable] for variable in before}
+        self._pass(statement)
+        carried = [c for v, old in before.items() if (c := self._carried(v, old, entries[v], name, statement)) is not None]
+        self.names = outer
+        self.state.close_repeat(name, count, carried)
+
+    def _pass(self, statement: s.Repeat) -> None:
+        """The body once; a block call that is the body's only owner of parameters adds no name."""
+        owners = [call for part in statement.body for call in _capitalised(part)]
+        for part in statement.body:
+            only = isinstance(part, s.Assign) and len(owners) == 1 and part.value is owners[0]
+            self._transparent = only and part.names[0] in self.variables
+            self._statement(part, statement.body)
+            self._transparent = False
+
+    def _carried(
+        self, variable: str, before: TensorValue, entry: TensorValue, name: str, statement: s.Repeat
+    ) -> Carried | None:
+        after = self.variables[variable]
+        if after is POISON:
+            return None
+        if not isinstance(after, TensorValue) or not after.path.startswith(f"{name}."):
+            self.poison(
+                "MLM0519",
+                f"`{variable}` is not computed in the repeat that assigns it",
+                statement.span,
+                help="compute it in the body",
+            )
+            return None
+        if after.type != before.type:
+            self.poison(
+                "MLM0505",
+                f"`{variable}` goes into the repeat as {before.type} and comes out as {after.type}",
+                after.span,
+                label=f"{after.type}",
+                secondary=(Label(before.span, f"{before.type}"),),
+                help="every pass has to give what the next one takes",
+            )
+            self.variables[variable] = POISON
+            return None
+        return Carried(variable, entry.path, before.path, after.path)
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+
+    def call(self, expr: s.Call) -> Any:
+        target, transparent = self._take_target(), self._transparent
+        self._transparent = False
+        name = _dotted(expr.function)
+        if name is None:
+            return self.poison("MLM0203", "this cannot be called", expr.function.span)
+        if name in self.blocks:
+            return self._block(expr, self.state.model.blocks[self.blocks[name]], target, transparent)
+        if name in SIGNATURES:
+            return self._primitive(expr, name, SIGNATURES[name], target)
+        for argument in expr.arguments:  # what is wrong inside is said too
+            self.value(argument.value)
+        help = did_you_mean(name, [*self.blocks, *SIGNATURES])
+        return self.poison("MLM0250", f"there is no block or function `{name}`", expr.function.span, help=help)
+
+    def _given(self, expr: s.Call) -> Given:
+        positional, keywords, spans = self.arguments(expr)
+        return Given(_dotted(expr.function) or "", positional, keywords, spans, expr.span)
+
+    def _block(self, expr: s.Call, source: BlockSource, target: str | None, transparent: bool) -> Any:
+        given = self._given(expr)
+        names = self._inner_names(source.block.name, target, transparent)
+        inner = Body(self.state, dict(source.values), source.blocks, names)
+        sound = inner.formals(source.block.formals, given.positional, given.keywords, expr.span, given)
+        if not sound:
+            return POISON
+        inner.run(source.block.body)
+        if inner.outputs is None:
+            span = source.block.name_span
+            return self.poison(
+                "MLM0510", f"the block `{source.block.name}` has no output", span, help="end it with `output` and a value"
+            )
+        outputs = tuple(self._renamed(value, names, expr.span) for value in inner.outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _renamed(self, value: Any, names: Scope, span: Span) -> Any:
+        """A block's output as its caller sees it: `attn.query.weight` goes by the call's name."""
+        if not isinstance(value, TensorValue):
+            return value
+        return TensorValue(value.path, value.type, span, names.prefix.removesuffix(".") or None)
+
+    def _inner_names(self, block: str, target: str | None, transparent: bool) -> Scope:
+        outer = self.names
+        if transparent:
+            return Scope(outer.prefix, outer.region, (*outer.calls, (outer.prefix.removesuffix("."), block)), outer.taken)
+        path = outer.fresh(target or _snake(block))
+        return Scope(f"{path}.", outer.region, (*outer.calls, (path, block)))
+
+    def formals(
+        self,
+        formals: Sequence[s.Formal],
+        positional: Sequence[Any],
+        keywords: Mapping[str, Any],
+        span: Span,
+        given: Given | None = None,
+    ) -> bool:
+        """Binds arguments to a block's formals; False where one is wrong (reported)."""
+        given = given or Given("", tuple(positional), keywords, {}, span)
+        bound = given.bind([f.name for f in formals], self)
+        sound = bound is not None
+        for formal in formals:
+            if bound is None or formal.name not in bound:
+                value = self._default(formal, given) if bound is not None else POISON
+            else:
+                value = bound[formal.name]
+            if value is not POISON and formal.type is not None:
+                value = self._typed(formal, value, given)
+            self.variables[formal.name] = value
+            sound = sound and value is not POISON
+        return sound
+
+    def _default(self, formal: s.Formal, given: Given) -> Any:
+        if formal.default is not None:
+            return self.value(formal.default)
+        return self.poison(
+            "MLM0253", f"`{given.name}` needs `{formal.name}`", given.span, secondary=(Label(formal.span, "asked for here"),)
+        )
+
+    def _typed(self, formal: s.Formal, value: Any, given: Given) -> Any:
+        assert formal.type is not None
+        where = given.spans.get(formal.name, given.span)
+        if formal.type.dims is not None:
+            return match_dims(self, formal, value, where)
+        return check_scalar(self, formal, value, where)
+
+    # ---- primitive operations ---------------------------------------------------------------------------------------
+
+    def _primitive(self, expr: s.Call, name: str, signature: Signature, target: str | None) -> Any:
+        given = self._given(expr)
+        tensors, bound = bind_tensors(self, given, signature)
+        if tensors is None or bound is None:
+            return POISON
+        scope = self.names.fresh(target or _snake(name)) if signature.owns else None
+        weight = bound.pop("weight", None)
+        bias = bound.pop("bias", None) if signature.bias else None
+        if bias is None:
+            bias = weight is None
+        sizes = self._sizes(signature, bound, weight, given)
+        if sizes is None:
+            return POISON
+        path = scope or self.names.fresh(target or name)
+        made = self._node(expr.span, path, signature.op, tensors, bound, scope, weight, target or "", given)
+        if made is POISON or not signature.bias or not bias:
+            return made
+        return self._node(expr.span, f"{path}.bias", "bias", (made,), {}, scope, None, target or "", given)
+
+    def _sizes(self, signature: Signature, bound: dict[str, Any], weight: Any, given: Given) -> dict[str, Any] | None:
+        """Sizes that a tied weight decides: [out, in] of a linear, [vocab, dim] of an embedding."""
+        names = {"linear": ("out",), "embedding": ("vocab", "dim")}.get(signature.op, ())
+        for index, name in enumerate(names):
+            if bound[name] is None and isinstance(weight, WeightRef):
+                bound[name] = weight.shape[index]
+            elif bound[name] is None:
+                self.poison(
+                    "MLM0253", f"`{given.name}` needs `{name}`", given.span, help=f"write {given.name}(..., {name} = ...)"
+                )
+                return None
+            elif isinstance(weight, WeightRef) and bound[name] != weight.shape[index]:
+                message = f"`{name}` = {bound[name]} does not fit the weight `{weight.key}` of shape {list(weight.shape)}"
+                self.poison(
+                    "MLM0506", message, given.spans.get(name, given.span), help=f"leave `{name}` out: the weight decides it"
+                )
+                return None
+        return bound
+
+    def _node(
+        self,
+        span: Span,
+        path: str,
+        op: str,
+        inputs: Sequence[TensorValue],
+        attributes: Mapping[str, Scalar],
+        scope: str | None,
+        weight: Any,
+        variable: str,
+        given: Given | None = None,
+    ) -> Any:
+        """Adds a node, with the weights that it owns or is given."""
+        types = tuple(value.type for value in inputs)
+        operation = CATALOGUE[op]
+        try:
+            type = operation.infer(types, attributes)
+            specs = operation.weights(types, attributes)
+        except ShapeProblem as problem:
+            return self._shape_problem(problem, span, inputs, given)
+        keys: list[str] = []
+        for spec in specs:
+            if isinstance(weight, WeightRef):
+                if weight.shape != spec.shape:
+                    message = f"the weight `{weight.key}` is {list(weight.shape)}, wanted is {list(spec.shape)}"
+                    return self.poison("MLM0506", message, span)
+                keys.append(weight.key)
+                continue
+            assert scope is not None
+            made = Weight(
+                self.names.region,
+                f"{scope}.{spec.leaf}".removeprefix(f"{self.names.region}."),
+                spec.shape,
+                spec.init,
+                spec.decay,
+            )
+            self.state.weights[made.key] = made
+            keys.append(made.key)
+        settings = tuple(sorted((k, v) for k, v in attributes.items() if k not in ("std",)))
+        paths = tuple(value.path for value in inputs)
+        self.state.add(Node(path, op, paths, type, settings, tuple(keys), self.names.calls, variable, span))
+        return TensorValue(path, type, span, scope)
+
+    def _shape_problem(self, problem: ShapeProblem, span: Span, inputs: Sequence[TensorValue], given: Given | None) -> Any:
+        secondary: tuple[Label, ...] = ()
+        labels = [(v.span, str(v.type)) for v in inputs]
+        if problem.argument is not None and labels:
+            secondary = tuple(Label(where, shown) for where, shown in dict.fromkeys(labels) if where != span)
+        where = span
+        if given is not None and problem.argument is not None:
+            where = given.spans.get(problem.argument, span)
+        return self.poison(problem.code, str(problem), where, secondary=secondary, help=problem.help)
+
+    # ---- operators --------------------------------------------------------------------------------------------------
+
+    def binary(self, expr: s.Binary) -> Any:
+        target = self._take_target()
+        left = self.value(expr.left)
+        if expr.operator in ("and", "or"):
+            return self.logic(expr, left)
+        right = self.value(expr.right)
+        if left is POISON or right is POISON:
+            return POISON
+        if isinstance(left, TensorValue) or isinstance(right, TensorValue):
+            return self._tensor_operator(expr, left, right, target)
+        if isinstance(left, Symbol) or isinstance(right, Symbol):
+            return self.poison("MLM0521", "a size that is known only when planning cannot be computed with", expr.span)
+        return self.operate(expr, left, right)
+
+    def _tensor_operator(self, expr: s.Binary, left: Any, right: Any, target: str | None) -> Any:
+        op = OPERATORS.get(expr.operator)
+        both = isinstance(left, TensorValue) and isinstance(right, TensorValue)
+        if op is None or not (both or _scalable(expr.operator, left, right)):
+            message = f"`{expr.operator}` does not apply to {_kind(left)} and {_kind(right)}"
+            return self.poison("MLM0522", message, expr.span, help="tensors have + - * / with tensors, and with numbers")
+        if both:
+            path = self.names.fresh(target or op)
+            return self._node(expr.span, path, op, (left, right), {}, None, None, target or "")
+        tensor, number = (left, right) if isinstance(left, TensorValue) else (right, left)
+        path = self.names.fresh(target or ("scale" if expr.operator in "*/" else "offset"))
+        if expr.operator in "*/":
+            factor = float(number) if expr.operator == "*" else 1.0 / number
+            return self._node(expr.span, path, "scale", (tensor,), {"factor": factor}, None, None, target or "")
+        term = float(number) if expr.operator == "+" else -float(number)
+        return self._node(expr.span, path, "offset", (tensor,), {"term": term}, None, None, target or "")
+
+    def unary(self, expr: s.Unary) -> Any:
+        target = self._take_target()
+        value = self.value(expr.operand)
+        if expr.operator == "-" and isinstance(value, TensorValue):
+            return self._node(
+                expr.span, self.names.fresh(target or "scale"), "scale", (value,), {"factor": -1.0}, None, None, target or ""
+            )
+        if value is POISON:
+            return POISON
+        return super().unary(expr)
+
+    # ---- names ------------------------------------------------------------------------------------------------------
+
+    def name(self, expr: s.Name) -> Any:
+        if expr.name in self.variables:
+            return self.variables[expr.name]
+        if expr.name in self.blocks or expr.name in SIGNATURES:
+            return self.poison("MLM0254", f"`{expr.name}` is called, not named", expr.span, help=f"write {expr.name}(...)")
+        return self.poison(
+            "MLM0201", f"there is no `{expr.name}` here", expr.span, help=did_you_mean(expr.name, self.variables)
+        )
+
+    def attribute(self, expr: s.Attribute) -> Any:
+        value = self.value(expr.value)
+        scope = value.path if isinstance(value, ScopeRef) else value.scope if isinstance(value, TensorValue) else None
+        if not isinstance(value, ScopeRef | TensorValue):
+            return POISON if value is POISON else super().attribute(expr)
+        path = f"{scope}.{expr.name}"
+        if scope is not None and path in self.state.weights:
+            return WeightRef(path, self.state.weights[path].shape)
+        below = [key for key in self.state.weights if scope is not None and key.startswith(f"{scope}.")]
+        if any(key.startswith(f"{path}.") for key in below):
+            return ScopeRef(path)
+        known = [key.removeprefix(f"{scope}.") for key in below]
+        help = did_you_mean(expr.name, known) or (f"it has {', '.join(known[:6])}" if known else "it owns no weights")
+        return self.poison("MLM0255", f"there is no weight `{expr.name}` in it", expr.name_span, help=help)
+
+    # ---- expectations -----------------------------------------------------------------------------------------------
+
+    def expectations(self, facts: Mapping[str, int]) -> None:
+        """Checks every `expect` with the finished graph's facts in scope."""
+        self.variables = self.scope = {**self.variables, **facts}
+        for statement in self._expected:
+            value = self.value(statement.condition)
+            if value is POISON or value is True:
+                continue
+            found = ", ".join(f"{name} = {fact:_}" for name, fact in facts.items() if _mentions(statement.condition, name))
+            message = "this expectation fails" + (f": {found}" if found else "")
+            self.poison("MLM0520", message, statement.condition.span, help="mend the model, or the number")
+
+
+# ---- helpers over syntax --------------------------------------------------------------------------------------------
+
+
+def _snake(name: str) -> str:
+    """LayerNorm -> layer_norm, RMSNorm -> rms_norm, GPTBlock -> gpt_block."""
+    last = name.rpartition(".")[2]
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", last).lower()
+
+
+def _dotted(function: s.Expr) -> str | None:
+    if isinstance(function, s.Name):
+        return function.name
+    if isinstance(function, s.Attribute) and isinstance(function.value, s.Name):
+        return f"{function.value.name}.{function.name}"
+    return None
+
+
+def _assigned_names(body: Iterable[s.Statement]) -> Iterable[str]:
+    for statement in body:
+        if isinstance(statement, s.Assign):
+            yield from statement.names
+        elif isinstance(statement, s.Repeat):
+            yield from _assigned_names(statement.body)
+        elif isinstance(statement, s.If):
+            yield from _assigned_names((*statement.then, *statement.otherwise))
+
+
+def _capitalised(node: object) -> Iterable[s.Call]:
+    """Calls that own parameters, in a statement."""
+    if isinstance(node, s.Call):
+        name = _dotted(node.function)
+        if name is not None and name.rpartition(".")[2][:1].isupper():
+            yield node
+    if isinstance(node, s.Node):
+        for value in vars(node).values():
+            for part in value if isinstance(value, tuple) else (value,):
+                yield from _capitalised(part)
+
+
+def _mentions(expr: object, name: str) -> bool:
+    if isinstance(expr, s.Name):
+        return expr.name == name
+    if isinstance(expr, s.Node):
+        return any(
+            _mentions(part, name) for value in vars(expr).values() for part in (value if isinstance(value, tuple) else (value,))
+        )
+    return False
+
+
+def _scalable(operator: str, left: Any, right: Any) -> bool:
+    """A tensor and a number: all but number / tensor and number - tensor."""
+    number = right if isinstance(left, TensorValue) else left
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    return operator in "+*" or (isinstance(left, TensorValue) and not (operator == "/" and number == 0))
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, TensorValue):
+        return f"a tensor {value.type}"
+    if isinstance(value, WeightRef):
+        return "a weight"
+    return kind_of(value)
+
+
+def _shown(value: object) -> str:
+    return str(value) if isinstance(value, int | float) else _kind(value)

@@ -1,0 +1,122 @@
+"""Spec's model to Graph: block calls are inlined down to primitive operations, the model's repeats stay folded.
+
+Every mistake of the model is found in one run: a wrong expression becomes POISON, and nothing that uses it complains again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from mlmdsl.diagnostics import Diagnostics
+from mlmdsl.grammar.evaluate import POISON
+from mlmdsl.grammar.spec import ModelSource
+from mlmdsl.graph.body import Body
+from mlmdsl.graph.graph import Graph, Node, Region
+from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.graph.ops.base import ShapeProblem
+from mlmdsl.graph.state import State
+from mlmdsl.graph.tensor import TensorType
+from mlmdsl.graph.values import Scope, TensorValue
+
+
+def build(model: ModelSource, diagnostics: Diagnostics) -> Graph | None:
+    """The training graph of a next-token model: its nodes, the targets and the loss; None where a mistake was reported."""
+    before = len(diagnostics.errors)
+    state = State(model, diagnostics)
+    names = {name: source.qualified for name, source in model.blocks.items() if ":" not in name}
+    body = Body(state, dict(model.values), names, Scope("", ""), top=True)
+    body.formals(model.model.formals, (), {}, model.model.span)
+    body.run(model.model.body)
+    output = _output(body, model, diagnostics)
+    if output is None or len(diagnostics.errors) > before:
+        return None
+    loss = _loss(state, output, diagnostics)
+    graph = loss and _finished(state, model.model.name, output, loss, diagnostics)
+    if graph is None:
+        return None
+    body.expectations({"params": graph.parameters, "layers": graph.layers})
+    return None if len(diagnostics.errors) > before else graph
+
+
+def _output(body: Body, model: ModelSource, diagnostics: Diagnostics) -> TensorValue | None:
+    """The model's first output; a missing one is reported."""
+    if body.outputs is None:
+        help = "end the model with `output` and the logits"
+        diagnostics.report("MLM0510", f"the model `{model.model.name}` has no output", model.model.name_span, help=help)
+        return None
+    first = body.outputs[0]
+    if isinstance(first, TensorValue):
+        return first
+    if first is not POISON:
+        diagnostics.report("MLM0511", "the model's output is no tensor", model.model.name_span)
+    return None
+
+
+def _loss(state: State, output: TensorValue, diagnostics: Diagnostics) -> Node | None:
+    """Adds the targets, whose shape is the tokens', and the cross entropy."""
+    if not state.inputs:
+        diagnostics.report("MLM0512", "the model has no input", output.span, help="write input tokens: int[B, S]")
+        return None
+    targets = TensorType("int", output.type.shape[:-1])
+    try:
+        kind = CATALOGUE["cross_entropy"].infer((output.type, targets), {})
+    except ShapeProblem as problem:
+        diagnostics.report(problem.code, str(problem), output.span, help=problem.help)
+        return None
+    state.inputs.append("targets")
+    state.first_nodes.append(Node("targets", "input", (), targets, variable="targets"))
+    path = Scope("", "").fresh("loss") if "loss" not in state.paths else "cross_entropy"
+    node = Node(path, "cross_entropy", (output.path, "targets"), kind, span=output.span)
+    state.add(node)
+    return node
+
+
+def _finished(state: State, name: str, output: TensorValue, loss: Node, diagnostics: Diagnostics) -> Graph:
+    """The regions without what the loss does not need; named values that nothing uses get a warning."""
+    state.close_straight()
+    regions = tuple(state.regions)
+    if state.first_nodes:
+        regions = _with_first(regions, state.first_nodes)
+    needed = _needed(regions, loss.path)
+    kept = tuple(r for r in (_without_dead(region, needed) for region in regions) if r.nodes)
+    for region in regions:
+        for node in region.nodes:
+            if node.path not in needed and node.variable and node.span and node.op not in ("input", "carry"):
+                diagnostics.report(
+                    "MLM0513", f"`{node.variable}` is never used", node.span, severity="warning", help="take it away"
+                )
+    used = {key for region in kept for node in region.nodes for key in node.weights}
+    weights = {key: weight for key, weight in state.weights.items() if key in used}
+    return Graph(name, kept, weights, tuple(state.inputs), output.path, loss.path)
+
+
+def _with_first(regions: tuple[Region, ...], nodes: Sequence[Node]) -> tuple[Region, ...]:
+    """The targets stand with the model's inputs, in the straight code at the start."""
+    if regions[0].repeated:
+        return (Region("", 1, tuple(nodes)), *regions)
+    first = regions[0]
+    at = 1 + max((i for i, node in enumerate(first.nodes) if node.op == "input"), default=-1)
+    return (replace(first, nodes=(*first.nodes[:at], *nodes, *first.nodes[at:])), *regions[1:])
+
+
+def _needed(regions: Iterable[Region], loss: str) -> set[str]:
+    """Paths that the loss depends on, inputs of the model included."""
+    uses: dict[str, set[str]] = {}
+    for region in regions:
+        for node in region.nodes:
+            uses[node.path] = set(node.inputs)
+        for carried in region.carried:
+            uses[carried.entry] = {carried.initial, carried.next}
+    needed, open_paths = set[str](), [loss]
+    while open_paths:
+        path = open_paths.pop()
+        if path not in needed:
+            needed.add(path)
+            open_paths += uses[path]
+    return needed | {node.path for region in regions for node in region.nodes if node.op == "input"}
+
+
+def _without_dead(region: Region, needed: set[str]) -> Region:
+    nodes = tuple(node for node in region.nodes if node.path in needed)
+    return replace(region, nodes=nodes, carried=tuple(c for c in region.carried if c.entry in needed))

@@ -1,0 +1,73 @@
+"""What a model can call besides blocks: the language's names for the primitive operations, with their arguments.
+
+A capitalised call owns parameters; a lower-case one is a pure function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["int", "float", "bool", "weight", "optional float"]
+REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A named argument that is no tensor: its type, and its default (REQUIRED where there is none)."""
+
+    name: str
+    kind: Kind
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True)
+class Signature:
+    """`tensors` are the leading positional arguments; `bias` says that a bias operation may follow (argument `bias`)."""
+
+    op: str
+    tensors: tuple[str, ...]
+    arguments: tuple[Argument, ...] = ()
+    owns: bool = False
+    bias: bool = False
+
+
+_STD = Argument("std", "float", 0.02)  # of the normal initialisation (GPT-2's)
+_WEIGHT = Argument("weight", "weight", None)
+
+SIGNATURES: Mapping[str, Signature] = {
+    "Linear": Signature(
+        "linear", ("x",), (Argument("out", "int", None), Argument("bias", "bool", None), _WEIGHT, _STD), owns=True, bias=True
+    ),
+    "Embedding": Signature(
+        "embedding", ("tokens",), (Argument("vocab", "int", None), Argument("dim", "int", None), _WEIGHT, _STD), owns=True
+    ),
+    "Position": Signature("position", ("tokens",), (Argument("max", "int"), Argument("dim", "int"), _STD), owns=True),
+    "LayerNorm": Signature("layer_norm", ("x",), (Argument("eps", "float", 1e-5), Argument("bias", "bool", True)), owns=True),
+    "RMSNorm": Signature("rms_norm", ("x",), (Argument("eps", "float", 1e-5),), owns=True),
+    "gelu": Signature("gelu", ("x",), (Argument("tanh", "bool", False),)),
+    "relu": Signature("relu", ("x",)),
+    "silu": Signature("silu", ("x",)),
+    "sigmoid": Signature("sigmoid", ("x",)),
+    "tanh": Signature("tanh", ("x",)),
+    "softmax": Signature("softmax", ("x",)),
+    "split_heads": Signature("split_heads", ("x",), (Argument("heads", "int"),)),
+    "merge_heads": Signature("merge_heads", ("x",)),
+    "rotary": Signature(
+        "rotary",
+        ("x",),
+        (
+            Argument("theta", "float", 10000.0),
+            Argument("factor", "float", 1.0),
+            Argument("low_freq_factor", "float", 1.0),
+            Argument("high_freq_factor", "float", 4.0),
+            Argument("original_max", "int", 8192),
+        ),
+    ),
+    "attend": Signature(
+        "attend", ("q", "k", "v"), (Argument("causal", "bool", False), Argument("scale", "optional float", None))
+    ),
+}
+
+OPERATORS: Mapping[str, str] = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}

@@ -1,0 +1,39 @@
+"""What one build gathers: nodes in order, weights, regions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlmdsl.diagnostics import Diagnostics, Span
+from mlmdsl.grammar.spec import ModelSource
+from mlmdsl.graph.graph import Carried, Node, Region
+from mlmdsl.graph.tensor import Weight
+
+
+@dataclass
+class State:
+    model: ModelSource
+    diagnostics: Diagnostics
+    nodes: list[Node] = field(default_factory=list)  # of the region being built
+    paths: dict[str, Node] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    origins: dict[str, Span] = field(default_factory=dict)  # where each value was made, by path
+    regions: list[Region] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    first_nodes: list[Node] = field(default_factory=list)  # inputs that the objective adds
+
+    def add(self, node: Node) -> None:
+        assert node.path not in self.paths, node.path
+        self.nodes.append(node)
+        self.paths[node.path] = node
+
+    def close_straight(self) -> None:
+        """Ends the straight code so far as a region."""
+        if self.nodes:
+            self.regions.append(Region("", 1, tuple(self.nodes)))
+            self.nodes = []
+
+    def close_repeat(self, name: str, count: int, carried: Sequence[Carried]) -> None:
+        self.regions.append(Region(name, count, tuple(self.nodes), tuple(carried)))
+        self.nodes = []
