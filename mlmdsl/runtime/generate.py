@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -72,7 +73,9 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device(device):
         model = names["Stage"](0, mesh.single(device)).eval()
-    checkpoints.load_weights(model, folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant here
+        checkpoints.load_weights(model, folder)
     text = tokenizer.load(training.tokenizer)
     ids = text.encode(prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     drawn = sample(model, ids or [text.end_of_text], training.sequence, text.vocab, sampling, device)
