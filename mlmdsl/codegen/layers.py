@@ -7,6 +7,7 @@ transitions, so that a program for one device has no trace of the axis.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,6 +240,7 @@ class Passage:
                 results=(result,),
                 template=self._template(main, (*main.weights, *(node.weights if linear else ()))),
                 hints=(node.variable or (linear.variable if linear else ""),),
+                soft=bool(node.weights),
                 shape=self.sharded.local_shape(node.type, result[1]),
                 scope=node.scope,
                 condition=self.condition,
@@ -247,7 +249,7 @@ class Passage:
 
     def _template(self, node: Node, weights: tuple[str, ...]) -> str:
         graph = self.sharded.graph
-        return CATALOGUE[node.op].emit(
+        text = CATALOGUE[node.op].emit(
             Emission(
                 inputs=tuple(slot(i) for i in range(len(node.inputs))),
                 weights=tuple(self.weight(graph.weights[key]) for key in weights),
@@ -259,6 +261,7 @@ class Passage:
                 output_type=node.type,
             )
         )
+        return re.sub(r"(?<=[\d.]e-)0(?=\d)", "", text)  # 1e-05 -> 1e-5
 
     def _collective(self, item: Transition, source: str, scope: tuple[tuple[str, str], ...]) -> Step:
         template = FUNCTIONS[item.forward, item.backward]

@@ -33,7 +33,8 @@ class Step:
     kind: "heavy" and "light" operations (elementwise) and "reshape"s are expressions; "collective"s stand alone on a line with
     a comment; an "alias" is the same value under another name; a "block" writes its own lines; "return" ends the function.
     template: an expression in which `slot(i)` stands for input i. lines: of a "block", given the names of all values.
-    hints: the user's names for the results. scope: the block calls around, as (path, block) pairs.
+    hints: the user's names for the results; `soft` ones only name a parameter (`up = Linear(x)`).
+    scope: the block calls around, as (path, block) pairs.
     condition: of the `if` that the statement stands under; "" for none."""
 
     kind: Kind
@@ -42,6 +43,7 @@ class Step:
     template: str = ""
     lines: Callable[[Mapping[Key, str]], list[str]] | None = None
     hints: tuple[str, ...] = ()
+    soft: bool = False
     comment: str = ""
     shape: str = ""
     scope: tuple[tuple[str, str], ...] = ()
@@ -67,7 +69,14 @@ class Tree:
 
     @property
     def hint(self) -> str:
-        return next(chain(filter(None, self.step.hints), (tree.hint for _, tree in self.inlined if tree.hint)), "")
+        inner = [tree.hint for _, tree in self.inlined] if len(self.step.inputs) == 1 else []
+        return next(filter(None, (*self.step.hints, *inner)), "")
+
+    @property
+    def named(self) -> bool:
+        """Has the user given this value a name that is worth keeping?"""
+        hinted = any(self.step.hints)
+        return not self.step.soft if hinted else any(tree.named for _, tree in self.inlined)
 
     def expression(self, names: Mapping[Key, str]) -> str:
         inner = dict(self.inlined)
@@ -189,10 +198,10 @@ def _operand(tree: Tree, last: Tree, uses: Counter[Key]) -> int | None:
 def _fits(tree: Tree, last: Tree) -> bool:
     kind = tree.step.kind
     if kind in ("return", "alias"):
-        return len(tree.step.inputs) == 1 and not last.hint
+        return len(tree.step.inputs) == 1 and not last.named
     if kind not in ("heavy", "light", "reshape"):
         return False
-    if last.hint and kind != "reshape":
+    if last.named and kind != "reshape":
         return False
     return not (kind == "heavy" and last.heavy)
 
@@ -226,12 +235,25 @@ def allocate(trees: Sequence[Tree], given: Mapping[Key, str]) -> Mapping[Key, st
     """A name for every value that is not inlined."""
     last_use = {key: index for index, tree in enumerate(trees) for key in tree.leaves}
     state = _Names(dict(given), last_use, {name: key for key, name in given.items() if key in last_use})
+    wishes = _foreseen(trees, last_use)
     for index, tree in enumerate(trees):
         old = [state.names[key] for key in tree.leaves]
         freed = state.release(tree.leaves, index)
         for position, key in enumerate(tree.step.results):
-            state.assign(key, _candidates(_wish(tree, position, old, freed)))
+            state.assign(key, _candidates(wishes.get(key) or _wish(tree, position, old, freed)))
     return state.names
+
+
+def _foreseen(trees: Sequence[Tree], last_use: Mapping[Key, int]) -> Mapping[Key, str]:
+    """Values without a name of their own that become a variable of the user's are called so from the start."""
+    wishes: dict[Key, str] = {}
+    nameless = {key for tree in trees if not tree.named for key in tree.step.results}
+    for index, tree in reversed(list(enumerate(trees))):
+        if tree.step.kind in ("alias", "collective") and not tree.inlined and last_use[tree.step.inputs[0]] == index:
+            wish = next(iter(tree.step.hints), "") or wishes.get(tree.step.results[0], "")
+            if wish and tree.step.inputs[0] in nameless:
+                wishes[tree.step.inputs[0]] = wish
+    return wishes
 
 
 def _wish(tree: Tree, position: int, old: Sequence[str], freed: Collection[str]) -> str:
@@ -290,10 +312,12 @@ def _statement(tree: Tree, names: Mapping[Key, str], indent: int, shape: str) ->
 
 
 def _passage(scope: tuple[tuple[str, str], ...], before: tuple[tuple[str, str], ...], indent: int) -> Iterable[str]:
-    """A comment line where a block's passage begins: `# attn: Attention`."""
+    """A comment line where a block's passage begins: `# attn: Attention`, or `# MLP` where the call has no name."""
     entered = [pair for index, pair in enumerate(scope) if before[: index + 1] != scope[: index + 1]]
     for path, block in entered:
-        yield from remark(f"{path.rpartition('.')[2]}: {block}", indent)
+        name = path.rpartition(".")[2]
+        plain = name.rstrip("_0123456789").replace("_", "") == block.lower()
+        yield from remark(block if plain else f"{name}: {block}", indent)
 
 
 def _common_scope(trees: Sequence[Tree]) -> tuple[tuple[str, str], ...]:

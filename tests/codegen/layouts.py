@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
-from mlmdsl.graph.placement import REPLICATE, Placement, Strategy, parse_placement, shard
+from mlmdsl.graph.placement import REPLICATE, Placement, Strategy, WeightPlacement, shard
 from mlmdsl.planner.plan import CollectiveKind, NodeLayout, RegionLayout, Transition
 
 COLLECTIVES: dict[tuple[str, str], tuple[CollectiveKind | None, CollectiveKind | None]] = {
@@ -28,6 +28,7 @@ class Megatron:
         self.graph, self.size, self.between = graph, size, between
         self.outputs: dict[str, Placement] = {}
         self.transitions: dict[tuple[str, str], Transition] = {}
+        self.weights: dict[str, WeightPlacement] = {}  # a weight used twice lies the same way both times
 
     def regions(self) -> tuple[RegionLayout, ...]:
         return tuple(self._region(region) for region in self.graph.regions)
@@ -56,6 +57,7 @@ class Megatron:
         for value, target in zip(node.inputs, chosen.inputs, strict=True):
             self._ask(value, target, node.path)
         self.outputs[node.path] = chosen.output
+        self.weights.update(zip(node.weights, chosen.weights, strict=True))
         return NodeLayout(
             path=node.path,
             strategy=chosen.name,
@@ -68,6 +70,7 @@ class Megatron:
         types = tuple(self.graph.nodes[value].type for value in node.inputs)
         shapes = tuple(self.graph.weights[key].shape for key in node.weights)
         found = CATALOGUE[node.op].strategies(types, node.type, shapes, node.attrs, self.size)
+        found = (s for s in found if all(self.weights.get(k, w) == w for k, w in zip(node.weights, s.weights, strict=True)))
         return tuple(s for s in found if all(self._legal(v, t) for v, t in zip(node.inputs, s.inputs, strict=True)))
 
     def _legal(self, value: str, target: Placement) -> bool:
@@ -104,7 +107,3 @@ class Megatron:
             bytes=32 * 1024,
             reason=f"{consumer} asks for {target}",
         )
-
-
-def placements(layouts: tuple[RegionLayout, ...]) -> dict[str, Placement]:
-    return {node.path: parse_placement(node.output) for region in layouts for node in region.nodes}

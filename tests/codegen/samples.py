@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlmdsl.diagnostics import Span
+from mlmdsl.diagnostics import Diagnostics, Span
 from mlmdsl.grammar import syntax
+from mlmdsl.grammar.resolve import resolve
 from mlmdsl.grammar.spec import (
     Cluster,
     Data,
@@ -21,6 +22,7 @@ from mlmdsl.grammar.spec import (
     Tokenizer,
     Train,
 )
+from mlmdsl.graph.build import build
 from mlmdsl.graph.graph import Carried, Graph, Node, Region, Scalar
 from mlmdsl.graph.tensor import Dim, Init, TensorType, Weight
 from mlmdsl.planner.plan import (
@@ -214,3 +216,72 @@ def two_stacks(encoder: int = 4, decoder: int = 6) -> Graph:
     b.node("cross_entropy", "cross_entropy", ["logits", "targets"], type=TensorType("fp32", ()))
     b.region()
     return b.graph("two_stacks", "logits", "cross_entropy")
+
+
+TINY_GPT = """\
+block GPTBlock(x: [B, S, d], heads: int) {
+  h = x + Attention(LayerNorm(x), heads = heads, causal = true)
+  output h + MLP(LayerNorm(h), hidden = 4 * d)
+}
+
+model tiny_gpt {
+  param d = 64
+  param layers = 4
+  input tokens: int[B, S]
+  tok = Embedding(tokens, vocab = 256, dim = d)
+  h = tok + Position(tokens, max = 64, dim = d)
+  repeat layers as blocks { h = GPTBlock(h, heads = 4) }
+  output Linear(LayerNorm(h), weight = tok.weight)
+}
+"""
+
+TINY_LLAMA = """\
+block LlamaBlock(x: [B, S, d], heads: int, kv_heads: int, hidden: int) {
+  attn_norm = RMSNorm(x, eps = 1e-5)
+  attn = Attention(attn_norm, heads = heads, kv_heads = kv_heads, causal = true, bias = false, rope_theta = 500_000.0)
+  h = x + attn
+  mlp_norm = RMSNorm(h, eps = 1e-5)
+  mlp = SwiGLU(mlp_norm, hidden = hidden)
+  output h + mlp
+}
+
+model tiny_llama {
+  param d = 64
+  param layers = 5
+  input tokens: int[B, S]
+  h = Embedding(tokens, vocab = 256, dim = d)
+  repeat layers as blocks { h = LlamaBlock(h, heads = 4, kv_heads = 2, hidden = 192) }
+  norm = RMSNorm(h, eps = 1e-5)
+  output Linear(norm, out = 256, bias = false)
+}
+"""
+
+SETTINGS = """
+cluster laptop {
+  nodes = 1
+  devices_per_node = 8
+  device = cpu(memory = 2 GiB, fp32 = 50 GFLOPS)
+  intra = loopback(bandwidth = 1 GB/s per gpu, latency = 100 us)
+}
+
+train {
+  data = text("corpus/*.txt")
+  tokenizer = bytes()
+  objective = next_token()
+  seq_len = 64 tok
+  batch = 32 seq
+  stop = 200 steps
+  optimizer = adamw(lr = 3e-4, betas = (0.9, 0.95), weight_decay = 0.1, clip = 1.0)
+  schedule = cosine(warmup = 20 steps, min_lr = 3e-5)
+  precision = fp32
+}
+"""
+
+
+def graph_of(model: str) -> Graph:
+    """The graph of a model's text."""
+    found = Diagnostics()
+    source = resolve("/specs/tiny.mlm", model + SETTINGS, found).model
+    built = build(source, found) if source else None
+    assert built is not None and not found.items, found.items
+    return built
