@@ -38,5 +38,7 @@ def _verify_region(graph: Graph, region: Region, made: set[str]) -> None:
             assert source in made, f"{node.path} uses {source} before it is made"
         if node.op not in ("input", "carry"):
             types = tuple(graph.nodes[source].type for source in node.inputs)
-            assert CATALOGUE[node.op].infer(types, node.attrs) == node.type, f"{node.path} has another type than its operation gives"
+            assert CATALOGUE[node.op].infer(types, node.attrs) == node.type, (
+                f"{node.path} has another type than its operation gives"
+            )
         made.add(node.path)

@@ -116,7 +116,9 @@ class Predicted(Frozen):
     train_days: float
     cost_usd: float | None
     energy_kwh: float
-    breakdown_s: dict[str, float]  # parts of the step of the slowest rank: compute, recompute, tensor, pipeline, data, optimizer, bubble
+    breakdown_s: dict[
+        str, float
+    ]  # parts of the step of the slowest rank: compute, recompute, tensor, pipeline, data, optimizer, bubble
 
 
 class ModelFacts(Frozen):

@@ -100,6 +100,7 @@ class Op:
     work(local) -> cost.
     emit(emission) -> one Python expression; `imports` names what it needs from mlmdsl.runtime.
     linear: the operation is linear in its inputs jointly with no constant, so that it maps PARTIAL to PARTIAL.
+    collectives: those that the operation itself makes on the axis, forward only: (kind, bytes, count).
     cheap: recomputed under `recompute = selective` (everything but matrix products and flash attention).
     """
 
@@ -114,3 +115,4 @@ class Op:
     weights: Callable[[tuple[TensorType, ...], Mapping[str, Scalar]], tuple[WeightSpec, ...]] = lambda types, attrs: ()
     imports: tuple[str, ...] = ()
     cheap: bool = True
+    collectives: Callable[[Strategy, Local], tuple[tuple[str, int, int], ...]] = lambda strategy, local: ()

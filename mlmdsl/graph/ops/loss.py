@@ -8,7 +8,7 @@ from math import prod
 from mlmdsl.graph.graph import Scalar
 from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, Work
 from mlmdsl.graph.ops.linear import features
-from mlmdsl.graph.placement import PARTIAL, REPLICATE, Strategy, shard
+from mlmdsl.graph.placement import REPLICATE, Strategy, shard
 from mlmdsl.graph.tensor import TensorType
 
 Types = tuple[TensorType, ...]
@@ -35,7 +35,7 @@ def _strategies(
     if isinstance(vocab, int) and vocab % n == 0:
         found.append(Strategy("vocabulary", (shard(last), REPLICATE), (), REPLICATE))
     found += [
-        Strategy("sequence", (shard(d), shard(d)), (), PARTIAL)
+        Strategy("sequence", (shard(d), shard(d)), (), REPLICATE)  # the sum over the axis is part of the operation
         for d, size in enumerate(logits.shape[:-1])
         if isinstance(size, str) and size != "B"
     ]
@@ -61,7 +61,15 @@ def _work(local: Local) -> Work:
 def _emit(e: Emission) -> str:
     if e.strategy.name == "vocabulary":
         return f"vocab_parallel_cross_entropy({e.inputs[0]}, {e.inputs[1]}, {e.axis})"
-    return f"cross_entropy({e.inputs[0]}, {e.inputs[1]})"
+    text = f"cross_entropy({e.inputs[0]}, {e.inputs[1]})"
+    return f"all_reduce({text}, {e.axis})" if e.strategy.name == "sequence" else text
+
+
+def _collectives(strategy: Strategy, local: Local) -> tuple[tuple[str, int, int], ...]:
+    """Vocabulary: the largest logit, the sum of exponentials and the target's logit of each token, fp32; sequence: the sum."""
+    if strategy.name == "vocabulary":
+        return (("all_reduce", 4 * prod(local.inputs[1]), 3),)
+    return (("all_reduce", 4, 1),) if strategy.name == "sequence" else ()
 
 
 OPS = (
@@ -72,6 +80,7 @@ OPS = (
         strategies=_strategies,
         work=_work,
         emit=_emit,
-        imports=("cross_entropy", "vocab_parallel_cross_entropy"),
+        imports=("all_reduce", "cross_entropy", "vocab_parallel_cross_entropy"),
+        collectives=_collectives,
     ),
 )
