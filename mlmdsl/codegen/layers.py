@@ -77,7 +77,7 @@ class Sharded:
         found: dict[tuple[str, str, str], tuple[int, Transition]] = {}
         for index, region in enumerate(self.layout):
             for item in region.transitions:
-                for consumer in item.consumers:
+                for consumer in item.consumers or ("",):  # nothing in the graph consumes the loss
                     found[item.value, item.target, consumer] = (index, item)
         return found
 

@@ -15,6 +15,7 @@ from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, p
 from mlmdsl.grammar.spec import Spec, Train
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.graph.placement import REPLICATE
 from mlmdsl.planner.plan import Plan, PlanVariables
 
 OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "lo", "hi", "self", "mesh", "index", "block", "values"}) | {
@@ -196,7 +197,8 @@ def _loss(sharded: Sharded) -> list[str]:
         names[name, sharded.placement(name, last)] = variable(name)
     passage = Passage(sharded, last, lambda weight: weight.key, "", [], set(names))
     passage.add(sharded.objective)
-    body = write([*passage.steps, returning(((graph.loss, sharded.placement(graph.loss, last)),))], names, indent=1)
+    result = passage.bring(graph.loss, str(REPLICATE) if sharded.axis else "", "")
+    body = write([*passage.steps, returning((result,))], names, indent=1)
     axis = any(mentions(line, "tp") for line in body.lines)
     return [
         f"def loss({', '.join(names.values())}, mesh: Mesh):",
