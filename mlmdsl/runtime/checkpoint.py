@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,7 +139,8 @@ def save(out: Path, step: int, state: Mapping[str, Tensor], facts: Mapping[str, 
             part.mkdir(parents=True)
         _barrier()
         writer = FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
-        dcp.save(dict(state), storage_writer=writer, no_dist=_world() == 1)
+        with _alone():
+            dcp.save(dict(state), storage_writer=writer, no_dist=_world() == 1)
         written = _everyones({path.name: _facts(path) for path in _own_files(part)})
         if _rank() == 0:
             files = {name: found for files in written for name, found in files.items()}
@@ -203,7 +205,8 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> None:
     reader = FileSystemReader(folder)
     _fits(folder, reader, {name: tuple(tensor.shape) for name, tensor in state.items()})
     try:
-        dcp.load(dict(state), storage_reader=reader, no_dist=_world() == 1)
+        with _alone():
+            dcp.load(dict(state), storage_reader=reader, no_dist=_world() == 1)
     except (OSError, CheckpointException) as error:
         _fail("MLM0744", f"the checkpoint {folder} cannot be read: {_reason(error)}")
 
@@ -242,6 +245,14 @@ def _rank() -> int:
 
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns a process that has no others, also when it is told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _barrier() -> None:

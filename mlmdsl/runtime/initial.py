@@ -1,4 +1,4 @@
-"""Initial weights that every plan starts from: a value depends on the seed, the weight's name and its place in the whole weight.
+"""Initial weights that every plan starts from: a value depends on the seed, the weight's name and its place in the whole.
 
 Counter-based: element i of a weight is a hash of (key of the name, i), turned into a normal number by operations that IEEE 754
 rounds alike everywhere (integer arithmetic, + - * / and sqrt of float64; no library's log or cos), so that a shard holds bit

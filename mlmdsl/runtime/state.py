@@ -192,7 +192,8 @@ class State(ABC):
         }
 
     def stored(self, *, all_holders: bool) -> dict[str, Tensor]:
-        """What a checkpoint holds: weights by name, optimizer state as optim.exp_avg.<name>. Saving leaves out second holders."""
+        """What a checkpoint holds: weights by name, optimizer state as optim.exp_avg.<name>. Saving leaves out second
+        holders."""
         found: dict[str, Tensor] = {}
         for held, moments in zip(self.held, self.optimizer.moments, strict=True):
             if all_holders or held.stage == self.plan.holders[held.name][0]:

@@ -149,10 +149,10 @@ class Differences:
 
 
 def compare(one: Curve, other: Curve) -> Differences:
-    """Gradients by the largest difference over the largest value of the weight's gradient, or over a thousandth of the largest
-    value of all where that is more: some gradients (of key biases: softmax does not see them) are zero but for rounding."""
+    """Gradients weight by weight, by the norm of the difference over the norm of the weight's gradient, or over a thousandth of
+    the largest norm where that is more: some gradients (of key biases: softmax does not see them) are zero but for rounding."""
     assert one.gradients.keys() == other.gradients.keys(), one.gradients.keys() ^ other.gradients.keys()
-    least = 1e-3 * max(float(gradient.abs().max()) for gradient in one.gradients.values())
+    least = 1e-3 * max(float(gradient.norm()) for gradient in one.gradients.values())
     by_weight = {name: difference(one.gradients[name], other.gradients[name], least) for name in one.gradients}
     worst = max(by_weight, key=lambda name: by_weight[name])
     return Differences(
@@ -165,9 +165,9 @@ def compare(one: Curve, other: Curve) -> Differences:
 
 
 def difference(one: Tensor, other: Tensor, least: float = 0.0) -> float:
-    """Relative to the largest value, or `least`; not-a-number counts as infinite."""
-    scale = max(float(one.abs().max()), least)
-    found = float((one - other).abs().max())
+    """Norm of the difference relative to the norm, or to `least`; not-a-number counts as infinite."""
+    scale = max(float(one.norm()), least)
+    found = float((one - other).norm())
     return 0.0 if found == 0 else found / scale if scale and found == found else math.inf
 
 
