@@ -21,7 +21,7 @@ from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax
 from mlmdsl.grammar.tokens import Tokens, token_span
 from mlmdsl.grammar.tree import ToSyntax
-from mlmdsl.grammar.wording import ITEM_KEYWORDS, report, unclosed
+from mlmdsl.grammar.wording import ITEM_KEYWORDS, misspelt, report, unclosed
 
 _GRAMMAR = Path(__file__).with_name("mlm.lark")
 MAX_NESTING = 100  # brackets within brackets; the passes after this one recurse
@@ -108,12 +108,28 @@ class _Feeder:
             if token.type in ITEM_KEYWORDS and not self.statement and len(self.marks) > 1:
                 self._close_blocks(token)
                 return position
+            if (mended := self._mended(tokens, position)) is not None:
+                return mended
             after = tokens[position + 1] if position + 1 < len(tokens) else None
             report(problem, self.statement, after, self.opened, self.path, self.diagnostics)
             return self._skip(tokens, position)
         self.statement.append(token)
         self._mark(token)
         return position + 1
+
+    def _mended(self, tokens: list[Token], position: int) -> int | None:
+        """A misspelt keyword at the start of a statement is reported and put right, so that what follows it is read: the position to
+        go on from, or None where that is not the mistake."""
+        first = position - len(self.statement)
+        if len(self.statement) > 1 or tokens[position].type in ("EQUAL", "DOT", "_NL"):
+            return None
+        keyword = misspelt(tokens[first], self.path, self.diagnostics)
+        if keyword is None:
+            return None
+        tokens[first] = Token.new_borrow_pos(keyword.upper(), keyword, tokens[first])
+        self.parser = self.marks[-1].copy(deepcopy_values=False)
+        self.statement = []
+        return first
 
     def _close_blocks(self, token: Token) -> None:
         """An item begins inside a block: its brace was forgotten."""
