@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
 import resource
 import sys
 import time
@@ -301,6 +302,7 @@ def _start(parallel: Parallel) -> torch.device:
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    sys.excepthook = _say  # torch has put its own round it, which prints only when the inner one returns
     if dist.get_world_size() != parallel.world_size:
         _fail(
             "MLM0740",
@@ -319,12 +321,17 @@ def _say(kind: type[BaseException], error: BaseException, trace: TracebackType |
             for item in error.diagnostics:
                 print(f"error[{item.code}]: {item.message}" + (f"\nhelp: {item.help}" if item.help else ""), file=sys.stderr)
     elif launch.LOST_PEER.search(str(error)):
-        print(f"error[MLM0742]: rank {rank} lost another rank: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error[MLM0742]: rank {rank} lost another rank: {_cause(error)}", file=sys.stderr)
     else:
         traceback.print_exception(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(error.exit_status if isinstance(error, MlmError) else 4)
+
+
+def _cause(error: BaseException) -> str:
+    """gloo's first sentence, without the place in its source."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
 def _fail(code: str, message: str, help: str = "") -> Any:
