@@ -8,7 +8,7 @@ from typing import Any
 from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.evaluate import POISON, Evaluator, did_you_mean, kind_of, one_of
-from mlmdsl.grammar.spec import Pin, PlanConstraints, PlanValue, Rule
+from mlmdsl.grammar.spec import Pin, PlanValue, Rule
 from mlmdsl.units import Quantity
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")

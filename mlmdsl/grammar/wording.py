@@ -12,6 +12,9 @@ from mlmdsl.diagnostics import Diagnostics, Label
 from mlmdsl.grammar.tokens import KEYWORDS, token_span
 
 ITEM_KEYWORDS = frozenset({"IMPORT", "BLOCK", "MODEL", "CLUSTER", "TRAIN", "PLAN"})
+STARTS = frozenset(
+    "import const param block model cluster train plan input output repeat if expect pool minimize pin require prefer avoid forbid".split()
+)
 _STATEMENTS = {
     "INPUT": "in a model",
     "OUTPUT": "in a model or block",
@@ -46,6 +49,16 @@ def unclosed(opened: Token, path: str, diagnostics: Diagnostics, *secondary: Lab
     )
 
 
+def misspelt(token: Token, path: str, diagnostics: Diagnostics) -> str | None:
+    """Reports a name at the start of a statement that is nearly a keyword; the keyword."""
+    near = get_close_matches(str(token), sorted(STARTS), 1, 0.7) if token.type == "NAME" else []
+    if not near:
+        return None
+    where = token_span(token, path)
+    diagnostics.report("MLM0003", f"`{token}` starts no statement", where, help=f"did you mean `{near[0]}`?")
+    return near[0]
+
+
 def report(
     problem: UnexpectedToken,
     statement: Sequence[Token],
@@ -74,16 +87,6 @@ def report(
                 "MLM0006", "a statement ends with its line, not with `;`", help="take the `;` away; one statement a line"
             )
         return say("MLM0006", f"the character {text!r} means nothing here", help="take it away")
-    if not statement and token.type == "NAME" and (near := _near(text)):
-        return say("MLM0003", f"`{text}` starts no statement here", help=f"did you mean `{near}`?")
-    word = statement[0] if statement else None
-    if word is not None and word.type == "NAME" and (len(statement) == 1 or last is word) and token.type != "_NL":
-        near = _near(str(word))
-        if near and token.type not in ("EQUAL", "DOT"):
-            diagnostics.report(
-                "MLM0003", f"`{word}` starts no statement", token_span(word, path), help=f"did you mean `{near}`?"
-            )
-            return None
     if bracket is not None and (
         token.type in ("RBRACE", *ITEM_KEYWORDS) or (last is not None and _on_new_statement(token, last, after))
     ):
@@ -103,11 +106,6 @@ def report(
     if token.type == "_NL":
         return say("MLM0001", "the statement ends too early", f"expected {_expected(expected)}")
     return say("MLM0001", f"`{text}` does not fit here", f"expected {_expected(expected)}")
-
-
-def _near(word: str) -> str | None:
-    found = get_close_matches(word, sorted(KEYWORDS), 1, 0.7)
-    return found[0] if found and word != found[0] else None
 
 
 def _on_new_statement(token: Token, last: Token, after: Token | None) -> bool:
