@@ -72,22 +72,6 @@ def place_in_node() -> Place | None:
     return Place(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-@dataclass(frozen=True)
-class NodePlace:
-    """Which of its machine's processes this one is."""
-
-    local_rank: int
-    local_world_size: int
-
-
-def place_in_node() -> NodePlace | None:
-    """As torchrun says it; None for a process that was started on its own."""
-    if "RANK" not in os.environ:
-        return None
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return NodePlace(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
-
-
 def launch(program: Path, procs: int, arguments: Sequence[str], log_dir: Path) -> int:
     """Runs `program` on `procs` local processes to its end; 0, or a RunError. `log_dir` is OUT/logs."""
     log_dir.mkdir(parents=True, exist_ok=True)
