@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlmdsl.codegen.program import program_text
 from mlmdsl.codegen.sources import spec_files
-from mlmdsl.grammar.spec import Spec
+from mlmdsl.grammar.spec import Spec, fingerprint
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.plan import Plan
 
@@ -32,6 +32,10 @@ class Program:
 
 
 def emit(spec: Spec, graph: Graph, plan: Plan) -> Program:
-    """The program that executes `plan`: the same arguments give the same bytes."""
-    saved = plan.model_copy(update={"spec": "spec.mlm"})
-    return Program({"program.py": program_text(spec, graph, plan), "plan.json": saved.to_json(), **spec_files(spec)})
+    """The program that executes `plan`: the same arguments give the same bytes. Where import strings had to be rewritten, the
+    saved plan is that of the rewritten text."""
+    sources = spec_files(spec)
+    moved = list(sources.values()) != list(spec.sources.values())
+    sha256 = fingerprint(sources.values(), spec.overrides) if moved else plan.spec_sha256
+    saved = plan.model_copy(update={"spec": "spec.mlm", "spec_sha256": sha256})
+    return Program({"program.py": program_text(spec, graph, plan), "plan.json": saved.to_json(), **sources})

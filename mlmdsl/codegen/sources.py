@@ -20,11 +20,12 @@ TAKEN = frozenset({"spec.mlm", "program.py", "plan.json", "metrics.jsonl"})
 
 
 def spec_files(spec: Spec) -> dict[str, str]:
-    """Text of spec.mlm and of every imported file but the standard library, by path inside the program's directory."""
+    """Text of spec.mlm and of every imported file but the standard library, by path inside the program's directory, in the
+    order of reading."""
     entry = os.path.abspath(spec.path)
     texts = {os.path.abspath(path): text for path, text in spec.sources.items() if not path.startswith(STANDARD)}
     places = _places(entry, sorted(texts))
-    return {places[path]: _rewritten(path, texts[path], places) for path in sorted(texts, key=lambda p: (p != entry, p))}
+    return {places[path]: _rewritten(path, text, places) for path, text in texts.items()}
 
 
 def _places(entry: str, paths: Iterable[str]) -> Mapping[str, str]:

@@ -6,7 +6,6 @@ Each part resolves on its own, so that a mistake in one does not hide those in t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from mlmdsl.grammar.evaluate import POISON, Evaluator, did_you_mean, one_of
 from mlmdsl.grammar.modules import DEVICES, Loader, Module, read_file, std_blocks
 from mlmdsl.grammar.overrides import Overrides
 from mlmdsl.grammar.settings import Settings
-from mlmdsl.grammar.spec import BlockSource, Cluster, ModelSource, PlanConstraints, Spec, Train
+from mlmdsl.grammar.spec import BlockSource, Cluster, ModelSource, PlanConstraints, Spec, Train, fingerprint
 from mlmdsl.grammar.train import read_train
 
 _WORDS = frozenset({"precision", "kind"})  # settings whose values are bare words
@@ -75,7 +74,7 @@ def resolve(
     plan = resolver.plan(pins)
     changes.report_unused()
     files = {p: m.file.source for p, m in loader.modules.items() if not p.startswith("std/")}
-    digest = hashlib.sha256("\0".join([*files.values(), *overrides]).encode()).hexdigest()
+    digest = fingerprint(files.values(), overrides)
     return Resolved(path, files, digest, tuple(overrides), model, cluster, train, plan)
 
 

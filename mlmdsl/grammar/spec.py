@@ -6,6 +6,8 @@ direction per device; counts of tokens and sequences are plain ints.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -181,3 +183,8 @@ class Spec(Frozen):
     cluster: Cluster
     train: Train
     plan: PlanConstraints
+
+
+def fingerprint(texts: Iterable[str], overrides: Iterable[str]) -> str:
+    """`Spec.sha256` of the files read, in the order of reading."""
+    return hashlib.sha256("\0".join([*texts, *overrides]).encode()).hexdigest()

@@ -256,6 +256,33 @@ model tiny_llama {
 }
 """
 
+UNPLEASANT = """\
+block Stage(x: [B, S, d]) {
+  self = Linear(x, out = d)
+  half = Linear(gelu(self), out = d)
+  tp = half * 0.5
+  weight = tp + x
+  torch = RMSNorm(weight, eps = 1e-5)
+  output torch
+}
+block Mesh(x: [B, S, d]) {
+  forward = Linear(x, out = d)
+  type = Linear(forward, out = d)
+  output x + type
+}
+model unpleasant {
+  param d = 64
+  input lambda: int[B, S]
+  F = Embedding(lambda, vocab = 256, dim = d)
+  nn = F + Position(lambda, max = 64, dim = d)
+  repeat 2 as main { nn = Stage(nn) }
+  repeat 2 as stage { nn = Stage(nn) }
+  repeat 3 as eval { nn = Mesh(nn) }
+  last = LayerNorm(nn)
+  output Linear(last, weight = F.weight)
+}
+"""
+
 SETTINGS = """
 cluster laptop {
   nodes = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -13,10 +14,13 @@ import pytest
 
 from mlmdsl.codegen.emit import emit
 from mlmdsl.codegen.text import WIDTH
+from mlmdsl.diagnostics import Diagnostics
+from mlmdsl.grammar.resolve import resolve
+from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.plan import PlanVariables, RegionLayout
 from tests.codegen.layouts import layout
-from tests.codegen.samples import TINY_GPT, TINY_LLAMA, graph_of, plan, spec, two_stacks
+from tests.codegen.samples import SETTINGS, TINY_GPT, TINY_LLAMA, UNPLEASANT, graph_of, plan, spec, two_stacks
 
 COLLECTIVES = {"all_gather", "gather", "all_reduce", "copy_to", "all_reduce_both", "reduce_scatter", "split", "all_to_all"}
 
@@ -24,6 +28,7 @@ MODELS: dict[str, Callable[[], Graph]] = {
     "tiny_gpt": lambda: graph_of(TINY_GPT),
     "tiny_llama": lambda: graph_of(TINY_LLAMA),
     "two_stacks": two_stacks,
+    "unpleasant": lambda: graph_of(UNPLEASANT),  # names that mean something in Python, torch or the program
 }
 
 PLANS: dict[str, tuple[str, PlanVariables]] = {
@@ -43,6 +48,7 @@ PLANS: dict[str, tuple[str, PlanVariables]] = {
         PlanVariables(pipeline=2, interleave=2, schedule="interleaved_1f1b", data=2, zero=3, stages=(1, 2, 1, 1)),
     ),
     "two_stacks_pipeline4": ("two_stacks", PlanVariables(pipeline=4, stages=(2, 2, 3, 3))),
+    "unpleasant_names": ("unpleasant", PlanVariables(pipeline=2, stages=(3, 4))),
     "two_stacks_tensor2": ("two_stacks", PlanVariables(tensor=2, pipeline=2, stages=(7, 3))),
 }
 
@@ -148,3 +154,31 @@ def test_files_of_a_program(tmp_path: Path):
     assert written["blocks/gpt.mlm"] == 'import "../imports/gpt.mlm" as c\n'
     assert written["imports/gpt.mlm"] == "const n = 1\n"
     assert '"spec": "spec.mlm"' in written["plan.json"]
+
+
+def test_the_directory_of_a_program_compiles_again(tmp_path: Path):
+    """The copies resolve to the same spec, under the fingerprint that the saved plan has."""
+    inside, outside = tmp_path / "specs" / "parts", tmp_path / "shared"
+    inside.mkdir(parents=True)
+    outside.mkdir()
+    block, rest = TINY_GPT.split("model", 1)
+    (outside / "gpt.mlm").write_text(block)
+    (inside / "laptop.mlm").write_text(SETTINGS)
+    text = f'import "../shared/gpt.mlm" as gpt\nimport "parts/laptop.mlm" as laptop\nmodel{rest}'.replace(
+        "GPTBlock(h", "gpt.GPTBlock(h"
+    )
+    text += "cluster laptop from laptop.laptop { nodes = 1 }\ntrain from laptop.train { batch = 32 seq }\n"
+    source = resolved(tmp_path / "specs" / "entry.mlm", text)
+    graph = graph_of(TINY_GPT)
+    program = emit(source, graph, plan(graph, PlanVariables(stages=(4,))))
+    program.write(tmp_path / "out")
+    again = resolved(tmp_path / "out" / "spec.mlm", program.files["spec.mlm"])
+    assert again.sha256 == json.loads(program.files["plan.json"])["spec_sha256"] != source.sha256
+    assert set(program.files) == {"program.py", "plan.json", "spec.mlm", "parts/laptop.mlm", "imports/gpt.mlm"}
+
+
+def resolved(path: Path, text: str) -> Spec:
+    found = Diagnostics()
+    result = resolve(str(path), text, found).spec
+    assert result is not None, found.items
+    return result

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlmdsl.codegen.emit import emit
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.plan import PlanVariables
-from tests.codegen.samples import plan, spec, two_stacks
+from tests.codegen.samples import UNPLEASANT, graph_of, plan, spec, two_stacks
 
 
 def load(graph: Graph, stages: tuple[int, ...], **more: object) -> types.ModuleType:
@@ -71,6 +71,15 @@ def test_stages_in_a_row_equal_one(reference: tuple[torch.Tensor, ...], stages: 
     assert got_gradients.keys() == gradients.keys()
     for name, value in gradients.items():
         torch.testing.assert_close(got_gradients[name], value)
+
+
+@pytest.mark.parametrize("stages", [(3, 4), (2, 2, 3), (1, 2, 4)])
+def test_unpleasant_names_compute_the_same(stages: tuple[int, ...]):
+    tokens = torch.arange(10).view(2, 5)
+    output, gradients = run(load(graph_of(UNPLEASANT), (7,)), tokens)
+    got, got_gradients = run(load(graph_of(UNPLEASANT), stages), tokens)
+    torch.testing.assert_close(got, output)
+    torch.testing.assert_close(got_gradients, gradients)
 
 
 def test_names_of_weights_are_the_models():
