@@ -54,7 +54,8 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
     if parallel.world_size == 1:
         return single(device)
     ranks = torch.arange(parallel.world_size).view(parallel.pipeline, parallel.data, parallel.tensor)
-    devices = DeviceMesh(device.type, ranks.permute(0, 2, 1).contiguous(), mesh_dim_names=("pipeline", "tensor", "data"))
+    grid = ranks.permute(0, 2, 1).tolist()  # not the view: torch 2.11 goes by its strides, and those of dims of size 1 mislead it
+    devices = DeviceMesh(device.type, grid, mesh_dim_names=("pipeline", "tensor", "data"))
 
     def axis(name: str, size: int) -> Axis:
         return Axis(name, size, devices.get_local_rank(name), devices.get_group(name).group_name)
