@@ -7,7 +7,7 @@ from math import prod
 
 from mlmdsl.graph.graph import Scalar
 from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, Work
-from mlmdsl.graph.ops.common import memory_bound, partial, pointwise
+from mlmdsl.graph.ops.common import memory_bound, partial, pointwise, shard_name, shardable
 from mlmdsl.graph.ops.linear import features, integer
 from mlmdsl.graph.placement import BROADCAST, REPLICATE, Strategy, shard
 from mlmdsl.graph.tensor import TensorType
@@ -37,14 +37,20 @@ def _merge_type(types: Types, attrs: Attributes) -> TensorType:
 
 
 def _view_strategies(types: Types, out: TensorType, weights: Shapes, attrs: Attributes, n: int) -> tuple[Strategy, ...]:
-    """A view that splits or merges the last dims: cut by heads, or along a dim before them."""
+    """A view that splits or merges the last dims: cut by heads, or along a dim before them, which both sides count alike."""
     narrow = min(len(types[0].shape), len(out.shape)) - 1
     wide = types[0] if len(types[0].shape) > len(out.shape) else out
-    found = pointwise(types, out, n, 0, besides=range(narrow, len(out.shape))) + (partial(1),)
+    found = [
+        Strategy("replicated", (REPLICATE,), (), REPLICATE),
+        Strategy("broadcast", (BROADCAST,), (), BROADCAST),
+        partial(1),
+    ]
+    dims = shardable(out, n, besides=range(narrow, len(out.shape)))
+    found += [Strategy(shard_name(out, dim), (shard(dim),), (), shard(dim)) for dim in dims]
     heads = wide.shape[-2]
-    return (
-        (*found, Strategy("heads", (shard(narrow),), (), shard(narrow))) if isinstance(heads, int) and heads % n == 0 else found
-    )
+    if isinstance(heads, int) and heads % n == 0:
+        found.append(Strategy("heads", (shard(narrow),), (), shard(narrow)))
+    return tuple(found)
 
 
 def _split_emit(e: Emission) -> str:
@@ -152,7 +158,7 @@ OPS = (
     ),
     Op(
         name="rotary",
-        doc="Rotary positions (arXiv:2104.09864), halves rotated against each other; `factor` > 1 scales the frequencies as Llama 3.1 does.",
+        doc="Rotary positions (arXiv:2104.09864) of paired halves; `factor` > 1 scales the frequencies as Llama 3.1 does.",
         infer=_rotary_type,
         strategies=lambda types, out, weights, attrs, n: pointwise(types, out, n, 0, besides=(3,)),
         work=lambda local: memory_bound(local, kernels=6, backward=1.0),
@@ -161,7 +167,7 @@ OPS = (
     ),
     Op(
         name="attend",
-        doc="Scaled dot-product attention of q [B, S, H, d] over k [B, T, K, d] and v [B, T, K, e]; K key heads are shared by H / K query heads each.",
+        doc="Scaled dot-product attention of q [B, S, H, d] over k [B, T, K, d], v [B, T, K, e]; H / K queries share a key.",
         infer=_attend_type,
         strategies=_attend_strategies,
         work=_attend_work,

@@ -11,7 +11,7 @@ from mlmdsl.graph.tensor import TensorType
 
 
 def shardable(type: TensorType, axis_size: int, besides: Iterable[int] = ()) -> Iterator[int]:
-    """Dims that an axis may cut: sizes that divide, and symbols (the sequence; never the batch, which belongs to the data axis)."""
+    """Dims that an axis may cut: sizes that divide, and symbols (the sequence; never the batch, which is the data axis')."""
     for dim, size in enumerate(type.shape):
         if dim not in besides and size != "B" and (isinstance(size, str) or (size % axis_size == 0 and size >= axis_size)):
             yield dim
@@ -28,9 +28,9 @@ def shard_name(type: TensorType, dim: int) -> str:
 def pointwise(
     types: tuple[TensorType, ...], output: TensorType, axis_size: int, weights: int, besides: Iterable[int] = ()
 ) -> tuple[Strategy, ...]:
-    """Every element of the output depends on those of the inputs at the same place, but for the dims in `besides`, which have to be
-    whole. Inputs broadcast from the right: one that lacks the cut dim is whole, and its gradient a partial sum. Weights (vectors along
-    the whole dims) see a slice of the values, so their gradients are partial sums too."""
+    """Every element of the output depends on those of the inputs at the same place, but for the dims in `besides`, which have
+    to be whole. Inputs broadcast from the right: one that lacks the cut dim is whole, and its gradient a partial sum. Weights
+    (vectors along the whole dims) see a slice of the values, so their gradients are partial sums too."""
     rank = len(output.shape)
     found = [
         Strategy("replicated", (REPLICATE,) * len(types), (WHOLE,) * weights, REPLICATE),

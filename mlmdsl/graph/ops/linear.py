@@ -1,7 +1,7 @@
 """Matrix products and their biases.
 
-The bias is an operation of its own: a row-parallel product is a partial sum, and a bias may be added only once the sum is complete
-(pytorch/torchtitan #4245). Where nothing lies between them, the emitted program fuses the two into one F.linear.
+The bias is an operation of its own: a row-parallel product is a partial sum, and a bias may be added only once the sum is
+complete (pytorch/torchtitan #4245). Where nothing lies between them, the emitted program fuses the two into one F.linear.
 """
 
 from __future__ import annotations

@@ -1,0 +1,234 @@
+"""Every strategy of every operation computes what the replicated one does, forward and backward.
+
+The ranks of an axis are simulated by threads: inputs are cut, doubled or split into partial sums as the strategy asks, the
+emitted text runs on each rank, and outputs, input gradients and weight gradients are put together as their placements say. So
+the gradient's half of every placement is proved, not only the value's.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlmdsl.graph.graph import Scalar
+from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.graph.ops.base import Emission
+from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
+from mlmdsl.graph.tensor import TensorType
+from mlmdsl.runtime import functions
+
+B, S, RANKS = 2, 4, 2
+SIZES = {"B": B, "S": S}
+TOKENS = TensorType("int", ("B", "S"))
+
+
+def floats(*shape: int | str) -> TensorType:
+    return TensorType("float", shape)
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    inputs: tuple[TensorType, ...]
+    weights: tuple[tuple[int, ...], ...] = ()
+    attrs: tuple[tuple[str, Scalar], ...] = ()
+
+
+HEADS = floats("B", "S", 4, 6)
+ROTARY = (("theta", 1e4), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max", 8192))
+CASES = [
+    Case("embedding", (TOKENS,), ((8, 6),), (("vocab", 8), ("dim", 6))),
+    Case("position", (TOKENS,), ((5, 6),), (("max", 5), ("dim", 6))),
+    Case("linear", (floats("B", "S", 6),), ((8, 6),), (("out", 8),)),
+    Case("bias", (floats("B", "S", 6),), ((6,),)),
+    Case("layer_norm", (floats("B", "S", 6),), ((6,), (6,)), (("eps", 1e-5), ("bias", True))),
+    Case("layer_norm", (floats("B", "S", 6),), ((6,),), (("eps", 1e-3), ("bias", False))),
+    Case("rms_norm", (floats("B", "S", 6),), ((6,),), (("eps", 1e-6),)),
+    Case("rms_norm", (HEADS,), ((6,),), (("eps", 1e-6),)),
+    Case("add", (floats("B", "S", 6), floats("B", "S", 6))),
+    Case("add", (floats("B", "S", 6), floats("S", 6))),
+    Case("subtract", (floats("B", "S", 6), floats("B", "S", 6))),
+    Case("multiply", (floats("B", "S", 6), floats("B", "S", 6))),
+    Case("divide", (floats("B", "S", 6), floats("B", "S", 6))),
+    Case("scale", (floats("B", "S", 6),), (), (("factor", 0.5),)),
+    Case("offset", (floats("B", "S", 6),), (), (("term", 0.5),)),
+    Case("gelu", (floats("B", "S", 6),), (), (("tanh", False),)),
+    Case("gelu", (floats("B", "S", 6),), (), (("tanh", True),)),
+    *(Case(name, (floats("B", "S", 6),)) for name in ("relu", "silu", "sigmoid", "tanh", "softmax")),
+    Case("split_heads", (floats("B", "S", 24),), (), (("heads", 4),)),
+    Case("merge_heads", (HEADS,)),
+    *(Case("rotary", (HEADS,), (), (*ROTARY, ("factor", factor))) for factor in (1.0, 8.0)),
+    Case("attend", (HEADS, floats("B", "S", 2, 6), floats("B", "S", 2, 6)), (), (("causal", True), ("scale", None))),
+    Case("attend", (HEADS, HEADS, HEADS), (), (("causal", False), ("scale", 0.3))),
+    Case("cross_entropy", (floats("B", "S", 8), TOKENS)),
+]  # fmt: skip
+
+
+def strategies(case: Case) -> list[Strategy]:
+    op = CATALOGUE[case.op]
+    out = op.infer(case.inputs, dict(case.attrs))
+    return list(op.strategies(case.inputs, out, case.weights, dict(case.attrs), RANKS))
+
+
+ALL = [(case, strategy) for case in CASES for strategy in strategies(case)]
+
+
+@dataclass(frozen=True)
+class FakeAxis:
+    rank: int
+    size: int = RANKS
+
+
+class Exchange:
+    """Sums and maxima over threads that stand for ranks."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(RANKS)
+        self._slots: list[Tensor] = [torch.zeros(())] * RANKS
+
+    def reduced(self, x: Tensor, axis: FakeAxis, op: str = "sum") -> Tensor:
+        self._slots[axis.rank] = x.detach()
+        self._barrier.wait()
+        stacked = torch.stack(list(self._slots))
+        self._barrier.wait()
+        return stacked.sum(0) if op == "sum" else stacked.amax(0)
+
+    def all_reduce(self, x: Tensor, axis: FakeAxis) -> Tensor:
+        """Forward the sum, backward the identity."""
+        return x + (self.reduced(x, axis) - x).detach()
+
+
+def random_input(type: TensorType, generator: torch.Generator) -> Tensor:
+    shape = type.sizes(SIZES)
+    if type.dtype == "int":
+        return torch.randint(0, 8, shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) + 3.0
+
+
+def cut(x: Tensor, placement: Placement, rank: int, parts: list[Tensor]) -> Tensor:
+    """A rank's share of a value; `parts` are its partial sums."""
+    if placement.is_shard:
+        return x.chunk(RANKS, placement.dim)[rank].clone()
+    return (parts[rank] if placement == PARTIAL else x).clone()
+
+
+def partial_sums(x: Tensor, generator: torch.Generator) -> list[Tensor]:
+    if not x.is_floating_point():
+        return [x] * RANKS
+    first = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return [first, x - first]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """To float32: rotary positions and the loss compute in it whatever they are given."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def joined(parts: list[Tensor], kind: str, dim: int) -> Tensor:
+    """The whole again: kind is shard, sum, or same (every rank has it)."""
+    if kind == "shard":
+        return torch.cat(parts, dim)
+    if kind == "sum":
+        return torch.stack(parts).sum(0)
+    for part in parts[1:]:
+        assert_close(part, parts[0])
+    return parts[0]
+
+
+def value_kind(placement: Placement) -> str:
+    return "shard" if placement.is_shard else "sum" if placement == PARTIAL else "same"
+
+
+def gradient_kind(placement: Placement) -> str:
+    return "shard" if placement.is_shard else "sum" if placement == BROADCAST else "same"
+
+
+def weight_kind(placement: WeightPlacement) -> str:
+    return "shard" if placement.dim is not None else "sum" if placement.partial_gradient else "same"
+
+
+def emitted(case: Case, strategy: Strategy, axis: str | None, size: int) -> str:
+    op = CATALOGUE[case.op]
+    attrs = dict(case.attrs)
+    return op.emit(
+        Emission(
+            inputs=tuple(f"x{i}" for i in range(len(case.inputs))),
+            weights=tuple(f"w{i}" for i in range(len(case.weights))),
+            attrs=attrs,
+            axis=axis,
+            axis_size=size,
+            strategy=strategy,
+            input_types=case.inputs,
+            output_type=op.infer(case.inputs, attrs),
+        )
+    )
+
+
+def run(text: str, inputs: list[Tensor], weights: list[Tensor], extra: dict[str, Any]) -> Tensor:
+    names = {name: getattr(functions, name) for name in dir(functions) if not name.startswith("__")}
+    names |= {"torch": torch, "F": F, **extra}
+    names |= {f"x{i}": x for i, x in enumerate(inputs)} | {f"w{i}": w for i, w in enumerate(weights)}
+    return eval(text, names)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.requires_grad_() if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize(("case", "strategy"), ALL, ids=[f"{c.op}-{s.name}-{i}" for i, (c, s) in enumerate(ALL)])
+def test_a_strategy_equals_the_replicated_computation(case: Case, strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [random_input(t, generator) for t in case.inputs]
+    weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.weights]
+    whole = Strategy("replicated", (REPLICATE,) * len(inputs), (WHOLE,) * len(weights), REPLICATE)
+    reference = [leaf(x.clone()) for x in inputs], [leaf(w.clone()) for w in weights]
+    expected = run(emitted(case, whole, None, 1), *reference, {})
+    upstream = torch.randn(expected.shape, generator=generator, dtype=expected.dtype)
+    expected.backward(upstream)
+    sums = [partial_sums(x, generator) for x in inputs]
+    upstream_sums = partial_sums(upstream, generator)
+    exchange = Exchange()
+    monkeypatch.setattr(functions, "reduced", exchange.reduced)
+
+    def on_rank(rank: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        mine = [leaf(cut(x, p, rank, parts)) for x, p, parts in zip(inputs, strategy.inputs, sums, strict=True)]
+        held = [
+            leaf((w if p.dim is None else w.chunk(RANKS, p.dim)[rank]).clone())
+            for w, p in zip(weights, strategy.weights, strict=True)
+        ]
+        text = emitted(case, strategy, "tp", RANKS)
+        out = run(text, mine, held, {"tp": FakeAxis(rank), "all_reduce": exchange.all_reduce})
+        if strategy.output.is_shard:
+            gradient = upstream.chunk(RANKS, strategy.output.dim)[rank]
+        else:
+            gradient = upstream_sums[rank] if strategy.output == BROADCAST else upstream
+        out.backward(gradient)
+        return out.detach(), mine, held
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        found = list(pool.map(on_rank, range(RANKS)))
+    dim = strategy.output.dim
+    assert_close(joined([f[0] for f in found], value_kind(strategy.output), dim), expected.detach())
+    for i, placement in enumerate(strategy.inputs):
+        if inputs[i].is_floating_point():
+            grads = [f[1][i].grad for f in found]
+            assert_close(joined(grads, gradient_kind(placement), placement.dim), reference[0][i].grad)
+    for i, held in enumerate(strategy.weights):
+        grads = [f[2][i].grad if f[2][i].grad is not None else torch.zeros_like(f[2][i]) for f in found]
+        assert_close(joined(grads, weight_kind(held), held.dim or 0), reference[1][i].grad)
+
+
+def test_every_operation_is_tried() -> None:
+    assert {case.op for case in CASES} == set(CATALOGUE) - {"input", "carry"}
+
+
+def test_the_replicated_strategy_is_always_offered() -> None:
+    for case in CASES:
+        assert any(s.output == REPLICATE and REPLICATE in (*s.inputs, REPLICATE) for s in strategies(case)), case.op
