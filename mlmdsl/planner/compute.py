@@ -47,6 +47,15 @@ class Kernels:
         flops = work.flops_backward * (1.25 if work.kind == "attention" else 1.0)
         return self._seconds(work, flops, work.bytes_backward, work.kernels_backward, "backward")
 
+    def busy_seconds(self, work: Work) -> float:
+        """Forward and backward without the launches' floor."""
+        return self._busy(work, work.flops_forward, work.bytes_forward, "forward") + self._busy(
+            work, work.flops_backward, work.bytes_backward, "backward"
+        )
+
+    def _busy(self, work: Work, flops: float, moved: float, direction: str) -> float:
+        return max(moved / self.bytes_per_second, flops / (self.peak * self._share(work, direction)) if flops else 0.0)
+
     def _seconds(self, work: Work, flops: float, moved: float, kernels: int, direction: str) -> float:
         busy = moved / self.bytes_per_second
         if flops:

@@ -30,6 +30,10 @@ class Step:
     dim: int | None = None
     target_dim: int | None = None
 
+    def side_bytes(self, whole_bytes: int, axis_size: int) -> int:
+        """The larger side of the call on one rank: the whole value, but for an all_to_all, both sides of which are slices."""
+        return whole_bytes if self.target_dim is None else whole_bytes // axis_size
+
 
 _TABLE: dict[tuple[str, str], tuple[CollectiveKind | None, CollectiveKind | None]] = {
     ("shard", "broadcast"): ("all_gather", "reduce_scatter"),

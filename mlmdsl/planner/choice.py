@@ -1,0 +1,331 @@
+"""The choice of strategies as a problem of least cost: variables, factors, and the transitions that a choice asks for.
+
+A variable stands for each node (one pass of a repeat stands for all of them), its values are the strategies in which the node may
+run. A value of the graph that several operations use gets a variable too: how its producer leaves it, and the set of placements that
+it is brought to, each once; its consumers' demands have to be among them. So every factor speaks of two variables at most, however
+many operations use a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, combinations, pairwise
+from math import inf, prod
+
+from mlmdsl.graph.graph import Carried, Graph, Node
+from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.graph.ops.base import Local
+from mlmdsl.graph.placement import Placement, Strategy, WeightPlacement
+from mlmdsl.graph.tensor import TensorType
+from mlmdsl.planner.communication import Group, collective_seconds
+from mlmdsl.planner.compute import Kernels
+from mlmdsl.planner.elimination import Factor, eliminate
+from mlmdsl.planner.placement import Step, transition
+
+# What a local parameter costs once per step, spread over the micro-batches of a typical one: its gradient (fp32) and weight (bf16)
+# cross the data axis; weight, gradient and optimizer state pass through memory; a partial gradient (fp32) is summed over the tensor
+# axis. It decides between strategies that are alike in all else; the ledger and the schedule count it exactly.
+_MICRO_BATCHES = 4
+_DATA_BYTES, _STATE_BYTES, _PARTIAL_BYTES = 6.0, 28.0, 4.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the choice is made by: the device, the tensor group's links, a device's share of the links between nodes, bytes of a
+    float, sizes of B and S."""
+
+    kernels: Kernels
+    group: Group
+    data_bytes_per_second: float
+    float_bytes: int
+    sizes: Mapping[str, int]
+
+
+def width(type: TensorType, float_bytes: int) -> int:
+    """Bytes of one element."""
+    return {"float": float_bytes, "fp32": 4, "int": 8}[type.dtype]
+
+
+def local_sizes(graph: Graph, node: Node, strategy: Strategy, n: int, sizes: Mapping[str, int], float_bytes: int) -> Local:
+    """A node's sizes on one of `n` ranks."""
+
+    def cut(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
+        return shape if dim is None or dim < 0 else (*shape[:dim], shape[dim] // n, *shape[dim + 1 :])
+
+    types = [graph.nodes[source].type for source in node.inputs]
+    return Local(
+        inputs=tuple(cut(t.sizes(sizes), p.dim) for t, p in zip(types, strategy.inputs, strict=True)),
+        input_bytes=tuple(width(t, float_bytes) for t in types),
+        output=cut(node.type.sizes(sizes), strategy.output.dim),
+        output_bytes=width(node.type, float_bytes),
+        weights=tuple(cut(graph.weights[k].shape, w.dim) for k, w in zip(node.weights, strategy.weights, strict=True)),
+        weight_bytes=float_bytes,
+        attrs=node.attrs,
+    )
+
+
+@dataclass(frozen=True)
+class Use:
+    """A value as it is left (`producer`'s output) and what asks for it: (node, input index; -1 for a carry's boundary). `region` is
+    the index of the region in whose code it is brought where it is wanted."""
+
+    value: str
+    producer: int
+    consumers: tuple[tuple[int, int], ...]
+    region: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """A value as its producer leaves it, and the further placements that it is brought to."""
+
+    source: Placement
+    targets: frozenset[Placement]
+
+    def offers(self, demands: Iterable[Placement]) -> bool:
+        return all(d == self.source or d in self.targets for d in demands)
+
+
+@dataclass(frozen=True)
+class Problem:
+    graph: Graph
+    tensor: int
+    sequence_parallel: bool
+    costs: Costs
+
+    def solve(self) -> Mapping[str, Strategy] | None:
+        """The strategy of each node, of least time in all; None where nothing is legal."""
+        sizes = [len(d) for d in self.domains] + [len(self._forms(use)) for use in self._shared]
+        if 0 in sizes:
+            return None
+        found = eliminate(sizes, list(self._factors()))
+        if found is None:
+            return None
+        return {node.path: self.domains[i][found[1][i]] for i, node in enumerate(self.nodes)}
+
+    def seconds(self, chosen: Mapping[str, Strategy]) -> float:
+        """What the choice costs: `inf` for one that no transitions or weights can serve."""
+        total = sum(self._node_seconds(node, chosen[node.path]) for node in self.nodes)
+        for use in self.uses:
+            source = chosen[self.nodes[use.producer].path].output
+            total += use.passes * self._bring_seconds(use.value, source, frozenset(self.demands(use, chosen)))
+        for (one, first), (other, second) in self._ties:
+            alike = chosen[self.nodes[one].path].weights[first] == chosen[self.nodes[other].path].weights[second]
+            total += 0.0 if alike else inf
+        return total
+
+    # ---- nodes and their strategies -------------------------------------------------------------------------------------
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        return tuple(self.graph.nodes.values())
+
+    @cached_property
+    def index(self) -> Mapping[str, int]:
+        return {node.path: i for i, node in enumerate(self.nodes)}
+
+    @cached_property
+    def domains(self) -> tuple[tuple[Strategy, ...], ...]:
+        return tuple(self._domain(node) for node in self.nodes)
+
+    def _domain(self, node: Node) -> tuple[Strategy, ...]:
+        types = tuple(self.graph.nodes[source].type for source in node.inputs)
+        shapes = tuple(self.graph.weights[key].shape for key in node.weights)
+        offered = CATALOGUE[node.op].strategies(types, node.type, shapes, node.attrs, self.tensor)
+        legal = tuple(s for s in offered if self._legal(node, types, s))
+        if node.op != "carry":
+            return _cutting(legal, shapes)
+        cut = tuple(s for s in legal if s.output.is_shard and isinstance(node.type.shape[s.output.dim], str))
+        return cut[:1] if self.sequence_parallel and cut else (legal[0],)
+
+    def _legal(self, node: Node, types: tuple[TensorType, ...], strategy: Strategy) -> bool:
+        """Slices of symbolic dims only under sequence parallelism, and only where they divide."""
+        for type, placement in zip((*types, node.type), (*strategy.inputs, strategy.output), strict=True):
+            size = type.shape[placement.dim] if placement.is_shard else 1
+            if isinstance(size, str) and not (self.sequence_parallel and self.costs.sizes[size] % self.tensor == 0):
+                return False
+        return True
+
+    @cached_property
+    def _seconds_cache(self) -> dict[tuple[object, ...], float]:
+        return {}
+
+    def _node_seconds(self, node: Node, strategy: Strategy) -> float:
+        passes = self.graph.region_of[node.path].count
+        return passes * self._pass_seconds(node, strategy) + self._step_seconds(node, strategy)
+
+    def _pass_seconds(self, node: Node, strategy: Strategy) -> float:
+        """Forward and backward of one micro-batch. The launch of kernels is left out: it is the same for every strategy."""
+        local = local_sizes(self.graph, node, strategy, self.tensor, self.costs.sizes, self.costs.float_bytes)
+        key = (node.op, node.attributes, strategy.name, local.inputs, local.output, local.weights)
+        if key not in self._seconds_cache:
+            op = CATALOGUE[node.op]
+            inner = op.collectives(strategy, local)
+            called = sum(count * collective_seconds(kind, size, self.costs.group) for kind, size, count in inner)
+            self._seconds_cache[key] = self.costs.kernels.busy_seconds(op.work(local)) + called
+        return self._seconds_cache[key]
+
+    def _step_seconds(self, node: Node, strategy: Strategy) -> float:
+        """What its weights cost once per step; a weight with several uses shares it among them."""
+        total = 0.0
+        for key, placement in zip(node.weights, strategy.weights, strict=True):
+            weight = self.graph.weights[key]
+            share = self.graph.count_of(weight) / (len(self._users[key]) * _MICRO_BATCHES)
+            total += share * self._weight_seconds(prod(weight.shape) // (1 if placement.dim is None else self.tensor), placement)
+        return total
+
+    def _weight_seconds(self, elements: int, placement: WeightPlacement) -> float:
+        """Partial gradients are summed together at the end of a step: each costs its bytes, none a latency."""
+        reduced = elements * _PARTIAL_BYTES if placement.partial_gradient else 0.0
+        summed = collective_seconds("all_reduce", reduced, self.costs.group) - self._idle_seconds
+        moved = elements * _DATA_BYTES / self.costs.data_bytes_per_second
+        return summed + moved + self.costs.kernels.memory_seconds(elements * _STATE_BYTES)
+
+    @cached_property
+    def _idle_seconds(self) -> float:
+        return collective_seconds("all_reduce", 0, self.costs.group)
+
+    # ---- values and their uses ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def uses(self) -> tuple[Use, ...]:
+        """Every value with what asks for it, in the order of values. A value made outside a repeat and used inside is brought where it
+        is wanted outside, once. After a repeat the last pass's value lies as the boundary does, and every region that uses it brings
+        it where it wants it."""
+        inside: dict[str, list[tuple[int, int]]] = {}
+        after: dict[tuple[str, int], list[tuple[int, int]]] = {}
+
+        def ask(value: str, region: int, consumer: tuple[int, int]) -> None:
+            away = value in self._results and self._region_number[value] != region
+            (after.setdefault((value, region), []) if away else inside.setdefault(value, [])).append(consumer)
+
+        for number, region in enumerate(self.graph.regions):
+            for node in region.nodes:
+                for position, source in enumerate(node.inputs):
+                    ask(source, number, (self.index[node.path], position))
+            for carried in region.carried:
+                ask(carried.initial, number, (self.index[carried.entry], -1))
+                ask(carried.next, number, (self.index[carried.entry], -1))
+        made = [self._use(v, self.index[v], uses, self._region_number[v]) for v, uses in inside.items()]
+        return (*made, *(self._use(v, self.index[self._results[v].entry], uses, n) for (v, n), uses in after.items()))
+
+    def _use(self, value: str, producer: int, consumers: Sequence[tuple[int, int]], region: int) -> Use:
+        others = tuple(c for c in consumers if c[0] != producer)
+        return Use(value, producer, others, region, self.graph.regions[region].count)
+
+    @cached_property
+    def _results(self) -> Mapping[str, Carried]:
+        return {c.next: c for region in self.graph.regions for c in region.carried}
+
+    @cached_property
+    def _region_number(self) -> Mapping[str, int]:
+        return {node.path: i for i, region in enumerate(self.graph.regions) for node in region.nodes}
+
+    def demand(self, consumer: tuple[int, int], strategy: Strategy) -> Placement:
+        return strategy.output if consumer[1] < 0 else strategy.inputs[consumer[1]]
+
+    def demands(self, use: Use, chosen: Mapping[str, Strategy]) -> list[Placement]:
+        """What each consumer asks for."""
+        return [self.demand(c, chosen[self.nodes[c[0]].path]) for c in use.consumers]
+
+    def _bring_seconds(self, value: str, source: Placement, targets: Iterable[Placement]) -> float:
+        """Forward and backward time of all transitions of a value in one pass."""
+        return sum(self._move_seconds(value, source, target) for target in sorted(targets) if target != source)
+
+    @cached_property
+    def _move_cache(self) -> dict[tuple[object, ...], float]:
+        return {}
+
+    def _move_seconds(self, value: str, source: Placement, target: Placement) -> float:
+        type = self.graph.nodes[value].type
+        key = (type, source, target)
+        if key not in self._move_cache:
+            step = transition(source, target, integer=type.dtype == "int")
+            size = type.elements(self.costs.sizes) * width(type, self.costs.float_bytes)
+            self._move_cache[key] = inf if step is None else self._step_pair_seconds(step, size)
+        return self._move_cache[key]
+
+    def _step_pair_seconds(self, step: Step, whole_bytes: int) -> float:
+        size = step.side_bytes(whole_bytes, self.tensor)
+        return sum(collective_seconds(kind, size, self.costs.group) for kind in (step.forward, step.backward))
+
+    # ---- factors --------------------------------------------------------------------------------------------------------
+
+    def _factors(self) -> Iterator[Factor]:
+        for i, node in enumerate(self.nodes):
+            yield Factor((i,), [self._node_seconds(node, s) for s in self.domains[i]])
+        for use in self.uses:
+            if len(use.consumers) == 1:
+                yield self._single_use(use)
+        for variable, use in enumerate(self._shared, len(self.nodes)):
+            yield from self._shared_use(use, variable)
+        for (one, first), (other, second) in self._ties:
+            left, right = ([s.weights[at] for s in self.domains[node]] for node, at in ((one, first), (other, second)))
+            yield Factor((one, other), [0.0 if a == b else inf for a in left for b in right])
+
+    @cached_property
+    def _shared(self) -> tuple[Use, ...]:
+        """Values that several operations use: each has a variable after those of the nodes."""
+        return tuple(use for use in self.uses if len(use.consumers) > 1)
+
+    def _single_use(self, use: Use) -> Factor:
+        (consumer,) = use.consumers
+        wanted = [self.demand(consumer, s) for s in self.domains[consumer[0]]]
+        costs = [
+            use.passes * self._bring_seconds(use.value, s.output, (target,))
+            for s in self.domains[use.producer]
+            for target in wanted
+        ]
+        return Factor((use.producer, consumer[0]), costs)
+
+    def _shared_use(self, use: Use, variable: int) -> Iterator[Factor]:
+        forms = self._forms(use)
+        yield Factor((variable,), [use.passes * self._bring_seconds(use.value, f.source, f.targets) for f in forms])
+        made = self.domains[use.producer]
+        yield Factor((use.producer, variable), [0.0 if s.output == f.source else inf for s in made for f in forms])
+        for node in dict.fromkeys(node for node, _ in use.consumers):
+            asked = [[self.demand(c, s) for c in use.consumers if c[0] == node] for s in self.domains[node]]
+            yield Factor((node, variable), [0.0 if f.offers(demands) else inf for demands in asked for f in forms])
+
+    @cached_property
+    def _form_cache(self) -> dict[tuple[str, int], tuple[Form, ...]]:
+        return {}
+
+    def _forms(self, use: Use) -> tuple[Form, ...]:
+        """Every way that the value may be left and every set of placements that it may be brought to, fewest first."""
+        key = (use.value, use.region)
+        if key not in self._form_cache:
+            wanted = sorted({self.demand(c, s) for c in use.consumers for s in self.domains[c[0]]})
+            sources = dict.fromkeys(s.output for s in self.domains[use.producer])
+            self._form_cache[key] = tuple(form for source in sources for form in self._forms_from(use.value, source, wanted))
+        return self._form_cache[key]
+
+    def _forms_from(self, value: str, source: Placement, wanted: Sequence[Placement]) -> Iterator[Form]:
+        reachable = [t for t in wanted if t != source and self._move_seconds(value, source, t) < inf]
+        for targets in chain.from_iterable(combinations(reachable, count) for count in range(len(reachable) + 1)):
+            yield Form(source, frozenset(targets))
+
+    @cached_property
+    def _users(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        users: dict[str, list[tuple[int, int]]] = {}
+        for i, node in enumerate(self.nodes):
+            for position, key in enumerate(node.weights):
+                users.setdefault(key, []).append((i, position))
+        return users
+
+    @cached_property
+    def _ties(self) -> tuple[tuple[tuple[int, int], tuple[int, int]], ...]:
+        """Pairs of uses of one weight: it has one placement, and its gradient is whole in all of them or partial in all."""
+        return tuple(pair for places in self._users.values() for pair in pairwise(places) if pair[0][0] != pair[1][0])
+
+
+def _cutting(strategies: tuple[Strategy, ...], shapes: Sequence[tuple[int, ...]]) -> tuple[Strategy, ...]:
+    """Matrices whose rows the axis divides are cut, whatever the clock says: an axis that leaves them whole is a data axis under
+    another name, which the search tries anyway, and the memory is what it is there for."""
+    for index, shape in enumerate(shapes):
+        if len(shape) > 1 and any(s.weights[index].dim == 0 for s in strategies):
+            strategies = tuple(s for s in strategies if s.weights[index].dim is not None)
+    return strategies
