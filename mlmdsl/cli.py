@@ -206,7 +206,7 @@ def _read(name: str) -> str:
 
 
 def _usage(message: str, help: str = "") -> UsageError:
-    return UsageError([Diagnostic("MLM0701", message, help=help)])
+    return UsageError([Diagnostic("MLM0750", message, help=help)])
 
 
 def _show(diagnostics: Sequence[Diagnostic], sources: Mapping[str, str], format: str) -> None:

@@ -237,6 +237,6 @@ CODES: Mapping[str, str] = {
     "MLM0744": "a checkpoint is damaged",
     "MLM0745": "a checkpoint is of another model",
     "MLM0746": "a checkpoint cannot be written",
-    "MLM0701": "the command cannot be carried out as written",
-    "MLM0702": "no GPU of a known kind here",
+    "MLM0750": "the command cannot be carried out as written",
+    "MLM0751": "no GPU of a known kind here",
 }

@@ -40,7 +40,7 @@ def local_gpus(listing: str | None = None) -> list[str]:
         raise UsageError(
             [
                 Diagnostic(
-                    "MLM0702",
+                    "MLM0751",
                     f"the device library has no {name} with {memory:,.0f} MiB",
                     help="describe it in the spec: device = gpu(memory = 80 GiB, bf16 = 312 TFLOPS, ...)",
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from mlmdsl.graph.ops.base import ShapeProblem
 from mlmdsl.graph.state import State
 from mlmdsl.graph.tensor import TensorType, Weight
 from mlmdsl.graph.values import Scope, ScopeRef, Symbol, TensorValue, WeightRef
+from mlmdsl.graph.walk import assigned_names, capitalised, dotted, mentions, snake
 
 MAX_UNROLLED = 1024  # passes of a repeat inside a block, which is written out
 
@@ -104,14 +104,15 @@ class Body(Evaluator):
         if len(statement.names) == 1:
             self.variables[statement.names[0]] = value
             return
+        values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
         if value is POISON:
             self.variables |= dict.fromkeys(statement.names, POISON)
-        elif not isinstance(value, tuple) or len(value) != len(statement.names):
-            count = len(value) if isinstance(value, tuple) else 1
+        elif len(values) != len(statement.names):
+            count = len(values)
             self.poison("MLM0516", f"{len(statement.names)} names for {count} value{'s' * (count != 1)}", statement.span)
             self.variables |= dict.fromkeys(statement.names, POISON)
         else:
-            self.variables |= dict(zip(statement.names, value, strict=True))
+            self.variables |= dict(zip(statement.names, values, strict=True))
 
     def _if(self, statement: s.If) -> None:
         condition = self.value(statement.condition)
@@ -140,7 +141,7 @@ class Body(Evaluator):
             self._unrolled(statement, name, count)
 
     def _poison_assigned(self, body: Iterable[s.Statement]) -> None:
-        self.variables |= dict.fromkeys(_assigned_names(body), POISON)
+        self.variables |= dict.fromkeys(assigned_names(body), POISON)
 
     def _unrolled(self, statement: s.Repeat, name: str, count: int) -> None:
         if count > MAX_UNROLLED:
@@ -162,14 +163,15 @@ class Body(Evaluator):
         self.state.close_straight()
         outer, self.names = self.names, Scope(f"{name}.", name)
         before: dict[str, TensorValue] = {}
-        for variable in dict.fromkeys(_assigned_names(statement.body)):
+        entries: dict[str, TensorValue] = {}
+        for variable in dict.fromkeys(assigned_names(statement.body)):
             value = self.variables.get(variable)
             if isinstance(value, TensorValue):
                 before[variable] = value
                 path = self.names.fresh(variable)
                 self.state.add(Node(path, "carry", (), value.type, variable=variable, span=statement.span))
-                self.variables[variable] = TensorValue(path, value.type, value.span)
-        entries = {variable: self.variables[variable] for variable in before}
+                entries[variable] = TensorValue(path, value.type, value.span)
+                self.variables[variable] = entries[variable]
         self._pass(statement)
         carried = [c for v, old in before.items() if (c := self._carried(v, old, entries[v], name, statement)) is not None]
         self.names = outer
@@ -177,10 +179,10 @@ class Body(Evaluator):
 
     def _pass(self, statement: s.Repeat) -> None:
         """The body once; a block call that is the body's only owner of parameters adds no name."""
-        owners = [call for part in statement.body for call in _capitalised(part)]
+        owners = [call for part in statement.body for call in capitalised(part)]
         for part in statement.body:
-            only = isinstance(part, s.Assign) and len(owners) == 1 and part.value is owners[0]
-            self._transparent = only and part.names[0] in self.variables
+            only = len(owners) == 1 and getattr(part, "value", None) is owners[0]
+            self._transparent = isinstance(part, s.Assign) and only and part.names[0] in self.variables
             self._statement(part, statement.body)
             self._transparent = False
 
@@ -216,7 +218,7 @@ class Body(Evaluator):
     def call(self, expr: s.Call) -> Any:
         target, transparent = self._take_target(), self._transparent
         self._transparent = False
-        name = _dotted(expr.function)
+        name = dotted(expr.function)
         if name is None:
             return self.poison("MLM0203", "this cannot be called", expr.function.span)
         if name in self.blocks:
@@ -230,7 +232,7 @@ class Body(Evaluator):
 
     def _given(self, expr: s.Call) -> Given:
         positional, keywords, spans = self.arguments(expr)
-        return Given(_dotted(expr.function) or "", positional, keywords, spans, expr.span)
+        return Given(dotted(expr.function) or "", positional, keywords, spans, expr.span)
 
     def _block(self, expr: s.Call, source: BlockSource, target: str | None, transparent: bool) -> Any:
         given = self._given(expr)
@@ -258,7 +260,7 @@ class Body(Evaluator):
         outer = self.names
         if transparent:
             return Scope(outer.prefix, outer.region, (*outer.calls, (outer.prefix.removesuffix("."), block)), outer.taken)
-        path = outer.fresh(target or _snake(block))
+        path = outer.fresh(target or snake(block))
         return Scope(f"{path}.", outer.region, (*outer.calls, (path, block)))
 
     def formals(
@@ -305,7 +307,7 @@ class Body(Evaluator):
         tensors, bound = bind_tensors(self, given, signature)
         if tensors is None or bound is None:
             return POISON
-        scope = self.names.fresh(target or _snake(name)) if signature.owns else None
+        scope = self.names.fresh(target or snake(name)) if signature.owns else None
         weight = bound.pop("weight", None)
         bias = bound.pop("bias", None) if signature.bias else None
         if bias is None:
@@ -416,7 +418,8 @@ class Body(Evaluator):
         if both:
             path = self.names.fresh(target or op)
             return self._node(expr.span, path, op, (left, right), {}, None, None, target or "")
-        tensor, number = (left, right) if isinstance(left, TensorValue) else (right, left)
+        tensor: Any = left if isinstance(left, TensorValue) else right
+        number: Any = right if isinstance(left, TensorValue) else left
         path = self.names.fresh(target or ("scale" if expr.operator in "*/" else "offset"))
         if expr.operator in "*/":
             factor = float(number) if expr.operator == "*" else 1.0 / number
@@ -470,58 +473,9 @@ class Body(Evaluator):
             value = self.value(statement.condition)
             if value is POISON or value is True:
                 continue
-            found = ", ".join(f"{name} = {fact:_}" for name, fact in facts.items() if _mentions(statement.condition, name))
+            found = ", ".join(f"{name} = {fact:_}" for name, fact in facts.items() if mentions(statement.condition, name))
             message = "this expectation fails" + (f": {found}" if found else "")
             self.poison("MLM0520", message, statement.condition.span, help="mend the model, or the number")
-
-
-# ---- helpers over syntax --------------------------------------------------------------------------------------------
-
-
-def _snake(name: str) -> str:
-    """LayerNorm -> layer_norm, RMSNorm -> rms_norm, GPTBlock -> gpt_block."""
-    last = name.rpartition(".")[2]
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", last).lower()
-
-
-def _dotted(function: s.Expr) -> str | None:
-    if isinstance(function, s.Name):
-        return function.name
-    if isinstance(function, s.Attribute) and isinstance(function.value, s.Name):
-        return f"{function.value.name}.{function.name}"
-    return None
-
-
-def _assigned_names(body: Iterable[s.Statement]) -> Iterable[str]:
-    for statement in body:
-        if isinstance(statement, s.Assign):
-            yield from statement.names
-        elif isinstance(statement, s.Repeat):
-            yield from _assigned_names(statement.body)
-        elif isinstance(statement, s.If):
-            yield from _assigned_names((*statement.then, *statement.otherwise))
-
-
-def _capitalised(node: object) -> Iterable[s.Call]:
-    """Calls that own parameters, in a statement."""
-    if isinstance(node, s.Call):
-        name = _dotted(node.function)
-        if name is not None and name.rpartition(".")[2][:1].isupper():
-            yield node
-    if isinstance(node, s.Node):
-        for value in vars(node).values():
-            for part in value if isinstance(value, tuple) else (value,):
-                yield from _capitalised(part)
-
-
-def _mentions(expr: object, name: str) -> bool:
-    if isinstance(expr, s.Name):
-        return expr.name == name
-    if isinstance(expr, s.Node):
-        return any(
-            _mentions(part, name) for value in vars(expr).values() for part in (value if isinstance(value, tuple) else (value,))
-        )
-    return False
 
 
 def _scalable(operator: str, left: Any, right: Any) -> bool:

@@ -85,9 +85,9 @@ class Graph:
         return {n.path: r for r in self.regions for n in r.nodes}
 
     @cached_property
-    def network(self) -> nx.DiGraph:
+    def network(self) -> nx.DiGraph[str]:
         """Nodes keyed by path with their `Node` as attribute "node"; one edge per use. A repeat is one pass of its body."""
-        network = nx.DiGraph()
+        network: nx.DiGraph[str] = nx.DiGraph()
         for path, node in self.nodes.items():
             network.add_node(path, node=node)
             network.add_edges_from((source, path) for source in node.inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mlmdsl.diagnostics import Diagnostics, Span
+from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar.spec import ModelSource
 from mlmdsl.graph.graph import Carried, Node, Region
 from mlmdsl.graph.tensor import Weight
@@ -15,13 +15,12 @@ from mlmdsl.graph.tensor import Weight
 class State:
     model: ModelSource
     diagnostics: Diagnostics
-    nodes: list[Node] = field(default_factory=list)  # of the region being built
-    paths: dict[str, Node] = field(default_factory=dict)
-    weights: dict[str, Weight] = field(default_factory=dict)
-    origins: dict[str, Span] = field(default_factory=dict)  # where each value was made, by path
-    regions: list[Region] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=list)
-    first_nodes: list[Node] = field(default_factory=list)  # inputs that the objective adds
+    nodes: list[Node] = field(default_factory=list[Node])  # of the region being built
+    paths: dict[str, Node] = field(default_factory=dict[str, Node])
+    weights: dict[str, Weight] = field(default_factory=dict[str, Weight])
+    regions: list[Region] = field(default_factory=list[Region])
+    inputs: list[str] = field(default_factory=list[str])
+    first_nodes: list[Node] = field(default_factory=list[Node])  # inputs that the objective adds
 
     def add(self, node: Node) -> None:
         assert node.path not in self.paths, node.path

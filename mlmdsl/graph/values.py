@@ -48,7 +48,7 @@ class Scope:
     prefix: str  # "" or "blocks.attn."
     region: str  # the folded repeat around it, or ""
     calls: tuple[tuple[str, str], ...] = ()  # (path, block name) of the block calls around it, outermost first
-    taken: Counter[str] = field(default_factory=Counter)
+    taken: Counter[str] = field(default_factory=Counter[str])
 
     def fresh(self, name: str) -> str:
         """The path of a new name: `attn`, then `attn_2`, `attn_3`."""

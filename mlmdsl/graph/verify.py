@@ -9,8 +9,8 @@ from mlmdsl.graph.ops import CATALOGUE
 
 
 def verify(graph: Graph) -> None:
-    """Paths are unique, values are made before they are used, types follow the catalogue, every weight is used, carried values keep
-    their types, and one pass of everything is acyclic."""
+    """Paths are unique, values are made before they are used, types follow the catalogue, every weight is used, carried
+    values keep their types, and one pass of everything is acyclic."""
     paths = [node.path for region in graph.regions for node in region.nodes]
     assert len(paths) == len(set(paths)), "a path is used twice"
     assert graph.output in graph.nodes and graph.loss in graph.nodes, "output or loss is no node"
