@@ -54,7 +54,7 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
     if parallel.world_size == 1:
         return single(device)
     ranks = torch.arange(parallel.world_size).view(parallel.pipeline, parallel.data, parallel.tensor)
-    grid = ranks.permute(0, 2, 1).tolist()  # not the view: torch 2.11 goes by its strides, and those of dims of size 1 mislead it
+    grid = ranks.permute(0, 2, 1).tolist()  # no view: torch 2.11 goes by strides, and those of dims of size 1 mislead it
     devices = DeviceMesh(device.type, grid, mesh_dim_names=("pipeline", "tensor", "data"))
 
     def axis(name: str, size: int) -> Axis:

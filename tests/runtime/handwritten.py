@@ -23,14 +23,14 @@ class Block(nn.Module):
         self.tp = tp
         self.norm1 = Scope(weight=weight((32,), ones, tp, partial=True), bias=weight((32,), zeros, tp, partial=True))
         self.attn = Scope(
-            query=Scope(weight=weight((32, 32), normal(0.08), tp, shard=0), bias=weight((32,), zeros, tp, shard=0)),
-            key=Scope(weight=weight((32, 32), normal(0.08), tp, shard=0), bias=weight((32,), zeros, tp, shard=0)),
-            value=Scope(weight=weight((32, 32), normal(0.08), tp, shard=0), bias=weight((32,), zeros, tp, shard=0)),
-            out=Scope(weight=weight((32, 32), normal(0.08), tp, shard=1), bias=weight((32,), zeros, tp, partial=True)),
+            query=Scope(weight=weight((32, 32), normal(0.02), tp, shard=0), bias=weight((32,), zeros, tp, shard=0)),
+            key=Scope(weight=weight((32, 32), normal(0.02), tp, shard=0), bias=weight((32,), zeros, tp, shard=0)),
+            value=Scope(weight=weight((32, 32), normal(0.02), tp, shard=0), bias=weight((32,), zeros, tp, shard=0)),
+            out=Scope(weight=weight((32, 32), normal(0.02), tp, shard=1), bias=weight((32,), zeros, tp, partial=True)),
         )
         self.norm2 = Scope(weight=weight((32,), ones, tp, partial=True), bias=weight((32,), zeros, tp, partial=True))
-        self.up = Scope(weight=weight((96, 32), normal(0.08), tp, shard=0), bias=weight((96,), zeros, tp, shard=0))
-        self.down = Scope(weight=weight((32, 96), normal(0.08), tp, shard=1), bias=weight((32,), zeros, tp, partial=True))
+        self.up = Scope(weight=weight((96, 32), normal(0.02), tp, shard=0), bias=weight((96,), zeros, tp, shard=0))
+        self.down = Scope(weight=weight((32, 96), normal(0.02), tp, shard=1), bias=weight((32,), zeros, tp, partial=True))
 
     def forward(self, h):
         tp = self.tp
@@ -57,9 +57,9 @@ class Stage(nn.Module):
         self.first, self.last = index == 0, index == len(PARALLEL.stages) - 1
         lo = sum(PARALLEL.stages[:index])
         if self.first or self.last:
-            self.tok = Scope(weight=weight((64, 32), normal(0.05), tp, shard=0))
+            self.tok = Scope(weight=weight((64, 32), normal(0.02), tp, shard=0))
         if self.first:
-            self.position = Scope(weight=weight((16, 32), normal(0.05), tp, partial=True))
+            self.position = Scope(weight=weight((16, 32), normal(0.02), tp, partial=True))
         self.blocks = nn.ModuleDict({str(i): Block(tp) for i in range(lo, lo + PARALLEL.stages[index])})
         if self.last:
             self.norm = Scope(weight=weight((32,), ones, tp, partial=True), bias=weight((32,), zeros, tp, partial=True))

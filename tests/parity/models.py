@@ -1,0 +1,94 @@
+"""The models of the parity tests, as specs, and their programs under a plan that is pinned in full.
+
+A GPT-2-like model: learned positions, biases, LayerNorm, a head tied to the embedding. A Llama-like one: RMSNorm, rotary
+positions, grouped heads, SwiGLU, a head of its own. Both small enough for eight ranks on two cores, and divisible by four.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from mlmdsl.codegen.emit import emit
+from mlmdsl.diagnostics import Diagnostics
+from mlmdsl.grammar.resolve import resolve
+from mlmdsl.grammar.spec import Spec
+from mlmdsl.graph.build import build
+from mlmdsl.graph.graph import Graph
+from mlmdsl.planner.plan import PlanVariables
+from tests.codegen import samples
+from tests.codegen.layouts import layout
+
+VOCAB, SEQUENCE, BATCH = 64, 16, 8
+
+GPT = """
+block GPTBlock(x: [B, S, d], heads: int) {
+  h = x + Attention(LayerNorm(x), heads = heads, causal = true)
+  output h + MLP(LayerNorm(h), hidden = 2 * d)
+}
+
+model gpt {
+  param d = 32
+  param layers = 4
+  input tokens: int[B, S]
+  tok = Embedding(tokens, vocab = 64, dim = d)
+  h = tok + Position(tokens, max = 16, dim = d)
+  repeat layers as blocks { h = GPTBlock(h, heads = 4) }
+  output Linear(LayerNorm(h), weight = tok.weight)
+}
+"""
+
+LLAMA = """
+block LlamaBlock(x: [B, S, d], heads: int, kv_heads: int) {
+  attn = Attention(RMSNorm(x), heads = heads, kv_heads = kv_heads, causal = true, bias = false, rope_theta = 10_000.0)
+  h = x + attn
+  output h + SwiGLU(RMSNorm(h), hidden = 2 * d)
+}
+
+model llama {
+  param d = 32
+  param layers = 4
+  input tokens: int[B, S]
+  h = Embedding(tokens, vocab = 64, dim = d)
+  repeat layers as blocks { h = LlamaBlock(h, heads = 8, kv_heads = 4) }
+  output Linear(RMSNorm(h), out = 64, bias = false)
+}
+"""
+
+SETTINGS = """
+cluster here {
+  nodes = 1
+  devices_per_node = 8
+  device = cpu(memory = 2 GiB, fp32 = 50 GFLOPS)
+  intra = loopback(bandwidth = 1 GB/s per gpu, latency = 500 us)
+}
+
+train {
+  data = text("unused.txt")
+  tokenizer = bytes()
+  objective = next_token()
+  seq_len = 16 tok
+  batch = 8 seq
+  stop = 8 steps
+  optimizer = adamw(lr = 0.3, betas = (0.9, 0.95), weight_decay = 0.1, clip = 1.0)
+  schedule = cosine(warmup = 2 steps, min_lr = 0.01)
+  precision = fp32
+}
+"""
+
+MODELS = {"gpt": GPT, "llama": LLAMA}
+
+
+@lru_cache
+def built(model: str, layers: int) -> tuple[Spec, Graph]:
+    found = Diagnostics()
+    resolved = resolve(f"{model}.mlm", MODELS[model] + SETTINGS, found, overrides=(f"{model}.layers={layers}",))
+    graph = build(resolved.model, found) if resolved.model else None
+    assert resolved.spec is not None and graph is not None and not found.errors, found.items
+    return resolved.spec, graph
+
+
+def program_text(model: str, variables: PlanVariables) -> str:
+    """The emitted program under `variables`; as many layers as its stages say."""
+    spec, graph = built(model, sum(variables.stages))
+    placed = layout(graph, variables.tensor, variables.sequence_parallel) if variables.tensor > 1 else ()
+    return emit(spec, graph, samples.plan(graph, variables, placed)).text

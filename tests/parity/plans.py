@@ -1,0 +1,84 @@
+"""The lattice of plans that parity is shown for.
+
+Every mesh of {tensor 1, 2, 4} x {pipeline 1, 2, 4} x {data 1, 2, 4} with up to eight ranks, with every ZeRO stage where the
+data axis has ranks to divide by, every schedule where there is a pipeline, and every kind of recomputation. What remains goes
+round: even and uneven stages, micro-batch sizes (so: how many are accumulated), sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, product
+from typing import get_args
+
+from mlmdsl.planner.plan import PlanVariables, Recompute, Schedule
+from tests.parity.models import BATCH
+
+DEGREES = (1, 2, 4)
+MAX_RANKS = 8
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan, or why there is none."""
+
+    model: str
+    variables: PlanVariables
+    illegal: str = ""
+
+    @property
+    def name(self) -> str:
+        v = self.variables
+        stages = ",".join(map(str, v.stages))
+        sequence = "+sp" if v.sequence_parallel else ""
+        schedule = f" {v.schedule} [{stages}]" if v.pipeline > 1 else ""
+        recompute = f" recompute {v.recompute}" if v.recompute != "none" else ""
+        return (
+            f"{self.model} t{v.tensor}{sequence} p{v.pipeline} d{v.data} zero{v.zero} micro{v.micro_batch}{schedule}{recompute}"
+        )
+
+
+def lattice(model: str) -> Iterator[Case]:
+    turn = count()
+    for tensor, pipeline, data in product(DEGREES, DEGREES, DEGREES):
+        if tensor * pipeline * data > MAX_RANKS:
+            continue
+        zeros = (0, 1, 3) if data > 1 else (0,)
+        schedules: tuple[Schedule, ...] = SCHEDULES if pipeline > 1 else ("1f1b",)
+        for zero, schedule, recompute in product(zeros, schedules, RECOMPUTE):
+            yield _case(model, tensor, pipeline, data, zero, schedule, recompute, next(turn))
+
+
+def _case(
+    model: str, tensor: int, pipeline: int, data: int, zero: int, schedule: Schedule, recompute: Recompute, turn: int
+) -> Case:
+    interleave = 2 if schedule == "interleaved_1f1b" else 1
+    rows = BATCH // data
+    least = pipeline if schedule == "1f1b" else 1  # micro-batches that the schedule needs
+    sizes = [size for size in (1, 2, 4, 8) if size <= rows and rows // size >= least]
+    variables = PlanVariables(
+        tensor=tensor,
+        sequence_parallel=tensor > 1 and turn % 3 != 0,
+        pipeline=pipeline,
+        interleave=interleave,
+        schedule=schedule,
+        data=data,
+        zero=zero,
+        micro_batch=sizes[-1 - turn % min(2, len(sizes))] if sizes else 1,
+        recompute=recompute,
+        stages=stages(pipeline * interleave, uneven=turn % 2 == 0),
+    )
+    illegal = "" if sizes else f"1f1b needs {pipeline} micro-batches, the {rows} rows of a data rank make {rows}"
+    return Case(model, variables, illegal)
+
+
+def stages(number: int, *, uneven: bool) -> tuple[int, ...]:
+    """Four layers, or one per stage; uneven: the first stage gives a layer to the second."""
+    layers = max(4, number)
+    even = [layers // number] * number
+    if uneven and number > 1:
+        even[0], even[1] = even[0] - 1, even[1] + 1
+    return tuple(even)
