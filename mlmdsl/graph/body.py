@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlmdsl.diagnostics import Label, Span
@@ -84,7 +85,7 @@ class Body(Evaluator):
             self.variables[statement.name] = POISON
             return
         type = TensorType("int" if kind.base == "int" else "float", shape)
-        path = self.names.fresh(statement.name)
+        path = self.names.value(statement.name)
         self.state.add(Node(path, "input", (), type, variable=statement.name, span=statement.span))
         self.state.inputs.append(path)
         self.variables[statement.name] = TensorValue(path, type, statement.span)
@@ -134,7 +135,7 @@ class Body(Evaluator):
             self.poison("MLM0518", f"a repeat runs a positive number of times, not {_shown(count)}", statement.count.span)
             self._poison_assigned(statement.body)
             return
-        name = self.names.fresh(statement.name or "layers").removeprefix(self.names.prefix)
+        name = self.names.owner(statement.name or "layers").removeprefix(self.names.prefix)
         if self.top and not self.names.region:
             self._folded(statement, name, count)
         else:
@@ -168,7 +169,7 @@ class Body(Evaluator):
             value = self.variables.get(variable)
             if isinstance(value, TensorValue):
                 before[variable] = value
-                path = self.names.fresh(variable)
+                path = self.names.value(variable)
                 self.state.add(Node(path, "carry", (), value.type, variable=variable, span=statement.span))
                 entries[variable] = TensorValue(path, value.type, value.span)
                 self.variables[variable] = entries[variable]
@@ -259,8 +260,8 @@ class Body(Evaluator):
     def _inner_names(self, block: str, target: str | None, transparent: bool) -> Scope:
         outer = self.names
         if transparent:
-            return Scope(outer.prefix, outer.region, (*outer.calls, (outer.prefix.removesuffix("."), block)), outer.taken)
-        path = outer.fresh(target or snake(block))
+            return replace(outer, calls=(*outer.calls, (outer.prefix.removesuffix("."), block)))
+        path = outer.owner(target or snake(block))
         return Scope(f"{path}.", outer.region, (*outer.calls, (path, block)))
 
     def formals(
@@ -307,7 +308,7 @@ class Body(Evaluator):
         tensors, bound = bind_tensors(self, given, signature)
         if tensors is None or bound is None:
             return POISON
-        scope = self.names.fresh(target or snake(name)) if signature.owns else None
+        scope = self.names.owner(target or snake(name)) if signature.owns else None
         weight = bound.pop("weight", None)
         bias = bound.pop("bias", None) if signature.bias else None
         if bias is None:
@@ -315,7 +316,7 @@ class Body(Evaluator):
         sizes = self._sizes(signature, bound, weight, given)
         if sizes is None:
             return POISON
-        path = scope or self.names.fresh(target or name)
+        path = self.names.value(scope.removeprefix(self.names.prefix) if scope else target or name)
         made = self._node(expr.span, path, signature.op, tensors, bound, scope, weight, target or "", given)
         if made is POISON or not signature.bias or not bias:
             return made
@@ -416,11 +417,11 @@ class Body(Evaluator):
             message = f"`{expr.operator}` does not apply to {_kind(left)} and {_kind(right)}"
             return self.poison("MLM0522", message, expr.span, help="tensors have + - * / with tensors, and with numbers")
         if both:
-            path = self.names.fresh(target or op)
+            path = self.names.value(target or op)
             return self._node(expr.span, path, op, (left, right), {}, None, None, target or "")
         tensor: Any = left if isinstance(left, TensorValue) else right
         number: Any = right if isinstance(left, TensorValue) else left
-        path = self.names.fresh(target or ("scale" if expr.operator in "*/" else "offset"))
+        path = self.names.value(target or ("scale" if expr.operator in "*/" else "offset"))
         if expr.operator in "*/":
             factor = float(number) if expr.operator == "*" else 1.0 / number
             return self._node(expr.span, path, "scale", (tensor,), {"factor": factor}, None, None, target or "")
@@ -432,7 +433,7 @@ class Body(Evaluator):
         value = self.value(expr.operand)
         if expr.operator == "-" and isinstance(value, TensorValue):
             return self._node(
-                expr.span, self.names.fresh(target or "scale"), "scale", (value,), {"factor": -1.0}, None, None, target or ""
+                expr.span, self.names.value(target or "scale"), "scale", (value,), {"factor": -1.0}, None, None, target or ""
             )
         if value is POISON:
             return POISON

@@ -66,7 +66,7 @@ def _loss(state: State, output: TensorValue, diagnostics: Diagnostics) -> Node |
         return None
     state.inputs.append("targets")
     state.first_nodes.append(Node("targets", "input", (), targets, variable="targets"))
-    path = Scope("", "").fresh("loss") if "loss" not in state.paths else "cross_entropy"
+    path = "loss" if "loss" not in state.paths else "cross_entropy"
     node = Node(path, "cross_entropy", (output.path, "targets"), kind, span=output.span)
     state.add(node)
     return node

@@ -43,21 +43,28 @@ class Symbol:
 
 @dataclass
 class Scope:
-    """Where names are made: a prefix for paths, and how often each name was taken."""
+    """Where names are made: a prefix, and how often each name was taken. Calls that own weights and values have names of their
+    own: `h = Linear(h)` in a repeat that carries `h` makes the weight `h.weight` and the value `h_2`."""
 
     prefix: str  # "" or "blocks.attn."
     region: str  # the folded repeat around it, or ""
     calls: tuple[tuple[str, str], ...] = ()  # (path, block name) of the block calls around it, outermost first
-    taken: Counter[str] = field(default_factory=Counter[str])
+    values: Counter[str] = field(default_factory=Counter[str])
+    owners: Counter[str] = field(default_factory=Counter[str])
 
-    def fresh(self, name: str) -> str:
-        """The path of a new name: `attn`, then `attn_2`, `attn_3`."""
-        self.taken[name] += 1
-        count = self.taken[name]
-        if count == 1:
-            return self.prefix + name
-        return self.fresh(f"{name}_{count}") if self.taken[f"{name}_{count}"] else self._numbered(name, count)
+    def value(self, name: str) -> str:
+        """The path of a new value: `attn`, then `attn_2`, `attn_3`."""
+        return self.prefix + _fresh(self.values, name)
 
-    def _numbered(self, name: str, count: int) -> str:
-        self.taken[f"{name}_{count}"] += 1
-        return f"{self.prefix}{name}_{count}"
+    def owner(self, name: str) -> str:
+        """The path of a new call that owns weights."""
+        return self.prefix + _fresh(self.owners, name)
+
+
+def _fresh(taken: Counter[str], name: str) -> str:
+    found, number = name, 1
+    while taken[found]:
+        number += 1
+        found = f"{name}_{number}"
+    taken[found] += 1
+    return found
