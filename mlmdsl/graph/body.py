@@ -320,7 +320,7 @@ class Body(Evaluator):
         made = self._node(expr.span, path, signature.op, tensors, bound, scope, weight, target or "", given)
         if made is POISON or not signature.bias or not bias:
             return made
-        return self._node(expr.span, f"{path}.bias", "bias", (made,), {}, scope, None, target or "", given)
+        return self._node(expr.span, f"{scope}.bias", "bias", (made,), {}, scope, None, target or "", given)
 
     def _sizes(self, signature: Signature, bound: dict[str, Any], weight: Any, given: Given) -> dict[str, Any] | None:
         """Sizes that a tied weight decides: [out, in] of a linear, [vocab, dim] of an embedding."""
