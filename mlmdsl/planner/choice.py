@@ -1,9 +1,9 @@
 """The choice of strategies as a problem of least cost: variables, factors, and the transitions that a choice asks for.
 
-A variable stands for each node (one pass of a repeat stands for all of them), its values are the strategies in which the node may
-run. A value of the graph that several operations use gets a variable too: how its producer leaves it, and the set of placements that
-it is brought to, each once; its consumers' demands have to be among them. So every factor speaks of two variables at most, however
-many operations use a value.
+A variable stands for each node (one pass of a repeat stands for all of them), its values are the strategies in which the node
+may run. A value of the graph that several operations use gets a variable too: how its producer leaves it, and the set of
+placements that it is brought to, each once; its consumers' demands have to be among them. So every factor speaks of two
+variables at most, however many operations use a value.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.elimination import Factor, eliminate
 from mlmdsl.planner.placement import Step, transition
 
-# What a local parameter costs once per step, spread over the micro-batches of a typical one: its gradient (fp32) and weight (bf16)
-# cross the data axis; weight, gradient and optimizer state pass through memory; a partial gradient (fp32) is summed over the tensor
-# axis. It decides between strategies that are alike in all else; the ledger and the schedule count it exactly.
+# What a local parameter costs once per step, spread over the micro-batches of a typical one: its gradient (fp32) and weight
+# (bf16) cross the data axis; weight, gradient and optimizer state pass through memory; a partial gradient (fp32) is summed over
+# the tensor axis. It decides between strategies that are alike in all else; the ledger and the schedule count it exactly.
 _MICRO_BATCHES = 4
 _DATA_BYTES, _STATE_BYTES, _PARTIAL_BYTES = 6.0, 28.0, 4.0
 
@@ -68,8 +68,8 @@ def local_sizes(graph: Graph, node: Node, strategy: Strategy, n: int, sizes: Map
 
 @dataclass(frozen=True)
 class Use:
-    """A value as it is left (`producer`'s output) and what asks for it: (node, input index; -1 for a carry's boundary). `region` is
-    the index of the region in whose code it is brought where it is wanted."""
+    """A value as it is left (`producer`'s output) and what asks for it: (node, input index; -1 for a carry's boundary).
+    `region` is the index of the region in whose code it is brought where it is wanted."""
 
     value: str
     producer: int
@@ -174,7 +174,9 @@ class Problem:
         for key, placement in zip(node.weights, strategy.weights, strict=True):
             weight = self.graph.weights[key]
             share = self.graph.count_of(weight) / (len(self._users[key]) * _MICRO_BATCHES)
-            total += share * self._weight_seconds(prod(weight.shape) // (1 if placement.dim is None else self.tensor), placement)
+            total += share * self._weight_seconds(
+                prod(weight.shape) // (1 if placement.dim is None else self.tensor), placement
+            )
         return total
 
     def _weight_seconds(self, elements: int, placement: WeightPlacement) -> float:
@@ -192,9 +194,9 @@ class Problem:
 
     @cached_property
     def uses(self) -> tuple[Use, ...]:
-        """Every value with what asks for it, in the order of values. A value made outside a repeat and used inside is brought where it
-        is wanted outside, once. After a repeat the last pass's value lies as the boundary does, and every region that uses it brings
-        it where it wants it."""
+        """Every value with what asks for it, in the order of values. A value made outside a repeat and used inside is brought
+        where it is wanted outside, once. After a repeat the last pass's value lies as the boundary does, and every region that
+        uses it brings it where it wants it."""
         inside: dict[str, list[tuple[int, int]]] = {}
         after: dict[tuple[str, int], list[tuple[int, int]]] = {}
 
@@ -323,8 +325,8 @@ class Problem:
 
 
 def _cutting(strategies: tuple[Strategy, ...], shapes: Sequence[tuple[int, ...]]) -> tuple[Strategy, ...]:
-    """Matrices whose rows the axis divides are cut, whatever the clock says: an axis that leaves them whole is a data axis under
-    another name, which the search tries anyway, and the memory is what it is there for."""
+    """Matrices whose rows the axis divides are cut, whatever the clock says: an axis that leaves them whole is a data axis
+    under another name, which the search tries anyway, and the memory is what it is there for."""
     for index, shape in enumerate(shapes):
         if len(shape) > 1 and any(s.weights[index].dim == 0 for s in strategies):
             strategies = tuple(s for s in strategies if s.weights[index].dim is not None)

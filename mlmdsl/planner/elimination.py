@@ -1,16 +1,15 @@
 """Min-sum variable elimination: the assignment of least cost, exactly (Dechter 1999, Bucket Elimination).
 
 A factor is a table of costs over a few variables, `inf` where a combination is impossible. Eliminating a variable adds up the
-factors that speak of it, takes the minimum over its values, and leaves a factor over its neighbours; the variables then get their
-values in the reverse order. Time grows with the largest table made on the way: graphs of transformer blocks are series-parallel
-but for tied weights, so that tables over two variables do.
+factors that speak of it, takes the minimum over its values, and leaves a factor over its neighbours; the variables then get
+their values in the reverse order. Time grows with the largest table made on the way: graphs of transformer blocks are
+series-parallel but for tied weights, so that tables over two variables do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import repeat
 from math import inf, prod
 from operator import add
@@ -25,21 +24,18 @@ class Factor:
     variables: tuple[int, ...]
     costs: Row
 
-    @cached_property
-    def members(self) -> frozenset[int]:
-        return frozenset(self.variables)
-
 
 def eliminate(domains: Sequence[int], factors: Iterable[Factor]) -> tuple[float, tuple[int, ...]] | None:
     """The least sum of all factors and the values that reach it; None where every assignment is impossible.
 
-    Variable v takes the values 0 .. domains[v] - 1. The variable whose elimination makes the smallest table goes first, the lower
-    number where two are alike; of equally good values the lowest is taken: the result is a function of the arguments alone."""
+    Variable v takes the values 0 .. domains[v] - 1. The variable whose elimination makes the smallest table goes first, the
+    lower number where two are alike; of equally good values the lowest is taken: the result is a function of the arguments
+    alone."""
     pool = _Pool(domains, factors)
     steps: list[tuple[int, list[Factor]]] = []
     constant = 0.0
     for variable, bucket in pool.buckets():
-        others = tuple(sorted({v for f in bucket for v in f.variables} - {variable}))
+        others = tuple(sorted(_members(bucket) - {variable}))
         rows = _joined(variable, others, bucket, domains)
         costs = list(map(min, rows))
         if min(costs) == inf:
@@ -70,15 +66,14 @@ class _Pool:
             self._measure(v)
 
     def _measure(self, variable: int) -> None:
-        near: frozenset[int] = frozenset().union(*(f.members for f in self.by_variable[variable]))
-        self.width[variable] = prod(self.domains[v] for v in near)
+        self.width[variable] = prod(self.domains[v] for v in _members(self.by_variable[variable]))
 
     def buckets(self) -> Iterable[tuple[int, list[Factor]]]:
         while self.by_variable:
             variable = min(self.by_variable, key=lambda v: (self.width[v], v))
             bucket = self.by_variable.pop(variable) or [Factor((variable,), [0.0] * self.domains[variable])]
-            for other in frozenset().union(*(f.members for f in bucket)) - {variable}:
-                self.by_variable[other] = [f for f in self.by_variable[other] if variable not in f.members]
+            for other in _members(bucket) - {variable}:
+                self.by_variable[other] = [f for f in self.by_variable[other] if variable not in f.variables]
             yield variable, bucket
 
     def put(self, factor: Factor) -> None:
@@ -86,6 +81,10 @@ class _Pool:
             self.by_variable[v].append(factor)
         for v in factor.variables:
             self._measure(v)
+
+
+def _members(factors: Iterable[Factor]) -> set[int]:
+    return {v for factor in factors for v in factor.variables}
 
 
 def _joined(variable: int, others: tuple[int, ...], bucket: Sequence[Factor], domains: Sequence[int]) -> list[Row]:

@@ -1,7 +1,8 @@
-"""One strategy per operation and one set of transitions, of least time on the tensor axis: derived, not written per architecture.
+"""One strategy per operation and one set of transitions, of least time on the tensor axis: derived, not written per
+architecture.
 
-`choice.py` states the problem and solves it exactly; here stands the result. Nothing knows attention or MLPs: Megatron's column and
-row pairs (arXiv:1909.08053) and its sequence parallelism (arXiv:2205.05198) come out.
+`choice.py` states the problem and solves it exactly; here stands the result. Nothing knows attention or MLPs: Megatron's column
+and row pairs (arXiv:1909.08053) and its sequence parallelism (arXiv:2205.05198) come out.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Infeasible:
 
 @dataclass(frozen=True)
 class Move:
-    """A transition of one value for all `consumers` that ask for `target`; `region` is the index of the region that makes it."""
+    """A transition of one value for all `consumers` that ask for `target`; `region` is the index of the region that makes
+    it."""
 
     value: str
     source: Placement
@@ -49,7 +51,8 @@ class Move:
 
 @dataclass(frozen=True)
 class Sharding:
-    """The chosen strategies by node and the moves in order: the same for every micro-batch, whose sizes the methods are given."""
+    """The chosen strategies by node and the moves in order: the same for every micro-batch, whose sizes the methods are
+    given."""
 
     graph: Graph
     tensor: int
@@ -120,7 +123,8 @@ class Sharding:
             name = self.strategies[move.value].name
             return f"{maker} is {_WORDS.get(name, name)}"
         if not users:
-            return "the next pass takes it so"
+            repeat = self.graph.region_of[move.consumers[0]].name
+            return f"{repeat} carries it {_CARRIED[move.target.kind == 'shard']}"
         names = list(dict.fromkeys(_WORDS.get(self.strategies[u].name, self.strategies[u].name) for u in users))
         return f"{', '.join(short)} {'is' if len(users) == 1 else 'are'} {' and '.join(names)}"
 
@@ -137,6 +141,7 @@ _WORDS = {
     "broadcast": "whole on every rank",
     "replicated": "whole on every rank",
 }
+_CARRIED = {True: "cut along the sequence", False: "whole"}
 
 
 def _node_layout(node: Node, strategy: Strategy) -> NodeLayout:
@@ -150,16 +155,16 @@ def _node_layout(node: Node, strategy: Strategy) -> NodeLayout:
 
 
 def reference_micro_batch(seq_len: int) -> int:
-    """Sequences of the micro-batch to choose at: times grow with the micro-batch nearly in proportion, so that one choice serves
-    all; what does not (latencies, sums of weight gradients) is weighed at 8192 tokens."""
+    """Sequences of the micro-batch to choose at: times grow with the micro-batch nearly in proportion, so that one choice
+    serves all; what does not (latencies, sums of weight gradients) is weighed at 8192 tokens."""
     return max(1, _REFERENCE_TOKENS // seq_len)
 
 
 def shard_graph(graph: Graph, tensor: int, sequence_parallel: bool, costs: Costs) -> Sharding | Infeasible:
     """The cheapest legal sharding of the whole graph on an axis of `tensor` ranks.
 
-    With sequence parallelism the values between blocks (the carried ones) are cut along the sequence, without it they are whole and
-    no sequence is cut anywhere."""
+    With sequence parallelism the values between blocks (the carried ones) are cut along the sequence, without it they are whole
+    and no sequence is cut anywhere."""
     if tensor == 1:
         return replicated(graph)
     problem = Problem(graph, tensor, sequence_parallel, costs)

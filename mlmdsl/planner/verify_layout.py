@@ -1,100 +1,154 @@
-"""Re-derives the typing of a plan's layout: a wrong placement fails here, not as a wrong gradient in training."""
+"""Re-derives the typing of a plan's layout: a wrong placement fails here, not as a wrong gradient in training.
+
+Nothing of the search is used but the catalogue of operations and the table of transitions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from mlmdsl.graph.graph import Graph, Region
+from mlmdsl.graph.graph import Carried, Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
-from mlmdsl.graph.placement import Placement, parse_placement, parse_weight_placement
+from mlmdsl.graph.placement import REPLICATE, Placement, Strategy, parse_placement, parse_weight_placement
+from mlmdsl.graph.tensor import TensorType
 from mlmdsl.planner.placement import transition
-from mlmdsl.planner.plan import NodeLayout, Plan, Transition
+from mlmdsl.planner.plan import NodeLayout, Plan, RegionLayout, Transition
+
+_WIDTHS = {"fp32": 4, "bf16": 2}
 
 
 def verify_layout(graph: Graph, plan: Plan) -> None:
-    """Every node's strategy is one that its operation offers, every value reaches each consumer in the placement that it asks for, by
-    a legal transition or none; tied weights lie alike; without sequence parallelism no sequence is cut. AssertionError says where
-    not."""
-    if plan.plan.tensor == 1:
-        return
-    nodes = {node.path: node for region in plan.layout for node in region.nodes}
-    assert set(nodes) == set(graph.nodes), f"the layout has other nodes than the graph: {set(nodes) ^ set(graph.nodes)}"
-    moves = {(t.value, t.target, c): t for region in plan.layout for t in region.transitions for c in t.consumers}
-    used: set[tuple[str, str, str]] = set()
-    for path, layout in nodes.items():
-        _verify_strategy(graph, plan, layout)
-        for index, source in enumerate(graph.nodes[path].inputs):
-            left = _found(graph, nodes, source, graph.region_of[path])
-            used |= _verify_use(graph, moves, source, left, layout.inputs[index], path)
-    for region in graph.regions:
-        for carried in region.carried:
-            for value, inside in ((carried.initial, False), (carried.next, True)):
-                left = nodes[value].output if inside else _found(graph, nodes, value, region)
-                used |= _verify_use(graph, moves, value, left, nodes[carried.entry].output, carried.entry)
-    assert used == set(moves), f"transitions that nothing asks for: {set(moves) - used}"
-    _verify_weights(graph, nodes)
+    """The layout of a plan; one for a single rank on the tensor axis has nothing to verify."""
+    if plan.plan.tensor > 1:
+        sizes = {"B": plan.plan.micro_batch, "S": plan.seq_len}
+        width = _WIDTHS[plan.precision]
+        verify_regions(graph, plan.layout, plan.plan.tensor, plan.plan.sequence_parallel, sizes, width)
 
 
-def _found(graph: Graph, nodes: Mapping[str, NodeLayout], value: str, region: Region) -> str:
-    """How a value lies where `region` finds it: after a repeat, as its boundary does."""
-    home = graph.region_of[value]
-    if home is not region:
-        for carried in home.carried:
-            if carried.next == value:
-                return nodes[carried.entry].output
-    return nodes[value].output
+def verify_regions(
+    graph: Graph,
+    layouts: Sequence[RegionLayout],
+    tensor: int,
+    sequence_parallel: bool,
+    sizes: Mapping[str, int],
+    float_bytes: int,
+) -> None:
+    """Every node's strategy is one that its operation offers; every value reaches each consumer in the placement that it asks
+    for, by one legal transition or by none, listed where the program makes it and of the right bytes; tied weights lie alike;
+    the loss is whole; no sequence is cut without sequence parallelism. AssertionError says where not."""
+    assert [r.region for r in layouts] == [r.name for r in graph.regions], "the layout has other regions than the graph"
+    for layout, region in zip(layouts, graph.regions, strict=True):
+        assert [n.path for n in layout.nodes] == [n.path for n in region.nodes], f"{region.name}: other nodes than the graph"
+    checker = _Checker(graph, layouts, tensor, sequence_parallel, sizes, float_bytes)
+    checker.strategies()
+    checker.boundaries()
+    checker.transitions()
+    checker.weights()
 
 
-def _verify_use(
-    graph: Graph, moves: Mapping[tuple[str, str, str], Transition], value: str, left: str, wanted: str, consumer: str
-) -> set[tuple[str, str, str]]:
-    """The transition used, as a set of one; empty where the value already lies as wanted."""
-    if left == wanted:
-        return set()
-    key = (value, wanted, consumer)
-    assert key in moves, f"{value} lies as {left}, {consumer} wants {wanted}, and nothing brings it there"
-    found = moves[key]
-    assert found.source == left, f"the transition of {value} for {consumer} starts from {found.source}, it lies as {left}"
-    row = transition(parse_placement(left), parse_placement(wanted), integer=graph.nodes[value].type.dtype == "int")
-    assert row is not None, f"{value}: there is no way from {left} to {wanted}"
-    assert (row.forward, row.backward, row.dim, row.target_dim) == (
-        found.forward,
-        found.backward,
-        found.dim,
-        found.target_dim,
-    ), f"{value}: {left} to {wanted} is {row.forward} and {row.backward}, not {found.forward} and {found.backward}"
-    return {key}
+@dataclass(frozen=True)
+class _Checker:
+    graph: Graph
+    layouts: Sequence[RegionLayout]
+    tensor: int
+    sequence_parallel: bool
+    sizes: Mapping[str, int]
+    float_bytes: int
+
+    def nodes(self) -> Iterator[tuple[Node, NodeLayout]]:
+        for layout in self.layouts:
+            for item in layout.nodes:
+                yield self.graph.nodes[item.path], item
+
+    def strategies(self) -> None:
+        for node, layout in self.nodes():
+            types = tuple(self.graph.nodes[source].type for source in node.inputs)
+            shapes = tuple(self.graph.weights[key].shape for key in node.weights)
+            inputs, output = tuple(map(parse_placement, layout.inputs)), parse_placement(layout.output)
+            chosen = Strategy(layout.strategy, inputs, tuple(map(parse_weight_placement, layout.weights)), output)
+            offered = CATALOGUE[node.op].strategies(types, node.type, shapes, node.attrs, self.tensor)
+            assert chosen in offered, f"{node.path}: {node.op} offers no strategy {layout}"
+            assert node.path != self.graph.loss or output == REPLICATE, f"{node.path}: the loss is {output}, not whole"
+            for type, placement in zip((*types, node.type), (*inputs, output), strict=True):
+                self._verify_slice(node.path, type, placement)
+
+    def _verify_slice(self, path: str, type: TensorType, placement: Placement) -> None:
+        size = type.shape[placement.dim] if placement.is_shard else self.tensor
+        assert isinstance(size, int) or self.sequence_parallel, f"{path}: the sequence is cut without sequence parallelism"
+        count = size if isinstance(size, int) else self.sizes[size]
+        assert count % self.tensor == 0, f"{path}: {self.tensor} ranks cannot cut {count}"
+
+    def boundaries(self) -> None:
+        for layout, region in zip(self.layouts, self.graph.regions, strict=True):
+            outputs = {node.path: node.output for node in layout.nodes}
+            wanted = {c.entry: outputs[c.entry] for c in region.carried}
+            assert layout.boundary == wanted, f"{region.name}: the boundary {layout.boundary} is not {wanted}"
+
+    def transitions(self) -> None:
+        """Everything that is asked for is brought, and nothing else is."""
+        listed: dict[tuple[str, str, str, int], Transition] = {}
+        for region, layout in enumerate(self.layouts):
+            for item in layout.transitions:
+                assert item.consumers, f"{item.value}: a transition for nobody"
+                for consumer in item.consumers:
+                    key = (item.value, item.target, consumer, region)
+                    assert key not in listed, f"{item.value}: brought to {item.target} twice for {consumer}"
+                    listed[key] = item
+        used = {key for use in self._uses() if (key := self._verify_use(listed, *use)) is not None}
+        assert used == set(listed), f"transitions that nothing asks for: {sorted(set(listed) - used)}"
+
+    def _uses(self) -> Iterator[tuple[str, str, str, int]]:
+        """(value, placement asked for, consumer, the consumer's region)."""
+        for number, (layout, region) in enumerate(zip(self.layouts, self.graph.regions, strict=True)):
+            for item, node in zip(layout.nodes, region.nodes, strict=True):
+                for source, wanted in zip(node.inputs, item.inputs, strict=True):
+                    yield source, wanted, node.path, number
+            for carried in region.carried:
+                yield carried.initial, layout.boundary[carried.entry], carried.entry, number
+                yield carried.next, layout.boundary[carried.entry], carried.entry, number
+
+    def _verify_use(
+        self, listed: Mapping[tuple[str, str, str, int], Transition], value: str, wanted: str, consumer: str, region: int
+    ) -> tuple[str, str, str, int] | None:
+        """The key of the transition used; None where the value already lies as wanted."""
+        left, home = self._found(value, region)
+        if left == wanted:
+            return None
+        key = (value, wanted, consumer, home)
+        assert key in listed, f"{value} lies as {left}, {consumer} wants {wanted}, and nothing brings it there"
+        self._verify_transition(listed[key], left)
+        return key
+
+    def _found(self, value: str, region: int) -> tuple[str, int]:
+        """How a value lies where `region` finds it, and the region that has to bring it elsewhere: the one that makes it; for
+        the result of a repeat, which lies as the boundary does, the one that uses it."""
+        home = next(i for i, r in enumerate(self.graph.regions) if r is self.graph.region_of[value])
+        result = _result(self.graph.regions[home].carried, value)
+        if home != region and result is not None:
+            return self.layouts[home].boundary[result.entry], region
+        return next(node.output for node in self.layouts[home].nodes if node.path == value), home
+
+    def _verify_transition(self, item: Transition, left: str) -> None:
+        type, name = self.graph.nodes[item.value].type, f"{item.value}: {item.source} to {item.target}"
+        assert item.source == left, f"{name}: the value lies as {left}"
+        step = transition(parse_placement(item.source), parse_placement(item.target), integer=type.dtype == "int")
+        assert step is not None, f"{name}: there is no such transition"
+        wanted = (step.forward, step.backward, step.dim, step.target_dim)
+        listed = (item.forward, item.backward, item.dim, item.target_dim)
+        assert listed == wanted, f"{name}: {listed} instead of {wanted}"
+        width = {"float": self.float_bytes, "fp32": 4, "int": 8}[type.dtype]
+        size = step.side_bytes(type.elements(self.sizes) * width, self.tensor)
+        assert item.bytes == size, f"{name}: {item.bytes} bytes instead of {size}"
+
+    def weights(self) -> None:
+        seen: dict[str, str] = {}
+        for node, layout in self.nodes():
+            for key, placement in zip(node.weights, layout.weights, strict=True):
+                assert seen.setdefault(key, placement) == placement, (
+                    f"the weight {key} lies in two ways: {seen[key]}, {placement}"
+                )
 
 
-def _verify_strategy(graph: Graph, plan: Plan, layout: NodeLayout) -> None:
-    node = graph.nodes[layout.path]
-    types = tuple(graph.nodes[source].type for source in node.inputs)
-    shapes = tuple(graph.weights[key].shape for key in node.weights)
-    inputs = tuple(map(parse_placement, layout.inputs))
-    weights = tuple(parse_weight_placement(text) for text in layout.weights)
-    output = parse_placement(layout.output)
-    for offered in CATALOGUE[node.op].strategies(types, node.type, shapes, node.attrs, plan.plan.tensor):
-        alike = (offered.name, offered.inputs, offered.output) == (layout.strategy, inputs, output)
-        # a weight with several uses is partial where any of them is
-        if alike and all(
-            a.dim == b.dim and a.partial_gradient <= b.partial_gradient for a, b in zip(offered.weights, weights, strict=True)
-        ):
-            break
-    else:
-        raise AssertionError(
-            f"{layout.path}: {node.op} offers no strategy {layout.strategy} with {layout.inputs} -> {layout.output}"
-        )
-    if not plan.plan.sequence_parallel:
-        for type, placement in zip((*types, node.type), (*inputs, output), strict=True):
-            assert not _cuts_symbol(type.shape, placement), f"{layout.path}: the sequence is cut without sequence parallelism"
-
-
-def _cuts_symbol(shape: tuple[int | str, ...], placement: Placement) -> bool:
-    return placement.is_shard and isinstance(shape[placement.dim], str)
-
-
-def _verify_weights(graph: Graph, nodes: Mapping[str, NodeLayout]) -> None:
-    seen: dict[str, str] = {}
-    for path, node in graph.nodes.items():
-        for key, placement in zip(node.weights, nodes[path].weights, strict=True):
-            assert seen.setdefault(key, placement) == placement, f"the weight {key} lies in two ways: {seen[key]}, {placement}"
+def _result(carried: Sequence[Carried], value: str) -> Carried | None:
+    return next((c for c in carried if c.next == value), None)
