@@ -1,0 +1,80 @@
+"""docs/operations.md lists every operation as the catalogue has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlmdsl.graph.calls import REQUIRED, SIGNATURES, Signature
+from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.graph.tensor import TensorType
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
+MARK = "## The catalogue\n"
+
+# Types to ask each operation for its strategies with, on an axis of two
+_X = TensorType("float", ("B", "S", 8))
+_HEADS = TensorType("float", ("B", "S", 4, 8))
+_TOKENS = TensorType("int", ("B", "S"))
+_ASKED = {
+    "embedding": ((_TOKENS,), {"vocab": 8, "dim": 8, "std": 0.02}),
+    "position": ((_TOKENS,), {"max": 8, "dim": 8, "std": 0.02}),
+    "linear": ((_X,), {"out": 8, "std": 0.02}),
+    "layer_norm": ((_X,), {"eps": 1e-5, "bias": True}),
+    "rms_norm": ((_X,), {"eps": 1e-5}),
+    "add": ((_X, _X), {}),
+    "subtract": ((_X, _X), {}),
+    "multiply": ((_X, _X), {}),
+    "divide": ((_X, _X), {}),
+    "split_heads": ((_X,), {"heads": 4}),
+    "merge_heads": ((_HEADS,), {}),
+    "rotary": ((_HEADS,), {}),
+    "attend": ((_HEADS,) * 3, {"causal": True, "scale": None}),
+    "cross_entropy": ((_X, _TOKENS), {}),
+}
+
+
+def called(name: str, signature: Signature) -> str:
+    """`Linear(x, out = none, bias = none, ...)`."""
+    arguments = [f"{a.name}" if a.default is REQUIRED else f"{a.name} = {shown(a.default)}" for a in signature.arguments]
+    return f"{name}({', '.join([*signature.tensors, *arguments])})"
+
+
+def shown(value: object) -> str:
+    return (
+        "none"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def catalogue() -> str:
+    lines: list[str] = []
+    for name, op in CATALOGUE.items():
+        types, attrs = _ASKED.get(name, ((_X,), {}))
+        weights = op.weights(types, attrs)
+        offered = op.strategies(types, op.infer(types, attrs), tuple(w.shape for w in weights), attrs, 2)
+        lines += [f"### {name}", "", op.doc, ""]
+        lines += [f"    {called(spelled, s)}" for spelled, s in SIGNATURES.items() if s.op == name]
+        lines += [""] if any(s.op == name for s in SIGNATURES.values()) else []
+        if weights:
+            lines += [f"Weights: {', '.join(f'`{w.leaf}`' for w in weights)}.", ""]
+        lines += ["| strategy | inputs | weights | output |", "| --- | --- | --- | --- |"]
+        for s in offered:
+            inputs, held = ", ".join(map(str, s.inputs)) or "-", ", ".join(map(str, s.weights)) or "-"
+            lines.append(f"| {s.name} | {inputs} | {held} | {s.output} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def test_the_page_is_what_the_catalogue_says(request: pytest.FixtureRequest) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    written = text[: text.index(MARK)] + MARK + "\n" + catalogue()
+    if request.config.getoption("--update-golden"):
+        PAGE.write_text(written, encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == written
