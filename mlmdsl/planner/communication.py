@@ -1,9 +1,18 @@
-"""Time of collectives: latency plus bytes over the slowest link, hierarchical where a group crosses nodes.
+"""Time of collectives: alpha-beta over the links that a group crosses.
 
-Ring and pairwise algorithms as in Thakur, Rabenseifner and Gropp 2005 (Optimization of Collective Communication Operations in
-MPICH): each of n ranks sends (n-1)/n of the whole in n-1 steps; an all_reduce is a reduce_scatter and an all_gather. Within a node NCCL
-runs several rings over all links at once; across nodes each device drives its own share of the network, so that the members of a
-group on one node share the load (NVIDIA/nccl #157: hierarchical rings).
+With n ranks, latency alpha and bandwidth beta, for V bytes on the larger side of a rank's buffers (Thakur, Rabenseifner and
+Gropp 2005, Optimization of Collective Communication Operations in MPICH, sections 4.1 to 4.5):
+
+    all_gather, reduce_scatter    steps x alpha + (n-1)/n x V / beta
+    all_reduce                    twice that: a reduce_scatter and an all_gather
+    all_to_all                    alpha + (n-1)/n x V / beta, all peers at once
+    send                          alpha + V / beta
+
+Rings take n-1 steps; beyond a few ranks libraries change to algorithms of logarithmic depth (recursive doubling there, trees
+and PAT in NCCL). A group with k members on each of m nodes runs k rings at once, each through its own device's share of the
+network, while the links inside the nodes carry all of the bytes; the two levels are pipelined, so that the slower one counts
+(two nodes of 8 A100 with 4 x 200 Gb/s: 91 of 100 GB/s, NVIDIA/nccl-tests #100). Groups that lie across each other do not
+contend: each device drives its own share, as the bandwidths of a cluster are per device.
 """
 
 from __future__ import annotations
@@ -13,22 +22,25 @@ from math import ceil, log2
 
 from mlmdsl.planner.mesh import Mesh, Network
 
-# Share of the printed bandwidth that large messages reach: NCCL's bus bandwidth on NVLink and InfiniBand (nccl-tests, published runs)
-_EFFICIENCY = {
-    "nvlink": 0.8,
-    "infinity_fabric": 0.7,
+# Share of a link's line rate that large messages reach. NVLink: 370 of 450 GB/s for every collective but those that NVLink
+# SHARP helps (NVIDIA/nccl-tests #212); InfiniBand: 91 of 100 GB/s (#100). The others are taken alike; loopback is what was
+# measured.
+_SHARE = {
+    "nvlink": 0.82,
+    "infinity_fabric": 0.75,
     "pcie": 0.8,
-    "infiniband": 0.85,
-    "roce": 0.8,
+    "infiniband": 0.9,
+    "roce": 0.85,
     "ethernet": 0.8,
-    "shm": 0.8,
+    "shm": 1.0,
     "loopback": 1.0,
 }
+_OTHER_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What the time of a collective depends on: members, members per node, and the two links."""
+    """What the time of a collective depends on: members, members per node, and the two links as messages see them."""
 
     size: int
     per_node: int
@@ -43,53 +55,49 @@ class Group:
 
 
 def group_of(mesh: Mesh, axis: str, network: Network) -> Group:
+    """The groups of an axis, which are alike; where they are not, the worst of them."""
     intra, inter = network.intra, network.inter
     return Group(
         mesh.size(axis),
         mesh.per_node(axis),
-        intra.bytes_per_second * _EFFICIENCY[intra.kind],
+        intra.bytes_per_second * _SHARE.get(intra.kind, _OTHER_SHARE),
         intra.latency_seconds,
-        network.inter_bytes_per_second * _EFFICIENCY[inter.kind],
+        network.inter_bytes_per_second * _SHARE.get(inter.kind, _OTHER_SHARE),
         inter.latency_seconds,
     )
 
 
 def collective_seconds(kind: str | None, size_bytes: float, group: Group) -> float:
     """Time of one collective whose larger side is `size_bytes` on each rank; 0 for None and for a local split."""
-    n = group.size
-    if n == 1 or kind in (None, "split"):
+    if group.size == 1 or kind in (None, "split"):
         return 0.0
     if kind == "all_reduce":
-        return 2 * _ring(size_bytes, group)
+        return 2 * _ring_seconds(size_bytes, group)
     if kind in ("all_gather", "reduce_scatter"):
-        return _ring(size_bytes, group)
+        return _ring_seconds(size_bytes, group)
     if kind == "all_to_all":
-        return _all_to_all(size_bytes, group)
+        return _all_to_all_seconds(size_bytes, group)
     assert kind in ("send", "recv"), kind
     return send_seconds(size_bytes, group)
 
 
-def _ring(size_bytes: float, group: Group) -> float:
-    """Reduce_scatter or all_gather: within the nodes on the whole, across them on what each member of a node is left with."""
+def _ring_seconds(size_bytes: float, group: Group) -> float:
+    """A reduce_scatter or an all_gather."""
     local, nodes = group.per_node, group.nodes
-    inside = _one_level(size_bytes, local, group.intra_bytes_per_second, group.intra_latency)
-    if nodes == 1:
-        return inside
-    return inside + _one_level(size_bytes / local, nodes, group.inter_bytes_per_second, group.inter_latency)
+    inside = size_bytes * (group.size - 1) / group.size / group.intra_bytes_per_second if local > 1 else 0.0
+    across = size_bytes / local * (nodes - 1) / nodes / group.inter_bytes_per_second
+    return max(inside, across) + _steps(local) * group.intra_latency + _steps(nodes) * group.inter_latency
 
 
-def _one_level(size_bytes: float, members: int, bytes_per_second: float, latency: float) -> float:
-    """(n-1)/n of the bytes; latency of a tree for small messages, of the ring's steps never more than that of 16 (NCCL's trees)."""
-    if members <= 1:
-        return 0.0
-    steps = min(members - 1, 2 * ceil(log2(members)) + 2)
-    return size_bytes * (members - 1) / members / bytes_per_second + steps * latency
+def _steps(members: int) -> int:
+    """Messages one after another: a ring's, or a tree's up and down with a few to fill it."""
+    return 0 if members == 1 else min(members - 1, 2 * ceil(log2(members)) + 2)
 
 
-def _all_to_all(size_bytes: float, group: Group) -> float:
+def _all_to_all_seconds(size_bytes: float, group: Group) -> float:
     n, local = group.size, group.per_node
     inside = size_bytes * (local - 1) / n / group.intra_bytes_per_second
-    across = size_bytes * (n - local) / n / group.inter_bytes_per_second if group.nodes > 1 else 0.0
+    across = size_bytes * (n - local) / n / group.inter_bytes_per_second
     return max(inside, across) + (group.inter_latency if group.nodes > 1 else group.intra_latency)
 
 
