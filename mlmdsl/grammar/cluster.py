@@ -28,7 +28,6 @@ _LATENCY = {
 }
 _INTRA = ("nvlink", "pcie", "infinity_fabric", "shm", "loopback")
 _INTER = ("infiniband", "roce", "ethernet", "loopback")
-_POOL = ("nodes", "devices_per_node", "device", "intra")
 _PEAKS = ("fp32", "tf32", "fp16", "bf16", "fp8")
 # Marketing figures are the sum of both directions (NVIDIA's NVLink pages): the most that one direction of one device can be
 _NVLINK_ONE_WAY = {"V100": 150e9, "A100": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9, "GB200": 900e9}
@@ -36,21 +35,25 @@ _NVLINK_ONE_WAY = {"V100": 150e9, "A100": 300e9, "H100": 450e9, "H200": 450e9, "
 
 def read_cluster(name: str, settings: Settings, pools: tuple[tuple[str, Settings], ...]) -> Cluster | None:
     """`pools` are the cluster's `pool` blocks; without one the cluster's own settings make a single pool."""
-    found = [_pool(n, inner) if inner.finish_with(_POOL) else None for n, inner in pools] or [_pool(name, settings)]
+    found = [_finished_pool(n, inner) for n, inner in pools] or [_pool(name, settings)]
     nodes = sum(p.nodes for p in found if p)
     per_node = max((p.devices_per_node for p in found if p), default=1)
     inter = _link(settings, "inter", _INTER, per_node)
     price = settings.quantity("price", "usd_per_device_hour")
     energy = settings.quantity("energy", "usd_per_kwh")
     if all(found) and nodes > 1 and inter is None and "inter" not in settings.values:
-        settings.problem(
-            "MLM0310", f"{nodes} nodes need `inter`", help="write inter = infiniband(bandwidth = 400 Gb/s per gpu)"
-        )
+        settings.missing["inter"] = "infiniband(bandwidth = 400 Gb/s per gpu)"
+        settings.failed = True
     if not settings.finish() or not all(found):
         return None
     whole: Span = settings.whole
     sound = tuple(p for p in found if p)
     return Cluster(name=name, pools=sound, inter=inter, usd_per_device_hour=price, usd_per_kwh=energy, span=whole)
+
+
+def _finished_pool(name: str, settings: Settings) -> Pool | None:
+    found = _pool(name, settings)
+    return found if settings.finish() else None
 
 
 def _pool(name: str, settings: Settings) -> Pool | None:
@@ -71,7 +74,7 @@ def _device(settings: Settings) -> Device | None:
 
 
 def read_device(call: CallValue, settings: Settings) -> Device | None:
-    """`gpu(memory = 80 GiB, bandwidth = 2 TB/s, bf16 = 312 TFLOPS, power = 400 W)`, `cpu(memory = 2 GiB, compute = 50 GFLOPS)`."""
+    """`gpu(memory = 80 GiB, bandwidth = 2 TB/s, bf16 = 312 TFLOPS, power = 400 W)`, `cpu(memory = 2 GiB, fp32 = 50 GFLOPS)`."""
     inner = settings.of_call(call)
     cpu = call.name == "cpu"
     kind: Any = "cpu" if cpu else inner.word("kind", ("cuda", "rocm"), "cuda")
@@ -87,9 +90,8 @@ def read_device(call: CallValue, settings: Settings) -> Device | None:
     power = inner.quantity("power", "watts", 50.0 if cpu else 400.0)
     name = inner.text("name", "cpu" if cpu else "gpu")
     if not peaks and not inner.failed:
-        inner.problem(
-            "MLM0310", f"{inner.what} needs a peak", help="write compute = 50 GFLOPS" if cpu else "write bf16 = 312 TFLOPS"
-        )
+        inner.missing["fp32" if cpu else "bf16"] = "50 GFLOPS" if cpu else "312 TFLOPS"
+        inner.failed = True
     if not inner.finish():
         settings.failed = True
         return None

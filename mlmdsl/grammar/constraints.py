@@ -35,8 +35,8 @@ FACTS: dict[str, Any] = {
 
 
 class RuleEvaluator(Evaluator):
-    """Evaluates rules over plan variables and facts; `tensor.crosses_nodes` reads `crosses` of the scope. Words of schedules and
-    recomputation (`full`, `gpipe`) are names for themselves."""
+    """Evaluates rules over plan variables and facts; `tensor.crosses_nodes` reads `crosses` of the scope. Words of schedules
+    and recomputation (`full`, `gpipe`) are names for themselves."""
 
     def name(self, expr: s.Name) -> Any:
         if expr.name not in self.scope and expr.name in (*SCHEDULES, *RECOMPUTE):

@@ -1,7 +1,7 @@
 """Values of expressions that hold no tensors: numbers, strings, quantities, lists, settings calls.
 
-A mistake is reported once and becomes POISON, which no later operation complains about. The graph's builder extends `Evaluator` with
-tensors; the planner evaluates `require` conditions with it.
+A mistake is reported once and becomes POISON, which no later operation complains about. The graph's builder extends `Evaluator`
+with tensors; the planner evaluates `require` conditions with it.
 
     value of                 Python type
     number                   int, float
@@ -43,13 +43,21 @@ class CallValue:
     positional: tuple[Any, ...]
     keywords: Mapping[str, Any]
     span: Span = field(compare=False)
-    spans: Mapping[str | int, Span] = field(compare=False)
+    spans: Mapping[str | int, Span] = field(compare=False)  # of the values
+    names: Mapping[str, Span] = field(compare=False)  # of the arguments' names
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """`did you mean `x`?`, or an empty string."""
-    found = get_close_matches(word, sorted(set(names)), 1, 0.6)
-    return f"did you mean `{found[0]}`?" if found else ""
+    found = nearest(word, names)
+    return f"did you mean `{found}`?" if found else ""
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that `word` is probably meant to be."""
+    by_lower = {name.lower(): name for name in sorted(set(names))}
+    found = get_close_matches(word.lower(), by_lower, 1, 0.6)
+    return by_lower[found[0]] if found else None
 
 
 def one_of(names: Iterable[str], most: int = 12) -> str:
@@ -75,6 +83,11 @@ def kind_of(value: object) -> str:
     return "none" if value is None else names.get(type(value), type(value).__name__)
 
 
+def argument_names(expr: s.Call) -> dict[str, Span]:
+    """Where the names of a call's arguments stand."""
+    return {a.name: a.name_span for a in expr.arguments if a.name is not None and a.name_span is not None}
+
+
 class Evaluator:
     """Evaluates expressions in `scope`. Subclasses override `call`, `attribute`, `name` and `operate`."""
 
@@ -88,6 +101,8 @@ class Evaluator:
                 return expr.value
             case s.NoneLiteral():
                 return None
+            case s.Broken():
+                return POISON
             case s.QuantityLiteral():
                 return self.quantity(expr)
             case s.Name():
@@ -154,7 +169,7 @@ class Evaluator:
         if not isinstance(expr.function, s.Name):
             return self.poison("MLM0203", "this cannot be called", expr.function.span)
         positional, keywords, spans = self.arguments(expr)
-        return CallValue(expr.function.name, positional, keywords, expr.span, spans)
+        return CallValue(expr.function.name, positional, keywords, expr.span, spans, argument_names(expr))
 
     def arguments(self, expr: s.Call) -> tuple[tuple[Any, ...], dict[str, Any], dict[str | int, Span]]:
         """Evaluated arguments and where they stand; repeated and misplaced ones are reported."""
@@ -174,7 +189,7 @@ class Evaluator:
                 spans[len(positional)] = argument.value.span
                 positional.append(value)
             elif argument.name in keywords:
-                self.poison("MLM0205", f"`{argument.name}` is given twice", argument.span)
+                self.poison("MLM0205", f"`{argument.name}` is given twice", argument.span, help="keep one of the two")
             else:
                 keywords[argument.name], spans[argument.name] = value, argument.value.span
         return tuple(positional), keywords, spans

@@ -1,13 +1,14 @@
 """Text to syntax tree, with every syntax error of a file in one run.
 
-Tokens are fed one by one to lark's LALR parser. On an error the parser goes back to its state at the start of the statement, the
-rest of that statement is skipped (braces that it opened included), and parsing goes on: a broken statement costs one diagnostic
+Tokens are fed one by one to lark's LALR parser. On an error the parser goes back to its state at the start of the statement,
+the rest of that statement is
+skipped (braces that it opened included), and parsing goes on: a broken statement costs one diagnostic
 and never makes another. `wording.py` says what is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,9 @@ from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput, UnexpectedToken
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
-from mlmdsl.diagnostics import Diagnostics, Label, Span
+from mlmdsl.diagnostics import Diagnostics, Label
 from mlmdsl.grammar import syntax
+from mlmdsl.grammar.recovery import placeholders
 from mlmdsl.grammar.tokens import Tokens, token_span
 from mlmdsl.grammar.tree import ToSyntax
 from mlmdsl.grammar.wording import ITEM_KEYWORDS, misspelt, report, unclosed
@@ -79,6 +81,14 @@ _OPEN = {"LPAR": "(", "LSQB": "[", "LBRACE": "{"}
 _CLOSE = {"RPAR": ")", "RSQB": "]", "RBRACE": "}"}
 
 
+def _copy(parser: InteractiveParser) -> InteractiveParser:
+    """A parser in the same state. lark appends to the lists of open repetitions in place, so these are copied."""
+    copied = parser.copy(deepcopy_values=False)
+    stack: list[Any] = copied.parser_state.value_stack
+    copied.parser_state.value_stack = [Tree(v.data, list(v.children), v.meta) if isinstance(v, Tree) else v for v in stack]
+    return copied
+
+
 @dataclass
 class _Feeder:
     """The parser's state at the start of each open block's current statement, so that it can go back there."""
@@ -91,7 +101,7 @@ class _Feeder:
     statement: list[Token] = field(default_factory=list)  # tokens since the last mark
 
     def run(self, tokens: list[Token]) -> Tree[Token] | None:
-        self.marks.append(self.parser.copy(deepcopy_values=False))
+        self.marks.append(_copy(self.parser))
         position = 0
         while position < len(tokens):
             position = self._step(tokens, position)
@@ -106,6 +116,8 @@ class _Feeder:
             self.parser.feed_token(token)
         except UnexpectedToken as problem:
             if token.type in ITEM_KEYWORDS and not self.statement and len(self.marks) > 1:
+                before = Label(token_span(token, self.path), "a new item begins here")
+                unclosed(self.opened[-1], self.path, self.diagnostics, before)
                 self._close_blocks(token)
                 return position
             if (mended := self._mended(tokens, position)) is not None:
@@ -118,7 +130,7 @@ class _Feeder:
         return position + 1
 
     def _mended(self, tokens: list[Token], position: int) -> int | None:
-        """A misspelt keyword at the start of a statement is reported and put right, so that what follows it is read: the position to
+        """A misspelt keyword at the start of a statement is reported and put right, so that what follows is read: the position to
         go on from, or None where that is not the mistake."""
         first = position - len(self.statement)
         if len(self.statement) > 1 or tokens[position].type in ("EQUAL", "DOT", "_NL"):
@@ -127,20 +139,19 @@ class _Feeder:
         if keyword is None:
             return None
         tokens[first] = Token.new_borrow_pos(keyword.upper(), keyword, tokens[first])
-        self.parser = self.marks[-1].copy(deepcopy_values=False)
+        self.parser = _copy(self.marks[-1])
         self.statement = []
         return first
 
     def _close_blocks(self, token: Token) -> None:
-        """An item begins inside a block: its brace was forgotten."""
-        unclosed(self.opened[-1], self.path, self.diagnostics, Label(token_span(token, self.path), "a new item begins here"))
+        """Closes all blocks that are open."""
         while len(self.marks) > 1:
             self.marks.pop()
             closing = Token.new_borrow_pos("RBRACE", "}", token)
             self.parser.feed_token(closing)
             self.parser.feed_token(Token.new_borrow_pos("_NL", "\n", token))
         self.opened.clear()
-        self.marks[-1] = self.parser.copy(deepcopy_values=False)
+        self.marks[-1] = _copy(self.parser)
 
     def _mark(self, token: Token) -> None:
         """Keeps the brackets, and the state where a statement starts."""
@@ -149,38 +160,56 @@ class _Feeder:
         elif token.type in _CLOSE and self.opened:
             self.opened.pop()
         if token.type == "LBRACE":
-            self.marks.append(self.parser.copy(deepcopy_values=False))
+            self.marks.append(_copy(self.parser))
             self.statement = []
         elif token.type == "RBRACE" and len(self.marks) > 1:
             self.marks.pop()
         elif token.type == "_NL":
-            self.marks[-1] = self.parser.copy(deepcopy_values=False)
+            self.marks[-1] = _copy(self.parser)
             self.statement = []
 
     def _skip(self, tokens: list[Token], position: int) -> int:
-        """Back to the statement's start, on to the first token after it."""
+        """Back to the statement's start, on to the first token after it; names that it defines get a value that is broken."""
         started = self.statement[0] if self.statement else tokens[position]
+        first = position - len(self.statement)
         self.opened = [t for t in self.opened if (t.start_pos or 0) < (started.start_pos or 0)]
-        self.parser = self.marks[-1].copy(deepcopy_values=False)
+        self.parser = _copy(self.marks[-1])
         depth = sum((t.type == "LBRACE") - (t.type == "RBRACE") for t in self.statement)
         self.statement = []
         while position < len(tokens):
             token = tokens[position]
             if token.type == "_NL" and depth <= 0:
-                return position + 1
+                position += 1
+                break
             if token.type == "RBRACE" and depth <= 0 and len(self.marks) > 1:
-                return position
+                break
             depth += (token.type == "LBRACE") - (token.type == "RBRACE")
             position += 1
+        for replacement in placeholders(tokens[first:position]):
+            self._feed_all(replacement)
         return position
 
-    def _finish(self, tokens: list[Token]) -> Tree[Token] | None:
+    def _feed_all(self, tokens: Sequence[Token]) -> None:
+        """Feeds a whole statement where it fits, or nothing."""
+        ahead = _copy(self.marks[-1])
         try:
-            return self.parser.feed_eof(tokens[-1] if tokens else None)
+            for token in tokens:
+                ahead.feed_token(token)
+        except UnexpectedToken:
+            return
+        self.parser = ahead
+        self.marks[-1] = _copy(ahead)
+
+    def _finish(self, tokens: list[Token]) -> Tree[Token] | None:
+        last = tokens[-1]
+        if self.opened:
+            unclosed(self.opened[-1], self.path, self.diagnostics)
+            self._skip(tokens, len(tokens))
+            self._close_blocks(last)
+        try:
+            return self.parser.feed_eof(last)
         except UnexpectedInput:
-            if self.opened:
-                unclosed(self.opened[-1], self.path, self.diagnostics)
-            elif not self.diagnostics.errors:
-                last = token_span(tokens[-1], self.path) if tokens else Span(self.path, 1, 1, 1, 1)
-                self.diagnostics.report("MLM0001", "the text ends in the middle of a statement", last)
+            if not self.diagnostics.errors:
+                where = token_span(last, self.path)
+                self.diagnostics.report("MLM0001", "the text ends in the middle of a statement", where)
             return None

@@ -1,7 +1,7 @@
 """Syntax to Spec: imports, inheritance, overrides, settings.
 
-Each part resolves on its own, so that a mistake in one does not hide those in the others: `Resolved` has what could be resolved, and
-`Resolved.spec` the whole when all could.
+Each part resolves on its own, so that a mistake in one does not hide those in the others: `Resolved` has what could be
+resolved, and `Resolved.spec` the whole when all could.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def resolve(
     pins: Sequence[str] = (),
     read: Callable[[str], str] = read_file,
 ) -> Resolved:
-    """Everything of `text` but the model's shapes. overrides: "gpt2.d=1024"; pins: "tensor=4", stronger than those of the text."""
+    """Everything of `text` but the model's shapes. overrides: "gpt2.d=1024"; pins: "tensor=4", stronger than the text's."""
     loader = Loader(read, diagnostics)
     entry = loader.load(path, text)
     changes = Overrides(overrides, diagnostics)
@@ -305,6 +305,7 @@ class _Resolver:
         """Values of settings in order, later ones of an inheriting item or --set stronger."""
         values: dict[str, Any] = {}
         spans: dict[str, Span] = {}
+        keys: dict[str, Span] = {}
         local: dict[str, Any] = {}
         seen: dict[tuple[str, str, str], Span] = {}
         for home, statement in statements:
@@ -321,8 +322,8 @@ class _Resolver:
                     ) if _same_item(whole, statement.span, seen[where]) else None
                 seen[where] = statement.key_span
                 values[statement.key] = self._setting(home, local, statement)
-                spans[statement.key] = statement.value.span
-        return Settings(what, values, spans, whole, self.loader.diagnostics)
+                spans[statement.key], keys[statement.key] = statement.value.span, statement.key_span
+        return Settings(what, values, spans, whole, self.loader.diagnostics, keys)
 
     def _setting(self, module: Module, local: Mapping[str, Any], statement: s.Setting) -> Any:
         if statement.key in _WORDS and isinstance(statement.value, s.Name):

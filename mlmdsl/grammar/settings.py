@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlmdsl.diagnostics import Diagnostics, Span
-from mlmdsl.grammar.evaluate import POISON, CallValue, did_you_mean, kind_of, one_of
+from mlmdsl.grammar.evaluate import POISON, CallValue, did_you_mean, kind_of, nearest, one_of
 from mlmdsl.units import WORDS, Quantity
 
 EXAMPLES = {
@@ -34,8 +34,11 @@ class Settings:
     spans: Mapping[str, Span]
     whole: Span
     diagnostics: Diagnostics
-    allowed: set[str] = field(default_factory=set)
+    keys: Mapping[str, Span] = field(default_factory=dict[str, Span])  # where the keys stand
+    allowed: set[str] = field(default_factory=set[str])
+    missing: dict[str, str] = field(default_factory=dict[str, str])  # required keys that are not given -> an example
     failed: bool = False
+    excused: bool = False  # something was given in the wrong way: what is missing may be that
 
     def problem(self, code: str, message: str, key: str | None = None, **more: Any) -> None:
         self.failed = True
@@ -46,7 +49,7 @@ class Settings:
         self.allowed.add(key)
         if key not in self.values:
             if required:
-                self.problem("MLM0310", f"{self.what} needs `{key}`", help=f"write {key} = {example}")
+                self.missing[key], self.failed = example, True
             return None
         if self.values[key] is POISON:
             self.failed = True
@@ -163,28 +166,30 @@ class Settings:
     def of_call(self, call: CallValue, positional: tuple[str, ...] = ()) -> Settings:
         """A call's arguments as settings; `positional` names the leading ones."""
         values, spans = dict(call.keywords), {k: v for k, v in call.spans.items() if isinstance(k, str)}
-        inner = Settings(f"{call.name}(...)", values, spans, call.span, self.diagnostics)
+        inner = Settings(f"{call.name}(...)", values, spans, call.span, self.diagnostics, dict(call.names))
         for index, value in enumerate(call.positional):
             if index >= len(positional):
                 inner.spans = {**spans, str(index): call.spans[index]}
                 inner.problem("MLM0210", f"{call.name}(...) takes no argument here", str(index), help=_takes(positional))
+                inner.excused = True
             elif positional[index] in values:
-                inner.problem("MLM0205", f"`{positional[index]}` is given twice", positional[index])
+                inner.problem("MLM0205", f"`{positional[index]}` is given twice", positional[index], help="keep one of the two")
             else:
                 values[positional[index]], spans[positional[index]] = value, call.spans[index]
         return inner
 
-    def finish_with(self, keys: tuple[str, ...]) -> bool:
-        """`finish` before the values are read, with the keys that will be."""
-        self.allowed.update(keys)
-        return self.finish()
-
     def finish(self) -> bool:
-        """Reports unknown keys; whether all is well."""
+        """Reports unknown keys, and missing ones unless an unknown one was probably meant; whether all is well."""
         for key in self.values:
             if key not in self.allowed:
-                help = did_you_mean(key, self.allowed) or one_of(self.allowed)
-                self.problem("MLM0211", f"{self.what} has no setting `{key}`", key, help=help)
+                near = nearest(key, self.allowed)
+                self.missing.pop(near or "", None)
+                help = f"did you mean `{near}`?" if near else one_of(self.allowed, 20)
+                self.failed = True
+                where = self.keys.get(key, self.spans.get(key, self.whole))
+                self.diagnostics.report("MLM0211", f"{self.what} has no setting `{key}`", where, help=help)
+        for key, example in self.missing.items() if not self.excused else ():
+            self.problem("MLM0310", f"{self.what} needs `{key}`", help=f"write {key} = {example}")
         return not self.failed
 
 

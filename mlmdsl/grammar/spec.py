@@ -27,7 +27,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class Device(Frozen):
-    """One accelerator. `peak_flops_per_second` by precision ("fp32", "tf32", "fp16", "bf16", "fp8"), dense, as in the datasheet."""
+    """One accelerator. `peak_flops_per_second` by precision ("fp32", "tf32", "fp16", "bf16", "fp8"), dense (datasheet)."""
 
     name: str
     kind: Literal["cuda", "rocm", "cpu"]

@@ -52,6 +52,11 @@ class NoneLiteral(Node):
 
 
 @dataclass(frozen=True)
+class Broken(Node):
+    """A value that could not be read; reported already."""
+
+
+@dataclass(frozen=True)
 class Name(Node):
     name: str
 
@@ -71,6 +76,7 @@ class Argument(Node):
 
     value: Expr
     name: str | None = None
+    name_span: Span | None = field(default=None, compare=False, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Sequence(Node):
     items: tuple[Expr, ...]
 
 
-Expr = Number | QuantityLiteral | String | Bool | NoneLiteral | Name | Attribute | Call | Unary | Binary | Sequence
+Expr = Number | QuantityLiteral | String | Bool | NoneLiteral | Broken | Name | Attribute | Call | Unary | Binary | Sequence
 
 
 # ---- the model language ---------------------------------------------------------------------------------------------

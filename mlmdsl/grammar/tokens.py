@@ -10,7 +10,7 @@ from lark.lark import PostLex
 from mlmdsl.diagnostics import Span
 
 KEYWORDS = frozenset(
-    "import as const param block model from cluster train plan input output repeat if else expect pool "
+    "import as const param block model from cluster train plan input output repeat if else expect pool "  # noqa: SIM905
     "minimize pin require prefer avoid forbid in and or not true false none mlm".split()
 )
 

@@ -55,7 +55,7 @@ def _data(settings: Settings, folder: str) -> Data | None:
     if call is None:
         return None
     kind: Any = call.name
-    inner = settings.of_call(CallValue(call.name, (), call.keywords, call.span, call.spans))
+    inner = settings.of_call(CallValue(call.name, (), call.keywords, call.span, call.spans, call.names))
     field_name = {"jsonl": "field", "parquet": "column"}.get(kind)
     field = inner.text(field_name, "text", example='"text"') if field_name else None
     validation = inner.number("validation", 0.05, most=0.5, example="0.05")

@@ -196,7 +196,7 @@ class ToSyntax(Transformer[Token, Any]):
         return _present(children)
 
     def keyword(self, meta: Meta, children: list[Any]) -> s.Argument:
-        return s.Argument(children[1], str(children[0]), span=self._span(meta))
+        return s.Argument(children[1], str(children[0]), name_span=self._of(children[0]), span=self._span(meta))
 
     def positional(self, meta: Meta, children: list[Any]) -> s.Argument:
         return s.Argument(children[0], span=self._span(meta))
@@ -225,6 +225,9 @@ class ToSyntax(Transformer[Token, Any]):
 
     def none(self, meta: Meta, children: list[Any]) -> s.NoneLiteral:
         return s.NoneLiteral(span=self._span(meta))
+
+    def broken(self, meta: Meta, children: list[Any]) -> s.Broken:
+        return s.Broken(span=self._span(meta))
 
     def name(self, meta: Meta, children: list[Any]) -> s.Name:
         return s.Name(str(children[0]), span=self._span(meta))

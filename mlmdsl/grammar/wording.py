@@ -13,7 +13,8 @@ from mlmdsl.grammar.tokens import KEYWORDS, token_span
 
 ITEM_KEYWORDS = frozenset({"IMPORT", "BLOCK", "MODEL", "CLUSTER", "TRAIN", "PLAN"})
 STARTS = frozenset(
-    "import const param block model cluster train plan input output repeat if expect pool minimize pin require prefer avoid forbid".split()
+    "import const param block model cluster train plan input output repeat if expect pool "  # noqa: SIM905
+    "minimize pin require prefer avoid forbid".split()
 )
 _STATEMENTS = {
     "INPUT": "in a model",

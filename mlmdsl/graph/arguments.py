@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlmdsl.diagnostics import Label, Span
@@ -23,6 +23,7 @@ class Given:
     keywords: Mapping[str, Any]
     spans: dict[str | int, Span]
     span: Span
+    names: Mapping[str, Span] = field(default_factory=dict[str, Span])  # where arguments are named
 
     def bind(self, names: Sequence[str], body: Evaluator) -> dict[str, Any] | None:
         """Values by name; None where arguments are too many, unknown or doubled (reported)."""
@@ -39,10 +40,10 @@ class Given:
         for key, value in self.keywords.items():
             if key not in names:
                 help = did_you_mean(key, names) or f"it takes {', '.join(names)}"
-                body.poison("MLM0251", f"`{self.name}` has no argument `{key}`", self.spans.get(key, self.span), help=help)
+                body.poison("MLM0251", f"`{self.name}` has no argument `{key}`", self.names.get(key, self.span), help=help)
                 sound = False
             elif key in bound:
-                body.poison("MLM0205", f"`{key}` is given twice", self.spans.get(key, self.span))
+                body.poison("MLM0205", f"`{key}` is given twice", self.names.get(key, self.span), help="keep one of the two")
                 sound = False
             else:
                 bound[key] = value

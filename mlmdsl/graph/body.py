@@ -8,7 +8,7 @@ from typing import Any
 
 from mlmdsl.diagnostics import Label, Span
 from mlmdsl.grammar import syntax as s
-from mlmdsl.grammar.evaluate import POISON, Evaluator, did_you_mean, kind_of
+from mlmdsl.grammar.evaluate import POISON, Evaluator, argument_names, did_you_mean, kind_of
 from mlmdsl.grammar.spec import BlockSource
 from mlmdsl.graph.arguments import Given, bind_tensors, check_scalar, match_dims
 from mlmdsl.graph.calls import OPERATORS, SIGNATURES, Signature
@@ -31,6 +31,7 @@ class Body(Evaluator):
         self.variables = scope
         self.state, self.blocks, self.names, self.top = state, blocks, names, top
         self.outputs: tuple[Any, ...] | None = None
+        self.output_span: Span | None = None  # of the first output's expression
         self._expected: list[s.Expect] = []
         self._target: str | None = None  # what the call being evaluated is assigned to
         self._transparent = False  # the block call being evaluated adds no name
@@ -55,6 +56,7 @@ class Body(Evaluator):
                 self._if(statement)
             case s.Output():
                 self.outputs = tuple(self.assigned(expr, None) for expr in statement.values)
+                self.output_span = statement.values[0].span
             case s.Expect():
                 self._expected.append(statement)
 
@@ -222,6 +224,8 @@ class Body(Evaluator):
         name = dotted(expr.function)
         if name is None:
             return self.poison("MLM0203", "this cannot be called", expr.function.span)
+        if self.variables.get(name.partition(".")[0]) is POISON:
+            return POISON
         if name in self.blocks:
             return self._block(expr, self.state.model.blocks[self.blocks[name]], target, transparent)
         if name in SIGNATURES:
@@ -233,7 +237,7 @@ class Body(Evaluator):
 
     def _given(self, expr: s.Call) -> Given:
         positional, keywords, spans = self.arguments(expr)
-        return Given(dotted(expr.function) or "", positional, keywords, spans, expr.span)
+        return Given(dotted(expr.function) or "", positional, keywords, spans, expr.span, argument_names(expr))
 
     def _block(self, expr: s.Call, source: BlockSource, target: str | None, transparent: bool) -> Any:
         given = self._given(expr)
@@ -278,7 +282,7 @@ class Body(Evaluator):
         sound = bound is not None
         for formal in formals:
             if bound is None or formal.name not in bound:
-                value = self._default(formal, given) if bound is not None else POISON
+                value = self._default(formal, given) if sound else POISON  # a default may speak of what is wrong
             else:
                 value = bound[formal.name]
             if value is not POISON and formal.type is not None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar.evaluate import POISON
 from mlmdsl.grammar.spec import ModelSource
+from mlmdsl.graph.arguments import describe
 from mlmdsl.graph.body import Body
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
@@ -18,6 +19,7 @@ from mlmdsl.graph.ops.base import ShapeProblem
 from mlmdsl.graph.state import State
 from mlmdsl.graph.tensor import TensorType
 from mlmdsl.graph.values import Scope, TensorValue
+from mlmdsl.graph.walk import unused
 
 
 def build(model: ModelSource, diagnostics: Diagnostics) -> Graph | None:
@@ -32,11 +34,23 @@ def build(model: ModelSource, diagnostics: Diagnostics) -> Graph | None:
     if output is None or len(diagnostics.errors) > before:
         return None
     loss = _loss(state, output, diagnostics)
-    graph = loss and _finished(state, model.model.name, output, loss, diagnostics)
+    graph = loss and _finished(state, model.model.name, output, loss)
     if graph is None:
         return None
     body.expectations({"params": graph.parameters, "layers": graph.layers})
-    return None if len(diagnostics.errors) > before else graph
+    if len(diagnostics.errors) > before:
+        return None
+    _warn_of_unused(model, diagnostics)
+    return graph
+
+
+def _warn_of_unused(model: ModelSource, diagnostics: Diagnostics) -> None:
+    """Of the model and of every block of the user's files."""
+    blocks = [b.block for key, b in model.blocks.items() if key == b.qualified and not key.startswith("std/")]
+    for body in (model.model.body, *(block.body for block in blocks)):
+        for name, span in unused(body):
+            help = "take the statement away"
+            diagnostics.report("MLM0513", f"`{name}` is never used", span, severity="warning", help=help)
 
 
 def _output(body: Body, model: ModelSource, diagnostics: Diagnostics) -> TensorValue | None:
@@ -49,16 +63,20 @@ def _output(body: Body, model: ModelSource, diagnostics: Diagnostics) -> TensorV
     if isinstance(first, TensorValue):
         return first
     if first is not POISON:
-        diagnostics.report("MLM0511", "the model's output is no tensor", model.model.name_span)
+        message = f"the model's output is {describe(first)}, not a tensor"
+        diagnostics.report("MLM0511", message, body.output_span, help="output the logits [B, S, vocabulary]")
     return None
 
 
 def _loss(state: State, output: TensorValue, diagnostics: Diagnostics) -> Node | None:
     """Adds the targets, whose shape is the tokens', and the cross entropy."""
-    if not state.inputs:
-        diagnostics.report("MLM0512", "the model has no input", output.span, help="write input tokens: int[B, S]")
+    tokens = [state.paths[path].type for path in state.inputs if state.paths[path].type.dtype == "int"]
+    if not tokens:
+        where = state.model.model.name_span
+        help = "write input tokens: int[B, S]"
+        diagnostics.report("MLM0512", "the model has no input of integers, whose next ones it could predict", where, help=help)
         return None
-    targets = TensorType("int", output.type.shape[:-1])
+    targets = TensorType("int", tokens[0].shape)
     try:
         kind = CATALOGUE["cross_entropy"].infer((output.type, targets), {})
     except ShapeProblem as problem:
@@ -72,20 +90,14 @@ def _loss(state: State, output: TensorValue, diagnostics: Diagnostics) -> Node |
     return node
 
 
-def _finished(state: State, name: str, output: TensorValue, loss: Node, diagnostics: Diagnostics) -> Graph:
-    """The regions without what the loss does not need; named values that nothing uses get a warning."""
+def _finished(state: State, name: str, output: TensorValue, loss: Node) -> Graph:
+    """The regions without what the loss does not need."""
     state.close_straight()
     regions = tuple(state.regions)
     if state.first_nodes:
         regions = _with_first(regions, state.first_nodes)
     needed = _needed(regions, loss.path)
     kept = tuple(r for r in (_without_dead(region, needed) for region in regions) if r.nodes)
-    for region in regions:
-        for node in region.nodes:
-            if node.path not in needed and node.variable and node.span and node.op not in ("input", "carry"):
-                diagnostics.report(
-                    "MLM0513", f"`{node.variable}` is never used", node.span, severity="warning", help="take it away"
-                )
     used = {key for region in kept for node in region.nodes for key in node.weights}
     weights = {key: weight for key, weight in state.weights.items() if key in used}
     return Graph(name, kept, weights, tuple(state.inputs), output.path, loss.path)

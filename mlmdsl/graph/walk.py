@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from mlmdsl.diagnostics import Span
 from mlmdsl.grammar import syntax as s
 
 
@@ -52,3 +53,15 @@ def nodes_in(node: s.Node) -> Iterator[s.Node]:
         for part in value if isinstance(value, tuple) else (value,):  # pyright: ignore[reportUnknownVariableType]
             if isinstance(part, s.Node):
                 yield from nodes_in(part)
+
+
+def unused(body: Sequence[s.Statement]) -> Iterator[tuple[str, Span]]:
+    """Names that a body assigns and nothing in it mentions, where they are first assigned."""
+    parts = [part for statement in body for part in nodes_in(statement)]
+    mentioned = {part.name for part in parts if isinstance(part, s.Name)}
+    first: dict[str, Span] = {}
+    for part in parts:
+        if isinstance(part, s.Assign):
+            for name, span in zip(part.names, part.name_spans, strict=True):
+                first.setdefault(name, span)
+    yield from ((name, span) for name, span in first.items() if name not in mentioned)

@@ -1,4 +1,4 @@
-"""Every example of docs/diagnostics.toml: the bad one gives its code where it is marked and nothing else, the good one nothing."""
+"""Every example of docs/diagnostics.toml: the bad one gives its code where it is marked and nothing else, the good none."""
 
 from __future__ import annotations
 
