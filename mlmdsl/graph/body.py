@@ -32,6 +32,7 @@ class Body(Evaluator):
         self.state, self.blocks, self.names, self.top = state, blocks, names, top
         self.outputs: tuple[Any, ...] | None = None
         self.output_span: Span | None = None  # of the first output's expression
+        self.origin: Span | None = None  # the call in the user's own file, while inside a shipped block
         self._expected: list[s.Expect] = []
         self._target: str | None = None  # what the call being evaluated is assigned to
         self._transparent = False  # the block call being evaluated adds no name
@@ -243,6 +244,8 @@ class Body(Evaluator):
         given = self._given(expr)
         names = self._inner_names(source.block.name, target, transparent)
         inner = Body(self.state, dict(source.values), source.blocks, names)
+        if source.qualified.startswith("std/"):
+            inner.origin = self.origin or expr.span
         sound = inner.formals(source.block.formals, given.positional, given.keywords, expr.span, given)
         if not sound:
             return POISON
@@ -385,7 +388,7 @@ class Body(Evaluator):
             keys.append(made.key)
         settings = tuple(sorted((k, v) for k, v in attributes.items() if k not in ("std",)))
         paths = tuple(value.path for value in inputs)
-        self.state.add(Node(path, op, paths, type, settings, tuple(keys), self.names.calls, variable, span))
+        self.state.add(Node(path, op, paths, type, settings, tuple(keys), self.names.calls, variable, self.origin or span))
         return TensorValue(path, type, span, scope)
 
     def _shape_problem(self, problem: ShapeProblem, span: Span, inputs: Sequence[TensorValue], given: Given | None) -> Any:

@@ -1,0 +1,288 @@
+"""Constraints that no plan can meet, found before any search and shown where they were written.
+
+Only what the text itself fixes is judged here: pins, rules over them, the model's and the batch's sizes. What depends on times and
+memory is the search's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from mlmdsl.diagnostics import Diagnostics, Label
+from mlmdsl.grammar import syntax as s
+from mlmdsl.grammar.constraints import VARIABLES, RuleEvaluator
+from mlmdsl.grammar.evaluate import POISON
+from mlmdsl.grammar.spec import Pin, Rule, Spec
+from mlmdsl.graph.graph import Graph, Node
+
+_MESH = ("tensor", "context", "pipeline", "data")
+_ALONE = ("context", "replicate", "expert")  # axes that the planner does not lay out
+
+
+def check(spec: Spec, graph: Graph, diagnostics: Diagnostics) -> None:
+    """Reports MLM04xx for every pin and rule that contradicts the model, the batch, the cluster or another constraint."""
+    checker = _Checker(spec, graph, diagnostics)
+    for step in _CHECKS:
+        step(checker)
+
+
+@dataclass(frozen=True)
+class _Checker:
+    spec: Spec
+    graph: Graph
+    diagnostics: Diagnostics
+
+    @cached_property
+    def pins(self) -> Mapping[str, Pin]:
+        return {pin.variable: pin for pin in self.spec.plan.pins}
+
+    def pinned(self, name: str, default: int = 1) -> int:
+        value = self.pins[name].value if name in self.pins else default
+        assert isinstance(value, int)
+        return value
+
+    def report(self, code: str, message: str, pin: Pin | Rule, help: str, secondary: Iterable[Label] = (), **more: Any) -> None:
+        label = more.pop("label", "pinned here" if isinstance(pin, Pin) else "asked for here")
+        self.diagnostics.report(code, message, pin.span, label=label, secondary=tuple(secondary), help=help, **more)
+
+    def setting(self, name: str, text: str) -> tuple[Label, ...]:
+        """Where a setting of `train` was written."""
+        span = self.spec.train.spans.get(name)
+        return (Label(span, text),) if span else ()
+
+    def others(self, *names: str) -> tuple[Label, ...]:
+        return tuple(Label(self.pins[name].span, f"{name} is pinned here") for name in names if name in self.pins)
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def _heads(c: _Checker) -> None:
+    n = c.pinned("tensor")
+    for node in c.graph.nodes.values():
+        if node.op != "attend" or n == 1:
+            continue
+        sizes = {"heads": _size(c.graph, node, 0), "kv_heads": _size(c.graph, node, 1)}
+        for name in ("kv_heads", "heads"):
+            if sizes[name] % n:
+                least = max(d for d in range(1, n + 1) if all(size % d == 0 for size in sizes.values()))
+                where = (Label(node.span, f"{name} has to be a multiple of tensor"),) if node.span else ()
+                c.report(
+                    "MLM0412",
+                    f"tensor = {n} cannot split {name} = {sizes[name]}",
+                    c.pins["tensor"],
+                    f"pin tensor = {least}, or less",
+                    where,
+                )
+                return
+
+
+def _size(graph: Graph, node: Node, index: int) -> int:
+    size = graph.nodes[node.inputs[index]].type.shape[2]
+    assert isinstance(size, int)
+    return size
+
+
+def _vocabulary(c: _Checker) -> None:
+    n = c.pinned("tensor")
+    for node in c.graph.nodes.values():
+        if node.op == "embedding" and n > 1:
+            vocab = c.graph.weights[node.weights[0]].shape[0]
+            if vocab % n:
+                more = -(-vocab // n) * n
+                message = f"tensor = {n} cannot split the vocabulary of {vocab:_}"
+                where = (Label(node.span, "embedded here"),) if node.span else ()
+                help = f"vocab = {more:_} would be split; as it is, table and head are cut or held another way"
+                c.report("MLM0413", message, c.pins["tensor"], help, where, severity="warning")
+                return
+
+
+def _layers(c: _Checker) -> None:
+    pipeline, interleave, layers = c.pinned("pipeline"), c.pinned("interleave"), c.graph.layers
+    if pipeline * interleave > layers:
+        pin = c.pins.get("pipeline") or c.pins["interleave"]
+        stages = f"{pipeline} stages" if interleave == 1 else f"{pipeline} x {interleave} virtual stages"
+        c.report("MLM0414", f"{layers} layers cannot fill {stages}", pin, f"{layers} is the most; a stage has a layer at least")
+
+
+def _stages(c: _Checker) -> None:
+    if "stages" not in c.pins:
+        return
+    pin = c.pins["stages"]
+    assert isinstance(pin.value, tuple)
+    if sum(pin.value) != c.graph.layers:
+        help = f"they have to add up to {c.graph.layers}"
+        c.report("MLM0417", f"the stages hold {sum(pin.value)} layers, the model has {c.graph.layers}", pin, help)
+    count = c.pinned("pipeline", len(pin.value) // c.pinned("interleave")) * c.pinned("interleave")
+    if count != len(pin.value):
+        help = "there is one number for each virtual stage: pipeline x interleave of them"
+        c.report("MLM0417", f"{len(pin.value)} stages are given for {count}", pin, help, c.others("pipeline", "interleave"))
+
+
+# ---- the cluster and the batch --------------------------------------------------------------------------------------
+
+
+def _world(c: _Checker) -> None:
+    named = [name for name in _MESH if name in c.pins]
+    product, world = prod(c.pinned(name) for name in named), c.spec.cluster.world_size
+    whole = (
+        product == world if len(named) == len(_MESH) or set(named) >= {"tensor", "pipeline", "data"} else world % product == 0
+    )
+    if named and not whole:
+        shown = " x ".join(f"{name} {c.pinned(name)}" for name in named)
+        secondary = (*c.others(*named[1:]), Label(c.spec.cluster.span, f"{world} devices"))
+        help = f"the degrees have to multiply to {world}"
+        c.report("MLM0415", f"{shown} does not fit {world} devices", c.pins[named[0]], help, secondary)
+
+
+def _batch(c: _Checker) -> None:
+    each = c.pinned("data") * c.pinned("micro_batch")
+    if c.spec.train.batch % each:
+        pin = c.pins.get("micro_batch") or c.pins["data"]
+        message = (
+            f"a batch of {c.spec.train.batch} cannot be split into {c.pinned('data')} x {c.pinned('micro_batch')} sequences"
+        )
+        labels = (*c.others(*(n for n in ("data",) if c.pins.get(n) is not pin)), *c.setting("batch", "the batch"))
+        c.report("MLM0416", message, pin, "data x micro_batch has to divide the batch", labels)
+
+
+def _micro_batches(c: _Checker) -> None:
+    """torch's schedules: 1f1b needs a micro-batch for every stage, the interleaved one whole rounds of them."""
+    pipeline = c.pinned("pipeline")
+    schedule = c.pins["schedule"].value if "schedule" in c.pins else None
+    if schedule not in ("1f1b", "interleaved_1f1b") or pipeline == 1 or not {"data", "micro_batch"} <= set(c.pins):
+        return
+    count = c.spec.train.batch // (c.pinned("data") * c.pinned("micro_batch"))
+    rounds = max(1, count // pipeline)
+    if count < pipeline or (schedule == "interleaved_1f1b" and count % rounds):
+        message = f"{schedule} over {pipeline} stages cannot run {count} micro-batches"
+        help = f"give it a multiple of {pipeline}: a smaller data or micro_batch, or a larger batch"
+        c.report(
+            "MLM0419",
+            message,
+            c.pins["schedule"],
+            help,
+            (*c.others("pipeline", "data", "micro_batch"), *c.setting("batch", "the batch")),
+        )
+
+
+def _sequence(c: _Checker) -> None:
+    pin = c.pins.get("sequence_parallel")
+    if pin is None or pin.value is not True:
+        return
+    n, seq_len = c.pinned("tensor"), c.spec.train.seq_len
+    if "tensor" in c.pins and n == 1:
+        c.report(
+            "MLM0418",
+            "sequence_parallel splits what tensor ranks share, and tensor is 1",
+            pin,
+            "take one of the two away",
+            c.others("tensor"),
+        )
+    elif seq_len % n:
+        labels = (*c.others("tensor"), *c.setting("seq_len", "the sequence"))
+        c.report("MLM0418", f"tensor = {n} cannot split a sequence of {seq_len}", pin, "tensor has to divide seq_len", labels)
+
+
+def _schedule(c: _Checker) -> None:
+    schedule, interleave = c.pins.get("schedule"), c.pins.get("interleave")
+    if schedule is None or interleave is None:
+        return
+    if (schedule.value == "interleaved_1f1b") != (c.pinned("interleave") > 1):
+        message = f"schedule = {schedule.value} does not go with interleave = {interleave.value}"
+        c.report(
+            "MLM0420", message, schedule, "interleaved_1f1b has interleave = 2 or more, the others 1", c.others("interleave")
+        )
+
+
+def _axes(c: _Checker) -> None:
+    for name in _ALONE:
+        if c.pinned(name) > 1:
+            c.report(
+                "MLM0424",
+                f"{name} = {c.pinned(name)}: this axis is not laid out yet",
+                c.pins[name],
+                f"pin {name} = 1, or take it away",
+            )
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+def _rules(c: _Checker) -> None:
+    """A hard rule over pinned variables alone has to hold; rules over one free variable have to leave it a value."""
+    hard = [rule for rule in c.spec.plan.rules if rule.form in ("require", "forbid")]
+    free: dict[str, list[Rule]] = {}
+    for rule in hard:
+        names = set(_names(rule.condition))
+        if not names <= set(VARIABLES):
+            continue
+        if names <= set(c.pins):
+            if not _holds(rule, {name: c.pins[name].value for name in names}):
+                c.report("MLM0422", f"`{rule.text}` contradicts a pin", rule, "change one of the two", c.others(*sorted(names)))
+        elif len(names) == 1 and not names & set(c.pins):
+            free.setdefault(next(iter(names)), []).append(rule)
+    for name, rules in free.items():
+        _leaves_a_value(c, name, rules)
+
+
+def _leaves_a_value(c: _Checker, name: str, rules: list[Rule]) -> None:
+    values = _domain(c, name)
+    for index, rule in enumerate(rules):
+        left = [value for value in values if _holds(rule, {name: value})]
+        if not left:
+            before = tuple(Label(r.span, "and asked for here") for r in rules[:index])
+            c.report("MLM0422", f"`{rule.text}` leaves no value for {name}", rule, "change one of the rules", before)
+            return
+        values = left
+
+
+def _domain(c: _Checker, name: str) -> list[Any]:
+    words = {"schedule": ["gpipe", "1f1b", "interleaved_1f1b"], "recompute": ["none", "selective", "full"], "zero": [0, 1, 3]}
+    if name in words:
+        return words[name]
+    if name == "sequence_parallel":
+        return [False, True]
+    if name == "stages":
+        return []
+    most = {"micro_batch": c.spec.train.batch, "interleave": c.graph.layers}.get(name, c.spec.cluster.world_size)
+    whole = c.spec.train.batch if name == "micro_batch" else c.spec.cluster.world_size
+    return [n for n in range(1, most + 1) if name == "interleave" or whole % n == 0]
+
+
+def _holds(rule: Rule, values: Mapping[str, Any]) -> bool:
+    found = RuleEvaluator(values, Diagnostics()).value(rule.condition)
+    return found is POISON or found is (rule.form == "require")
+
+
+def _names(expr: object) -> Iterable[str]:
+    """Variables of a condition; facts such as `memory` too, bare words of schedules not."""
+    if isinstance(expr, s.Attribute):
+        yield f"{expr.name}"
+    elif isinstance(expr, s.Name):
+        if expr.name not in ("gpipe", "interleaved_1f1b", "none", "selective", "full"):
+            yield expr.name
+    elif isinstance(expr, s.Node):
+        for value in vars(expr).values():
+            parts: Iterable[object] = value if isinstance(value, tuple) else (value,)  # pyright: ignore[reportUnknownVariableType]
+            for part in parts:
+                yield from _names(part)
+
+
+_CHECKS: tuple[Callable[[_Checker], None], ...] = (
+    _axes,
+    _heads,
+    _vocabulary,
+    _layers,
+    _stages,
+    _world,
+    _batch,
+    _micro_batches,
+    _sequence,
+    _schedule,
+    _rules,
+)
