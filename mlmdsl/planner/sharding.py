@@ -206,7 +206,7 @@ def _indivisible_heads(problem: Problem) -> Infeasible | None:
     for node, domain in zip(problem.nodes, problem.domains, strict=True):
         if node.op == "attend" and not any(s.name == "heads" for s in domain):
             query, key = (problem.graph.nodes[source].type.shape[2] for source in node.inputs[:2])
-            for name, count in (("kv_heads", key), ("heads", query)):
+            for name, count in (("heads", query), ("kv_heads", key)):
                 if isinstance(count, int) and count % n:
                     message = f"tensor = {n} cannot split {name} = {count}"
                     return Infeasible("heads", node.path, message, f"take a tensor degree that divides {count}", name)
