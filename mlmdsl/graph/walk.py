@@ -49,10 +49,28 @@ def mentions(expr: s.Node, name: str) -> bool:
 def nodes_in(node: s.Node) -> Iterator[s.Node]:
     """A node and all below it, outermost first."""
     yield node
+    for part in nodes_below(node):
+        yield from nodes_in(part)
+
+
+def nodes_below(node: s.Node) -> Iterator[s.Node]:
+    """The nodes that a node is made of."""
     for value in vars(node).values():
         for part in value if isinstance(value, tuple) else (value,):  # pyright: ignore[reportUnknownVariableType]
             if isinstance(part, s.Node):
-                yield from nodes_in(part)
+                yield part
+
+
+def unused(body: Sequence[s.Statement]) -> Iterator[tuple[str, Span]]:
+    """Names that a body assigns and nothing in it mentions, where they are first assigned."""
+    parts = [part for statement in body for part in nodes_in(statement)]
+    mentioned = {part.name for part in parts if isinstance(part, s.Name)}
+    first: dict[str, Span] = {}
+    for part in parts:
+        if isinstance(part, s.Assign):
+            for name, span in zip(part.names, part.name_spans, strict=True):
+                first.setdefault(name, span)
+    yield from ((name, span) for name, span in first.items() if name not in mentioned)
 
 
 def unused(body: Sequence[s.Statement]) -> Iterator[tuple[str, Span]]:

@@ -1,7 +1,7 @@
 """Constraints that no plan can meet, found before any search and shown where they were written.
 
-Only what the text itself fixes is judged here: pins, rules over them, the model's and the batch's sizes. What depends on times and
-memory is the search's to say.
+Only what the text itself fixes is judged here: pins, rules over them, the model's and the batch's sizes. What depends on
+times and memory is the search's to say.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from mlmdsl.grammar.constraints import VARIABLES, RuleEvaluator
 from mlmdsl.grammar.evaluate import POISON
 from mlmdsl.grammar.spec import Pin, Rule, Spec
 from mlmdsl.graph.graph import Graph, Node
+from mlmdsl.graph.walk import nodes_below
 
+_WORDS = frozenset({"gpipe", "interleaved_1f1b", "none", "selective", "full"})
 _MESH = ("tensor", "context", "pipeline", "data")
 _ALONE = ("context", "replicate", "expert")  # axes that the planner does not lay out
 
@@ -259,18 +261,15 @@ def _holds(rule: Rule, values: Mapping[str, Any]) -> bool:
     return found is POISON or found is (rule.form == "require")
 
 
-def _names(expr: object) -> Iterable[str]:
-    """Variables of a condition; facts such as `memory` too, bare words of schedules not."""
+def _names(expr: s.Node) -> Iterable[str]:
+    """Variables and facts of a condition; the words of schedules and recomputation are none."""
     if isinstance(expr, s.Attribute):
-        yield f"{expr.name}"
-    elif isinstance(expr, s.Name):
-        if expr.name not in ("gpipe", "interleaved_1f1b", "none", "selective", "full"):
-            yield expr.name
-    elif isinstance(expr, s.Node):
-        for value in vars(expr).values():
-            parts: Iterable[object] = value if isinstance(value, tuple) else (value,)  # pyright: ignore[reportUnknownVariableType]
-            for part in parts:
-                yield from _names(part)
+        yield f".{expr.name}"
+        return
+    if isinstance(expr, s.Name) and expr.name not in _WORDS:
+        yield expr.name
+    for part in nodes_below(expr):
+        yield from _names(part)
 
 
 _CHECKS: tuple[Callable[[_Checker], None], ...] = (
