@@ -71,15 +71,3 @@ def unused(body: Sequence[s.Statement]) -> Iterator[tuple[str, Span]]:
             for name, span in zip(part.names, part.name_spans, strict=True):
                 first.setdefault(name, span)
     yield from ((name, span) for name, span in first.items() if name not in mentioned)
-
-
-def unused(body: Sequence[s.Statement]) -> Iterator[tuple[str, Span]]:
-    """Names that a body assigns and nothing in it mentions, where they are first assigned."""
-    parts = [part for statement in body for part in nodes_in(statement)]
-    mentioned = {part.name for part in parts if isinstance(part, s.Name)}
-    first: dict[str, Span] = {}
-    for part in parts:
-        if isinstance(part, s.Assign):
-            for name, span in zip(part.names, part.name_spans, strict=True):
-                first.setdefault(name, span)
-    yield from ((name, span) for name, span in first.items() if name not in mentioned)
