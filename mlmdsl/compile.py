@@ -19,7 +19,7 @@ from mlmdsl.graph.build import build
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.verify import verify
 from mlmdsl.planner.check import check
-from mlmdsl.planner.plan import Plan
+from mlmdsl.planner.plan import Plan, verify_spec
 from mlmdsl.planner.search import search
 from mlmdsl.planner.verify_layout import verify_layout
 
@@ -51,8 +51,8 @@ def compile_spec(
 ) -> Compilation:
     """Compile `text`, which stands in the file `path` (its imports are relative to it), up to the pass `until`.
 
-    overrides: "gpt2.d=1024"; pins: "tensor=4". A given `plan` is taken instead of a search: a saved one, already checked
-    against the spec. Raises SpecError with every problem of the text, PlanError where no plan fits.
+    overrides: "gpt2.d=1024"; pins: "tensor=4". A given `plan`, a saved one, is taken instead of a search. Raises SpecError with
+    every problem of the text, PlanError where no plan fits or the given one was made from another text.
     """
     found = Diagnostics()
     if until == "syntax":
@@ -70,6 +70,8 @@ def compile_spec(
     done = Compilation(tuple(found.items), dict(resolved.sources), None, spec, graph)
     if until in ("spec", "graph"):
         return done
+    if plan is not None:
+        verify_spec(plan, spec)
     chosen = plan or search(spec, graph)
     verify_layout(graph, chosen)
     program = emit(spec, graph, chosen) if until == "program" else None

@@ -222,6 +222,13 @@ CODES: Mapping[str, str] = {
     "MLM0522": "an operator that tensors do not have",
     # 06xx: planning and saved plans
     # 07xx: the run: data, tokenizers, checkpoints, processes
+    "MLM0601": "no plan fits the memory of the devices",
+    "MLM0602": "a rule leaves no plan",
+    "MLM0603": "the pins leave no plan",
+    "MLM0604": "no plan uses all devices",
+    "MLM0620": "the file is not a saved plan",
+    "MLM0621": "the saved plan is of another version",
+    "MLM0630": "the spec has changed since the plan was made",
     "MLM0700": "no file matches the data pattern",
     "MLM0701": "the data is empty",
     "MLM0702": "the data is not UTF-8",

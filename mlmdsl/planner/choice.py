@@ -48,19 +48,21 @@ def width(type: TensorType, float_bytes: int) -> int:
     return {"float": float_bytes, "fp32": 4, "int": 8}[type.dtype]
 
 
+def cut(shape: tuple[int, ...], dim: int | None, n: int) -> tuple[int, ...]:
+    """A shape on one of `n` ranks."""
+    return shape if dim is None or dim < 0 else (*shape[:dim], shape[dim] // n, *shape[dim + 1 :])
+
+
 def local_sizes(graph: Graph, node: Node, strategy: Strategy, n: int, sizes: Mapping[str, int], float_bytes: int) -> Local:
     """A node's sizes on one of `n` ranks."""
 
-    def cut(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
-        return shape if dim is None or dim < 0 else (*shape[:dim], shape[dim] // n, *shape[dim + 1 :])
-
     types = [graph.nodes[source].type for source in node.inputs]
     return Local(
-        inputs=tuple(cut(t.sizes(sizes), p.dim) for t, p in zip(types, strategy.inputs, strict=True)),
+        inputs=tuple(cut(t.sizes(sizes), p.dim, n) for t, p in zip(types, strategy.inputs, strict=True)),
         input_bytes=tuple(width(t, float_bytes) for t in types),
-        output=cut(node.type.sizes(sizes), strategy.output.dim),
+        output=cut(node.type.sizes(sizes), strategy.output.dim, n),
         output_bytes=width(node.type, float_bytes),
-        weights=tuple(cut(graph.weights[k].shape, w.dim) for k, w in zip(node.weights, strategy.weights, strict=True)),
+        weights=tuple(cut(graph.weights[k].shape, w.dim, n) for k, w in zip(node.weights, strategy.weights, strict=True)),
         weight_bytes=float_bytes,
         attrs=node.attrs,
     )

@@ -6,9 +6,13 @@ all_gather's output, a reduce_scatter's input, an all_reduce's tensor).
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
-from mlmdsl.grammar.spec import Frozen
+import pydantic
+
+from mlmdsl.diagnostics import Diagnostic, PlanError
+from mlmdsl.grammar.spec import Frozen, Spec
 
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "recv", "split"]
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
@@ -35,6 +39,20 @@ class PlanVariables(Frozen):
     @property
     def world_size(self) -> int:
         return self.tensor * self.context * self.pipeline * self.data
+
+    @property
+    def described(self) -> str:
+        """`tensor 8 x pipeline 4 x data 8, 1f1b, ZeRO 1, micro-batch 1, recompute selective`; degrees of one are left out."""
+        sizes = (("tensor", self.tensor), ("context", self.context), ("pipeline", self.pipeline), ("data", self.data))
+        degrees = [f"{name} {size}" for name, size in sizes if size > 1] or ["one device"]
+        parts = [" x ".join(degrees)]
+        if self.tensor > 1 and self.sequence_parallel:
+            parts.append("sequence parallel")
+        if self.pipeline > 1:
+            parts.append(self.schedule + (f" x {self.interleave}" if self.interleave > 1 else ""))
+        if self.data > 1:
+            parts.append(f"ZeRO {self.zero}")
+        return ", ".join([*parts, f"micro-batch {self.micro_batch}", f"recompute {self.recompute}"])
 
 
 class Transition(Frozen):
@@ -116,9 +134,7 @@ class Predicted(Frozen):
     train_days: float
     cost_usd: float | None
     energy_kwh: float
-    breakdown_s: dict[
-        str, float
-    ]  # parts of the step of the slowest rank: compute, recompute, tensor, pipeline, data, optimizer, bubble
+    breakdown_s: dict[str, float]  # of the busiest rank: compute, recompute, tensor, pipeline, data, optimizer, bubble
 
 
 class ModelFacts(Frozen):
@@ -149,11 +165,27 @@ class Alternative(Frozen):
 
 
 class SoftConstraint(Frozen):
-    """A `prefer` or `avoid` that the plan breaks or keeps, with its price against the plan without it."""
+    """A `prefer` or `avoid` that the plan keeps or breaks. price_s: seconds of a step that keeping it costs against the best plan
+    without it; None where no plan that fits keeps it."""
 
     text: str
     kept: bool
-    price_s: float
+    price_s: float | None
+
+
+class StageTime(Frozen):
+    """One pipeline stage in a step: `starts_s` is when its first forward pass can start; forward and backward passes are those of one
+    micro-batch through all of the rank's virtual stages, sends and recomputation included; idle_s counts from the first forward pass
+    of any stage to the last backward pass."""
+
+    stage: int
+    layers: int
+    starts_s: float
+    forward_s: float
+    backward_s: float
+    busy_s: float
+    idle_s: float
+    in_flight: int  # micro-batches held at once, over the virtual stages
 
 
 class ClusterFacts(Frozen):
@@ -186,8 +218,38 @@ class Plan(Frozen):
     memory: tuple[StageMemory, ...]
     layout: tuple[RegionLayout, ...]
     collectives: tuple[Collective, ...]
-    timeline: tuple[dict[str, float | int | str], ...] = ()
+    timeline: tuple[StageTime, ...] = ()
 
     def to_json(self) -> str:
-        """Stable text: the same spec gives the same bytes, apart from `search.seconds` (left out of saved plans: 0)."""
+        """Stable text: the same spec gives the same bytes, apart from `search.seconds`."""
         return self.model_dump_json(indent=1) + "\n"
+
+    def saved(self) -> Plan:
+        """As it is written to a file: without what differs from one search to the next."""
+        return self.model_copy(update={"search": self.search.model_copy(update={"seconds": 0.0})})
+
+
+def load_plan(text: str, path: str = "plan.json") -> Plan:
+    """A saved plan. Raises PlanError: MLM0620 where the text is none, MLM0621 where it is of another version."""
+    try:
+        version = json.loads(text).get("version")
+        if version != Plan.model_fields["version"].default:
+            raise _unreadable("MLM0621", f"{path} is a plan of version {version}", "make it again: mlmdsl plan SPEC -o PLAN")
+        return Plan.model_validate_json(text)
+    except pydantic.ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the text"
+        raise _unreadable("MLM0620", f"{path} is not a saved plan: {where}: {first['msg']}") from None
+    except (ValueError, AttributeError):  # not JSON, or no object
+        raise _unreadable("MLM0620", f"{path} is not a saved plan: it is not a JSON object") from None
+
+
+def _unreadable(code: str, message: str, help: str = "write one with `mlmdsl plan SPEC -o PLAN`") -> PlanError:
+    return PlanError([Diagnostic(code, message, help=help)])
+
+
+def verify_spec(plan: Plan, spec: Spec) -> None:
+    """A saved plan belongs to one text: raises PlanError (MLM0630) where the spec has changed since."""
+    if plan.spec_sha256 != spec.sha256:
+        message = f"{spec.path} has changed since the plan was made (it or a file that it imports)"
+        raise PlanError([Diagnostic("MLM0630", message, help="plan again, or take the spec that the plan was made from")])

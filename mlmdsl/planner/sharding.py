@@ -15,7 +15,8 @@ from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
-from mlmdsl.planner.choice import Costs, Problem, local_sizes, width
+from mlmdsl.graph.tensor import TensorType
+from mlmdsl.planner.choice import Costs, Problem, cut, local_sizes, width
 from mlmdsl.planner.placement import Step, transition
 from mlmdsl.planner.plan import NodeLayout, RegionLayout, Transition
 
@@ -73,6 +74,10 @@ class Sharding:
         """Sizes of a node on one rank."""
         return local_sizes(self.graph, node, self.strategies[node.path], self.tensor, sizes, float_bytes)
 
+    def local_shape(self, type: TensorType, placement: Placement, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """A value on one rank."""
+        return cut(type.sizes(sizes), placement.dim, self.tensor)
+
     def work(self, node: Node, sizes: Mapping[str, int], float_bytes: int) -> Work:
         return CATALOGUE[node.op].work(self.local(node, sizes, float_bytes))
 
@@ -109,10 +114,10 @@ class Sharding:
             dim=move.step.dim,
             target_dim=move.step.target_dim,
             bytes=self.move_bytes(move, sizes, float_bytes),
-            reason=self._reason(move),
+            reason=self.reason(move),
         )
 
-    def _reason(self, move: Move) -> str:
+    def reason(self, move: Move) -> str:
         """What asks for it: `attn.query, attn.key, attn.value are column-parallel`."""
         carried = {c.entry for region in self.graph.regions for c in region.carried}
         users = [c for c in move.consumers if c not in carried]

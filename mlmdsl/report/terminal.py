@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlmdsl.planner.plan import Alternative, Plan, PlanVariables, StageMemory
-from mlmdsl.report import words
+from mlmdsl.planner.plan import Alternative, Plan, PlanVariables, SoftConstraint, StageMemory
+from mlmdsl import words
 
 _BOLD, _DIM, _OFF = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
@@ -36,25 +36,8 @@ def render_summary(plan: Plan, *, color: bool = False) -> str:
     peak = words.gib(max(predicted.peak_memory_bytes))
     return (
         f"{name}  {plan.model.parameters:,} parameters on {_machine(plan)}\n"
-        f"{describe(plan.plan)}; predicted {words.seconds(predicted.step_time_s)} a step, peak memory {peak}"
+        f"{plan.plan.described}; predicted {words.seconds(predicted.step_time_s)} a step, peak memory {peak}"
     )
-
-
-def describe(plan: PlanVariables) -> str:
-    """`tensor 8 x pipeline 4 x data 8, 1f1b, ZeRO 1, micro-batch 1, recompute selective`; degrees of one are left out."""
-    degrees = [f"{name} {size}" for name, size in _degrees(plan) if size > 1] or ["one device"]
-    parts = [" x ".join(degrees)]
-    if plan.tensor > 1 and plan.sequence_parallel:
-        parts.append("sequence parallel")
-    if plan.pipeline > 1:
-        parts.append(plan.schedule + (f" x {plan.interleave}" if plan.interleave > 1 else ""))
-    if plan.data > 1:
-        parts.append(f"ZeRO {plan.zero}")
-    return ", ".join([*parts, f"micro-batch {plan.micro_batch}", f"recompute {plan.recompute}"])
-
-
-def _degrees(plan: PlanVariables) -> tuple[tuple[str, int], ...]:
-    return (("tensor", plan.tensor), ("context", plan.context), ("pipeline", plan.pipeline), ("data", plan.data))
 
 
 class _Ink:
@@ -86,7 +69,7 @@ def _head(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
     tokens = plan.batch * plan.seq_len
     yield f"batch {plan.batch:,} sequences of {plan.seq_len:,} tokens ({tokens:,}), {plan.precision}"
     yield ""
-    yield from _wrapped(describe(plan.plan), width, ink.bold("plan") + "    ", " " * 8)
+    yield from _wrapped(plan.plan.described, width, ink.bold("plan") + "    ", " " * 8)
     micro_batches = plan.batch // (plan.plan.data * plan.plan.micro_batch)
     each = f" on each of {plan.plan.data:,} data ranks" if plan.plan.data > 1 else ""
     yield f"        {micro_batches:,} micro-batch{'es' if micro_batches > 1 else ''} a step{each}"
@@ -196,8 +179,15 @@ def _price(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
 def _soft(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
     for number, rule in enumerate(plan.soft):
         head = ink.bold("wishes") + "  " if number == 0 else " " * 8
-        price = f"costs {words.seconds(rule.price_s)} a step" if rule.price_s > 0 else "costs nothing"
-        yield from _wrapped(f"{rule.text}: {'kept, ' + price if rule.kept else 'not kept'}", width, head, " " * 8)
+        yield from _wrapped(f"{rule.text}: {_wish(rule)}", width, head, " " * 8)
+
+
+def _wish(rule: SoftConstraint) -> str:
+    if rule.price_s is None:
+        return "not kept, no plan that fits keeps it"
+    if rule.kept:
+        return f"kept, costs {words.seconds(rule.price_s)} a step" if rule.price_s > 0 else "kept, costs nothing"
+    return f"not kept, would cost {words.seconds(rule.price_s)} a step"
 
 
 def _alternatives(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
@@ -210,7 +200,7 @@ def _alternatives(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
 def _alternative(plan: Plan, other: Alternative) -> str:
     more = other.predicted.step_time_s / plan.predicted.step_time_s - 1
     memory = words.gib(max(other.predicted.peak_memory_bytes))
-    return f"{100 * more:+6.1f} % {memory:>9} {describe(other.plan)}"
+    return f"{100 * more:+6.1f} % {memory:>9} {other.plan.described}"
 
 
 def _search(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:

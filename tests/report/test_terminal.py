@@ -19,7 +19,7 @@ from mlmdsl.planner.plan import (
     SoftConstraint,
     StageMemory,
 )
-from mlmdsl.report.terminal import describe, render_plan, render_summary
+from mlmdsl.report.terminal import render_plan, render_summary
 
 GIB = 2**30
 
@@ -135,7 +135,7 @@ def test_one_device_has_no_mesh_and_no_links() -> None:
     text = render_plan(plan.model_copy(update={"plan": alone, "memory": plan.memory[:1], "cluster": facts}))
     assert "mesh" not in text
     assert "links" not in text
-    assert describe(alone) == "one device, micro-batch 1, recompute none"
+    assert alone.described == "one device, micro-batch 1, recompute none"
 
 
 def test_the_summary_names_plan_and_prediction() -> None:

@@ -1,0 +1,208 @@
+"""From the chosen candidate to the Plan: layout, ledger, collectives, predictions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mlmdsl.graph.flops import flops_per_token
+from mlmdsl.planner import schedule
+from mlmdsl.planner.communication import send_seconds
+from mlmdsl.planner.memory import stage_memory
+from mlmdsl.planner.passes import MODES
+from mlmdsl.planner.plan import (
+    ClusterFacts,
+    ModelFacts,
+    Plan,
+    PlanVariables,
+    Predicted,
+    SearchReport,
+    StageMemory,
+    StageTime,
+)
+from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
+from mlmdsl.planner.stages import Part
+from mlmdsl.planner.traffic import collectives
+
+_AXES = ("tensor", "data", "pipeline")
+
+
+def plan_of(place: Place, candidate: Candidate, report: SearchReport) -> Plan:
+    """Without runners-up, wishes and notes."""
+    setting = place.bench.setting
+    train = setting.spec.train
+    sizes = {"B": candidate.micro_batch, "S": train.seq_len}
+    return Plan(
+        spec_sha256=setting.spec.sha256,
+        overrides=setting.spec.overrides,
+        plan=variables(candidate),
+        predicted=predicted(place, candidate),
+        model=_model(setting),
+        cluster=_cluster(place),
+        search=report,
+        alternatives=(),
+        seq_len=train.seq_len,
+        batch=train.batch,
+        precision=train.precision,
+        memory=ledger(place, candidate),
+        layout=place.bench.sharding.layouts(sizes, setting.width),
+        collectives=collectives(place, candidate),
+        timeline=_timeline(place, candidate),
+    )
+
+
+def variables(c: Candidate) -> PlanVariables:
+    return PlanVariables(
+        tensor=c.tensor,
+        sequence_parallel=c.sequence_parallel,
+        pipeline=c.pipeline,
+        interleave=c.interleave,
+        schedule=c.schedule,
+        data=c.data,
+        zero=c.zero,
+        micro_batch=c.micro_batch,
+        recompute=MODES[c.recompute],
+        stages=c.cut.stages,
+    )
+
+
+def ledger(place: Place, c: Candidate) -> tuple[StageMemory, ...]:
+    """By pipeline stage."""
+    ranks = ((rank, c.cut.parts[rank :: place.pipeline]) for rank in range(place.pipeline))
+    context = place.context_bytes
+    return tuple(stage_memory(r, place.state(c, parts), place.held(c, r, parts), context) for r, parts in ranks)
+
+
+def predicted(place: Place, c: Candidate) -> Predicted:
+    setting, times = place.bench.setting, place.times(c, place.runs(c))
+    train, world = setting.spec.train, setting.spec.cluster.world_size
+    rate = setting.step_flops / times.total / place.mesh.world_size
+    hours = times.total * train.steps / 3600
+    watts = sum(p.nodes * p.devices_per_node * p.device.power_watts for p in setting.spec.cluster.pools)
+    price = setting.spec.cluster.usd_per_device_hour
+    return Predicted(
+        step_time_s=times.total,
+        tokens_per_s_per_device=train.batch * train.seq_len / times.total / place.mesh.world_size,
+        model_tflops_per_device=rate / 1e12,
+        mfu=rate / setting.kernels.peak,
+        bubble_fraction=times.bubble / times.pipeline,
+        peak_memory_bytes=tuple(stage.total_bytes for stage in ledger(place, c)),
+        train_days=hours / 24,
+        cost_usd=None if price is None else hours * world * price,
+        energy_kwh=hours * watts / 1000,
+        breakdown_s=_breakdown(place, c, times),
+    )
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+class _Share(NamedTuple):
+    """Seconds of one micro-batch on one rank. gathered: what ZeRO 3 adds to passes that do not hide it."""
+
+    compute: float
+    recompute: float
+    tensor: float
+    sends: float
+    gathered: float
+
+    @property
+    def whole(self) -> float:
+        return sum(self)
+
+
+def _breakdown(place: Place, c: Candidate, times: Times) -> dict[str, float]:
+    """The parts of the step on the busiest rank; they add up to it."""
+    m = place.micro_batches(c.micro_batch)
+    shares = [_share(place, c, c.cut.parts[rank :: place.pipeline]) for rank in range(place.pipeline)]
+    busiest = max(shares, key=lambda share: share.whole)
+    return {
+        "compute": m * busiest.compute,
+        "recompute": m * busiest.recompute,
+        "tensor": m * busiest.tensor,
+        "pipeline": m * busiest.sends,
+        "data": m * busiest.gathered + times.gathered + times.summed + place.sync_seconds,
+        "optimizer": times.optimizer,
+        "bubble": times.pipeline - m * busiest.whole if place.pipeline > 1 else 0.0,
+    }
+
+
+def _share(place: Place, c: Candidate, parts: tuple[Part, ...]) -> _Share:
+    costs, chain = place.bench.passes(c.micro_batch).costs, place.bench.setting.chain
+    counted = [(costs[i], count) for part in parts for i, count in chain.regions(part)]
+    compute = sum(count * (cost.forward_seconds + cost.backward_seconds) for cost, count in counted)
+    tensor = sum(count * (cost.tensor_forward_seconds + cost.tensor_backward_seconds) for cost, count in counted)
+    repeated = [(cost.again[c.recompute], count) for cost, count in counted]
+    again = sum(count * (a.kernel_seconds + a.tensor_seconds) for a, count in repeated)
+    forward, backward = _passes(place, c, parts)
+    sends = forward + backward - compute - tensor - again
+    gathering = place.with_gathers(c, ((1, forward, backward),))
+    gathered = sum(f + b for _, f, b in gathering) - forward - backward
+    return _Share(compute, again, tensor, sends if place.pipeline > 1 else 0.0, gathered)
+
+
+def _passes(place: Place, c: Candidate, parts: tuple[Part, ...]) -> tuple[float, float]:
+    """Forward and backward seconds of one micro-batch through the parts, sends included."""
+    costs = [(part, place.bench.part(part, c.micro_batch, c.recompute, place.pipeline > 1)) for part in parts]
+    onwards = sum(0.0 if part.last else send_seconds(cost.bytes.sent, place.pipeline_group) for part, cost in costs)
+    back = sum(0.0 if part.first else send_seconds(cost.bytes.received, place.pipeline_group) for part, cost in costs)
+    return sum(cost.forward for _, cost in costs) + onwards, sum(cost.backward for _, cost in costs) + back
+
+
+def _timeline(place: Place, c: Candidate) -> tuple[StageTime, ...]:
+    times, m = place.times(c, place.runs(c)), place.micro_batches(c.micro_batch)
+    found: list[StageTime] = []
+    starts = 0.0
+    for rank in range(place.pipeline):
+        parts = c.cut.parts[rank :: place.pipeline]
+        forward, backward = _passes(place, c, parts)
+        busy = m * (forward + backward)
+        found.append(
+            StageTime(
+                stage=rank,
+                layers=sum(c.cut.stages[rank :: place.pipeline]),
+                starts_s=starts,
+                forward_s=forward,
+                backward_s=backward,
+                busy_s=busy,
+                idle_s=max(0.0, times.pipeline - busy) if place.pipeline > 1 else 0.0,
+                in_flight=sum(schedule.in_flight(c.schedule, place.pipeline, c.interleave, m, rank)),
+            )
+        )
+        starts += _passes(place, c, parts[:1])[0]
+    return tuple(found)
+
+
+# ---- facts ----------------------------------------------------------------------------------------------------------
+
+
+def _model(setting: Setting) -> ModelFacts:
+    parameters = setting.graph.parameters
+    return ModelFacts(
+        name=setting.graph.model,
+        parameters=parameters,
+        parameters_active=parameters,
+        flops_per_token=flops_per_token(setting.graph, setting.spec.train.seq_len),
+    )
+
+
+def _cluster(place: Place) -> ClusterFacts:
+    setting = place.bench.setting
+    cluster, names = setting.spec.cluster, dict.fromkeys(p.device.name for p in setting.spec.cluster.pools)
+    links = {axis: setting.network.link(place.mesh, axis) for axis in _AXES if place.mesh.size(axis) > 1}
+    return ClusterFacts(
+        name=cluster.name,
+        device=" + ".join(names),
+        device_memory_bytes=setting.device.memory_bytes,
+        peak_flops_per_second=setting.kernels.peak,
+        nodes=sum(pool.nodes for pool in cluster.pools),
+        devices_per_node=setting.network.devices_per_node,
+        world_size=cluster.world_size,
+        links={
+            axis: {
+                "link": link.kind,
+                "bytes_per_second": link.bytes_per_second / link.oversubscription,
+                "latency_seconds": link.latency_seconds,
+            }
+            for axis, link in links.items()
+        },
+    )

@@ -1,0 +1,225 @@
+"""Why this plan: runners-up with their price, what wishes cost, why candidates fell out, and what would let a plan fit where none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from mlmdsl import words
+from mlmdsl.diagnostics import Diagnostic, Label, PlanError, Span
+from mlmdsl.grammar.spec import Pin, PlanConstraints, Spec
+from mlmdsl.planner.assemble import ledger, predicted, variables
+from mlmdsl.planner.outcome import Found, Outcome, Tally
+from mlmdsl.planner.plan import Alternative, Plan, Rejection, SoftConstraint, StageMemory
+from mlmdsl.planner.pricing import Candidate, Place, Setting
+
+_RUNNERS_UP = 5
+_TIGHT = 0.97  # of what a plan may use
+_LARGE_BUBBLE = 0.2
+
+Explore = Callable[[Setting, PlanConstraints], Outcome]
+
+
+# ---- beside the plan ------------------------------------------------------------------------------------------------
+
+
+def runners_up(outcome: Outcome) -> tuple[Alternative, ...]:
+    """The best plan of each other mesh; where there are few meshes, the next best plans of any."""
+    best, *others = outcome.found
+    meshes = {best.mesh}
+    chosen: list[Found] = []
+    for found in others:
+        if found.mesh not in meshes and len(chosen) < _RUNNERS_UP:
+            meshes.add(found.mesh)
+            chosen.append(found)
+    rest = (found for found in others[:_RUNNERS_UP] if found not in chosen)
+    chosen += [found for found, _ in zip(rest, range(_RUNNERS_UP - len(chosen)), strict=False)]
+    chosen.sort(key=Found.order)
+    return tuple(Alternative(plan=variables(f.candidate), predicted=predicted(f.place, f.candidate)) for f in chosen)
+
+
+def wishes(outcome: Outcome) -> tuple[SoftConstraint, ...]:
+    return tuple(_wish(outcome, index) for index in range(len(outcome.wishes)))
+
+
+def _wish(outcome: Outcome, index: int) -> SoftConstraint:
+    bit, best = 1 << index, outcome.found[0]
+    without = min(outcome.found, key=lambda found: found.order(ignored=bit))
+    keeping = [found for found in outcome.found if not found.broken & bit]
+    price = min(keeping, key=Found.order).times.total - without.times.total if keeping else None
+    text = " ".join(outcome.wishes[index].rule.text.split())
+    return SoftConstraint(text=text, kept=not best.broken & bit, price_s=price if price is None else max(0.0, price))
+
+
+def notes(setting: Setting, plan: Plan) -> tuple[str, ...]:
+    return tuple(_notes(setting, plan))
+
+
+def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
+    capacity, peak = setting.capacity_bytes, max(plan.predicted.peak_memory_bytes)
+    devices = {pool.device.name for pool in setting.spec.cluster.pools}
+    if len(devices) > 1:
+        yield f"every rank is planned as the weakest of the cluster's devices: {setting.device.name}"
+    if peak > _TIGHT * capacity:
+        yield f"memory is tight: {words.gib(capacity - peak)} would be left of what a plan may use"
+    if plan.predicted.bubble_fraction > _LARGE_BUBBLE:
+        share = words.percent(plan.predicted.bubble_fraction)
+        yield f"the pipeline's ranks idle {share} of their time: a larger batch has more micro-batches to fill it"
+    peaks = setting.device.peak_flops_per_second
+    if plan.precision == "bf16" and setting.device.kind != "cpu" and peaks.get("bf16", 0.0) <= peaks.get("fp32", 0.0):
+        yield f"{setting.device.name} has no bf16 matrix units: products run at the speed of fp32"
+
+
+def rejections(outcome: Outcome) -> tuple[Rejection, ...]:
+    """The most frequent reason first."""
+    ordered = sorted(outcome.rejected.items(), key=lambda item: (-item[1].count, item[0]))
+    return tuple(Rejection(reason=_reason(key), count=t.count, closest=_closest(outcome, key, t)) for key, t in ordered)
+
+
+def _reason(key: tuple[str, str]) -> str:
+    """`memory`, or the rule itself."""
+    return " ".join(key[1].split()) or key[0]
+
+
+def _closest(outcome: Outcome, key: tuple[str, str], tally: Tally) -> str:
+    if tally.closest is None or tally.place is None:
+        return tally.words
+    described = variables(tally.closest).described
+    if key[0] == "memory":
+        return f"{described} needs {_shortage(outcome.setting, tally.place, tally.closest)}"
+    return f"{described} breaks it, at {words.seconds(tally.place.times(tally.closest, tally.place.runs(tally.closest)).total)} a step"
+
+
+def _shortage(setting: Setting, place: Place, candidate: Candidate) -> str:
+    """`3.1 GiB more than the 76.6 GiB that a plan may use (activations are 40 GiB of it)`."""
+    fullest = max(ledger(place, candidate), key=lambda stage: stage.total_bytes)
+    name, size = _largest(fullest)
+    over = words.gib(fullest.total_bytes - setting.capacity_bytes)
+    return f"{over} more than the {words.gib(setting.capacity_bytes)} that a plan may use ({name} {words.gib(size)})"
+
+
+def _largest(stage: StageMemory) -> tuple[str, int]:
+    sizes = stage.model_dump(exclude={"stage", "total_bytes"})
+    name = max(sizes, key=lambda key: sizes[key])
+    return name.removesuffix("_bytes").replace("_", " "), sizes[name]
+
+
+# ---- no plan --------------------------------------------------------------------------------------------------------
+
+
+def nothing_fits(outcome: Outcome, explore: Explore) -> PlanError:
+    """MLM0601 memory, MLM0602 a rule, MLM0603 the pins, MLM0604 nothing legal: the tightest true reason, and what would help."""
+    spec = outcome.setting.spec
+    rules = {key: tally for key, tally in outcome.rejected.items() if key[1]}
+    if rules:
+        diagnostic = _rules(outcome, rules, explore)
+    elif ("memory", "") in outcome.rejected:
+        diagnostic = _memory(outcome, explore)
+    else:
+        diagnostic = _nothing_legal(outcome, explore)
+    return PlanError([diagnostic], sources=spec.sources)
+
+
+def _rules(outcome: Outcome, rules: dict[tuple[str, str], Tally], explore: Explore) -> Diagnostic:
+    limits = outcome.setting.spec.plan
+    hard = [rule for rule in limits.rules if any(rule.text == text for _, text in rules)]
+    last = max(hard, key=lambda rule: rules[rule.form, rule.text].count)
+    closest = _closest(outcome, (last.form, last.text), rules[last.form, last.text])
+    without = explore(outcome.setting, limits.model_copy(update={"rules": tuple(r for r in limits.rules if r != last)}))
+    help = _would_fit(without, "without this rule the best plan is") or _pins_that_help(outcome, explore)
+    others = tuple(Label(rule.span, "so does this") for rule in hard if rule != last)
+    text = " ".join(last.text.split())
+    message = f"no plan that fits keeps `{text}`"
+    label = "leaves no plan"
+    return Diagnostic("MLM0602", message, last.span, label, (*others, *_pin_labels(limits.pins)), _joined(f"the closest: {closest}", help))
+
+
+def _memory(outcome: Outcome, explore: Explore) -> Diagnostic:
+    tally = outcome.rejected["memory", ""]
+    spec = outcome.setting.spec
+    closest = _closest(outcome, ("memory", ""), tally)
+    devices = f"{spec.cluster.world_size:,} x {outcome.setting.device.name}"
+    message = f"none of {outcome.candidates:,} plans for {outcome.setting.graph.model} fits the memory of {devices}"
+    help = _pins_that_help(outcome, explore) or _more_nodes(outcome, explore)
+    help = _joined(f"the closest: {closest}", help)
+    return Diagnostic("MLM0601", message, spec.cluster.span, "this cluster", _pin_labels(spec.plan.pins), help)
+
+
+def _nothing_legal(outcome: Outcome, explore: Explore) -> Diagnostic:
+    spec = outcome.setting.spec
+    reasons = "; ".join(tally.words for tally in outcome.rejected.values() if tally.words)
+    help = _pins_that_help(outcome, explore)
+    if spec.plan.pins and help:
+        span: Span = spec.plan.pins[0].span
+        message = "no plan can have " + " and ".join(_pinned(pin) for pin in spec.plan.pins)
+        return Diagnostic("MLM0603", message, span, "pinned here", _pin_labels(spec.plan.pins[1:]), _joined(reasons, help))
+    message = f"no plan can use all {spec.cluster.world_size:,} devices"
+    batch = spec.train.spans.get("batch")
+    labels = (Label(batch, f"{spec.train.batch:,} sequences"),) if batch else ()
+    help = _joined(reasons, _fewer_nodes(outcome, explore))
+    return Diagnostic("MLM0604", message, spec.cluster.span, "this cluster", labels, help)
+
+
+def _pin_labels(pins: tuple[Pin, ...]) -> tuple[Label, ...]:
+    return tuple(Label(pin.span, f"{pin.variable} is pinned here") for pin in pins)
+
+
+def _pinned(pin: Pin) -> str:
+    value = str(pin.value).lower() if isinstance(pin.value, bool) else list(pin.value) if isinstance(pin.value, tuple) else pin.value
+    return f"{pin.variable} = {value}"
+
+
+def _joined(*texts: str) -> str:
+    return "; ".join(text for text in texts if text)
+
+
+def _would_fit(outcome: Outcome, lead: str) -> str:
+    if not outcome.found:
+        return ""
+    best = outcome.found[0]
+    return f"{lead} {variables(best.candidate).described}, {words.seconds(best.times.total)} a step"
+
+
+def _pins_that_help(outcome: Outcome, explore: Explore) -> str:
+    """One pin whose absence lets a plan fit, or all of them."""
+    limits = outcome.setting.spec.plan
+    for pin in limits.pins:
+        others = tuple(other for other in limits.pins if other != pin)
+        found = explore(outcome.setting, limits.model_copy(update={"pins": others}))
+        if found.found:
+            return _would_fit(found, f"without the pin {_pinned(pin)} the best plan is")
+    if len(limits.pins) > 1:
+        found = explore(outcome.setting, limits.model_copy(update={"pins": ()}))
+        return _would_fit(found, "without the pins the best plan is")
+    return ""
+
+
+def _more_nodes(outcome: Outcome, explore: Explore) -> str:
+    """The smallest power of two of the cluster on which a plan fits."""
+    for factor in (2, 4, 8, 16, 32):
+        spec = _scaled(outcome.setting.spec, factor)
+        found = explore(Setting(spec, outcome.setting.graph), spec.plan)
+        if found.found:
+            return _would_fit(found, f"on {spec.cluster.world_size:,} devices the best plan is")
+    return ""
+
+
+def _scaled(spec: Spec, factor: int) -> Spec:
+    """With `factor` times the nodes."""
+    pools = tuple(pool.model_copy(update={"nodes": pool.nodes * factor}) for pool in spec.cluster.pools)
+    inter = spec.cluster.inter or spec.cluster.pools[0].intra
+    return spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"pools": pools, "inter": inter})})
+
+
+def _fewer_nodes(outcome: Outcome, explore: Explore) -> str:
+    """The most nodes below the cluster's that a plan can use."""
+    spec = outcome.setting.spec
+    if len(spec.cluster.pools) > 1:
+        return ""
+    pool = spec.cluster.pools[0]
+    for nodes in range(pool.nodes - 1, max(0, pool.nodes - 16), -1):
+        cluster = spec.cluster.model_copy(update={"pools": (pool.model_copy(update={"nodes": nodes}),)})
+        smaller = spec.model_copy(update={"cluster": cluster})
+        found = explore(Setting(smaller, outcome.setting.graph), smaller.plan)
+        if found.found:
+            return _would_fit(found, f"on {nodes * pool.devices_per_node:,} devices the best plan is")
+    return ""

@@ -1,0 +1,249 @@
+"""The ledger: bytes on the fullest rank of each pipeline stage at its peak.
+
+State, per local weight element (p of them on this rank of the tensor axis, d data ranks; w = 2 bytes in bf16, 4 in fp32):
+
+    zero  weights       master      gradients                        AdamW
+    0     w             4 (bf16)    4                                8         Rajbhandari et al. 2020 (arXiv:1910.02054), table 1
+    1     w             4 / d       4 / d + unsharded sums           8 / d     FSDP2 that keeps what it has gathered
+    3     gathered      4 / d       4 / d + those of two layers      8 / d     FSDP2; with a pipeline torch gathers and sums as for 1
+
+Shards are counted as FSDP2 cuts them: dim 0 in chunks of ceil(rows / d). Passes: what one micro-batch leaves on a stage, times the
+micro-batches that the schedule holds there, and what recomputing brings back for one layer. torch's pipeline stages keep a receive
+buffer for every micro-batch, in both directions, and a stage's outputs until their backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal, NamedTuple
+
+from mlmdsl.grammar.spec import Device
+from mlmdsl.graph.graph import Graph, Weight
+from mlmdsl.planner.passes import PassCost, Passes
+from mlmdsl.planner.plan import StageMemory
+from mlmdsl.planner.sharding import Sharding
+from mlmdsl.planner.stages import Chain, Part
+
+MIB = 2**20
+# What a process takes before any tensor: driver context, kernels and cuBLAS workspaces on a GPU; Python with torch (resident, measured
+# with torch 2.13) on a CPU. Each communicator of NCCL or RCCL adds its channels' buffers.
+CONTEXT_BYTES = {"cuda": 700 * MIB, "rocm": 900 * MIB, "cpu": 320 * MIB}
+COMMUNICATOR_BYTES = {"cuda": 200 * MIB, "rocm": 200 * MIB, "cpu": 2 * MIB}
+# Share by which an allocator's blocks exceed what is asked for (expandable segments on a GPU; arenas of malloc on a CPU)
+SLACK = {"cuda": 0.04, "rocm": 0.04, "cpu": 0.15}
+# Share of the device's memory that a plan leaves free
+HEADROOM = 0.03
+
+
+def capacity_bytes(device: Device) -> int:
+    """What a plan may use of the device."""
+    return int(device.memory_bytes * (1 - HEADROOM))
+
+
+def context_bytes(kind: Literal["cuda", "rocm", "cpu"], communicators: int) -> int:
+    return CONTEXT_BYTES[kind] + communicators * COMMUNICATOR_BYTES[kind]
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """Bytes of weights and what goes with them, on one rank."""
+
+    weights: int
+    master: int
+    gradients: int
+    optimizer: int
+    unsharded: int
+    buffers: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Local weight elements of one part: all, those of its largest layer and of what stands around the layers (FSDP2's units), those
+    whose gradients are partial sums, and the largest single one. `keys`: how many of each weight."""
+
+    elements: int
+    layer: int
+    root: int
+    partial: int
+    largest: int
+    layers: int
+    keys: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Weights of parts under one sharding."""
+
+    graph: Graph
+    sharding: Sharding
+    chain: Chain
+
+    @cached_property
+    def _parts(self) -> dict[Part, Holding]:
+        return {}
+
+    @cached_property
+    def _shards(self) -> dict[tuple[Part, int], int]:
+        return {}
+
+    @cached_property
+    def local_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {key: self._local_shape(weight) for key, weight in self.graph.weights.items()}
+
+    def _local_shape(self, weight: Weight) -> tuple[int, ...]:
+        cut = self.sharding.weights[weight.key].dim
+        return tuple(size // self.sharding.tensor if dim == cut else size for dim, size in enumerate(weight.shape))
+
+    def of(self, part: Part) -> Holding:
+        if part not in self._parts:
+            self._parts[part] = self._make(part)
+        return self._parts[part]
+
+    def _make(self, part: Part) -> Holding:
+        keys: dict[str, int] = {}
+        layer = 0
+        for kind, count in enumerate(part.layers):
+            if count:
+                own = self._used(self.chain.kinds[kind][:1], own=True)
+                layer = max(layer, self._sum(own))
+                keys |= {key: keys.get(key, 0) + count for key in own}
+                keys |= dict.fromkeys(self._used(self.chain.kinds[kind], own=False), 1)
+        for straight in (self.chain.first * part.first, self.chain.last * part.last):
+            keys |= dict.fromkeys(self._used(straight, own=False), 1)
+        elements = sum(prod(self.local_shapes[key]) * count for key, count in keys.items())
+        root = self._sum(key for key, count in keys.items() if not self.graph.weights[key].region and count)
+        partial = sum(prod(self.local_shapes[k]) * n for k, n in keys.items() if self.sharding.weights[k].partial_gradient)
+        largest = max((prod(self.local_shapes[key]) for key in keys), default=0)
+        return Holding(elements, layer, root, partial, largest, sum(part.layers), keys)
+
+    def _used(self, regions: Iterable[int], *, own: bool) -> tuple[str, ...]:
+        """Weights of the regions: those of each pass, or those that all passes share."""
+        found: dict[str, None] = {}
+        for index in regions:
+            region = self.graph.regions[index]
+            for node in region.nodes:
+                for key in node.weights:
+                    if own == (region.repeated and self.graph.weights[key].region == region.name):
+                        found[key] = None
+        return tuple(found)
+
+    def _sum(self, keys: Iterable[str]) -> int:
+        return sum(prod(self.local_shapes[key]) for key in keys)
+
+    def shard(self, part: Part, data: int) -> int:
+        """Elements that FSDP2 leaves the first of `data` ranks."""
+        key = (part, data)
+        if key not in self._shards:
+            shapes = ((self.local_shapes[name], count) for name, count in self.of(part).keys.items())
+            self._shards[key] = sum(count * -(-shape[0] // data) * prod(shape[1:]) for shape, count in shapes)
+        return self._shards[key]
+
+    def state(self, parts: Iterable[Part], zero: int, data: int, width: int, pipeline: int, micro_batches: int) -> State:
+        """Of a rank that runs `parts`."""
+        held = [self.of(part) for part in parts]
+        p = sum(h.elements for h in held)
+        if not zero or data == 1:
+            master = 4 * p if width < 4 else 0
+            return State(width * p, master, 4 * p, 8 * p, 0, width * max(h.largest for h in held) if width < 4 else 0)
+        shard = sum(self.shard(part, data) for part in parts)
+        unit = max(max(h.layer, h.root) for h in held)
+        sums = p * (4 if micro_batches > 1 else width)
+        if pipeline == 1 and (zero == 3 or micro_batches == 1):
+            sums = width * min(p, 2 * unit)
+        gathered = width * min(p, 2 * max(h.layer for h in held) + max(h.root for h in held)) if pipeline == 1 else width * p
+        weights, unsharded = (width * p, 0) if zero == 1 else (0, gathered)
+        return State(weights, 4 * shard, sums + 4 * shard, 8 * shard, unsharded, (2 * width + 4) * unit)
+
+
+# ---- passes ---------------------------------------------------------------------------------------------------------
+
+
+class Passing(NamedTuple):
+    """Bytes that one micro-batch leaves on one part, for one way of recomputing; at the end of the step's peak.
+
+    kept: until its backward pass; received: of a receive buffer, one direction; working, transient: while one layer's backward pass
+    runs; loss: kept by the loss and model output; loss_transient."""
+
+    kept: int
+    received: int
+    sent: int
+    working: int
+    transient: int
+    loss: int
+    loss_transient: int
+
+
+def passing(passes: Passes, chain: Chain, part: Part, mode: int, pipeline: int) -> Passing:
+    """mode: index into MODES."""
+    costs = passes.costs
+    kinds = [(chain.kinds[kind], count) for kind, count in enumerate(part.layers) if count]
+    straight = chain.first * part.first + chain.last * part.last
+    kept = sum(count * costs[i].saved_bytes[mode] for kind, count in kinds for i in kind)
+    kept += sum(costs[i].saved_bytes[mode] for i in straight)
+    running = [costs[i] for kind, _ in kinds for i in kind] + [costs[i] for i in straight]
+    received = 0 if part.first else _crossing(passes, kinds[0][0])
+    sent = 0 if part.last else _crossing(passes, kinds[-1][0])
+    if not part.first:  # lies in the receive buffer
+        kept -= min(received, costs[kinds[0][0][0]].entry_bytes[mode])
+    return Passing(
+        kept=kept + sent,
+        received=received,
+        sent=sent,
+        working=max((cost.working_bytes[mode] for cost in running), default=0),
+        transient=max((cost.transient_bytes for cost in running), default=0),
+        loss=_loss(running, pipeline) if part.last else 0,
+        loss_transient=max((cost.loss_transient_bytes for cost in running), default=0) if part.last else 0,
+    )
+
+
+def _crossing(passes: Passes, kind: tuple[int, ...]) -> int:
+    return passes.crossing_bytes[kind[0]]
+
+
+def _loss(running: Iterable[PassCost], pipeline: int) -> int:
+    """A pipeline's last stage keeps the model's output, too."""
+    return sum(cost.loss_bytes + (cost.logits_bytes if pipeline > 1 else 0) for cost in running)
+
+
+class Held(NamedTuple):
+    """Bytes on a rank besides its state."""
+
+    activations: int
+    loss: int
+    buffers: int
+    workspace: int
+
+
+def held(stages: Sequence[Passing], counts: Sequence[int], micro_batches: int, kind: str) -> Held:
+    """Of a rank with these virtual stages; `counts`: micro-batches in flight on each. The fullest moment's larger counts are charged to
+    the larger stages: which of a rank's stages holds more changes in the course of an interleaved step."""
+    counted = zip(sorted((s.kept for s in stages), reverse=True), sorted(counts, reverse=True), strict=True)
+    activations = sum(kept * count for kept, count in counted) + max(s.working for s in stages)
+    last = stages[-1]
+    loss = last.loss * counts[-1] + last.loss_transient
+    buffers = micro_batches * sum(s.received + s.sent for s in stages)
+    transient = max(s.transient for s in stages)
+    return Held(activations, loss, buffers, transient + int(SLACK[kind] * (activations + loss + buffers + transient)))
+
+
+def stage_memory(stage: int, state: State, rest: Held, context: int) -> StageMemory:
+    """The ledger's entry."""
+    return StageMemory(
+        stage=stage,
+        weights_bytes=state.weights,
+        master_weights_bytes=state.master,
+        gradients_bytes=state.gradients,
+        optimizer_bytes=state.optimizer,
+        activations_bytes=rest.activations,
+        logits_and_loss_bytes=rest.loss,
+        unsharded_weights_bytes=state.unsharded,
+        buffers_bytes=rest.buffers + state.buffers,
+        workspace_bytes=rest.workspace,
+        context_bytes=context,
+        total_bytes=sum(state) + sum(rest) + context,
+    )

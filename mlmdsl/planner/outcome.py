@@ -1,0 +1,64 @@
+"""What a search found: the plans that fit, best first, and why the others did not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
+from mlmdsl.planner.rules import CompiledRule
+
+# A wish (`prefer`, `avoid`) is granted where it costs no more than this share of the objective
+WISH = 0.10
+
+
+class Found(NamedTuple):
+    """A plan that fits. objective: seconds, or bytes where memory is minimised; `broken`: a bit for each wish that it does not keep;
+    `simplicity`: smaller is simpler."""
+
+    objective: float
+    times: Times
+    peak_bytes: int
+    broken: int
+    candidate: Candidate
+    place: Place
+    simplicity: tuple[int, ...]
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        return self.candidate.tensor, self.candidate.pipeline, self.candidate.data
+
+    def order(self, ignored: int = 0) -> tuple[Any, ...]:
+        """Sorts the best first; `ignored`: wishes that do not count. Ties are seen through rounding."""
+        unkept = (self.broken & ~ignored).bit_count()
+        return float(f"{self.objective * (1 + WISH * unkept):.9g}"), float(f"{self.times.total:.9g}"), self.simplicity
+
+
+@dataclass
+class Tally:
+    """Candidates that fell out for one reason, and the one that was closest to passing (least `distance`)."""
+
+    count: int = 0
+    distance: float = float("inf")
+    closest: Candidate | None = None
+    place: Place | None = None
+    words: str = ""
+
+    def add(self, distance: float, candidate: Candidate | None = None, place: Place | None = None, words: str = "") -> None:
+        self.count += 1
+        if distance < self.distance:
+            self.distance, self.closest, self.place, self.words = distance, candidate, place, words
+
+
+@dataclass
+class Outcome:
+    """All that fit, best first, and why the others did not. Keys of `rejected`: (reason, text of the rule or "")."""
+
+    setting: Setting
+    wishes: tuple[CompiledRule, ...]
+    found: list[Found] = field(default_factory=list[Found])
+    rejected: dict[tuple[str, str], Tally] = field(default_factory=dict[tuple[str, str], Tally])
+    candidates: int = 0
+
+    def reject(self, reason: str, text: str = "") -> Tally:
+        return self.rejected.setdefault((reason, text), Tally())

@@ -1,0 +1,257 @@
+"""What one pass of each region costs one rank for one micro-batch: time, and the bytes that stay until its backward pass.
+
+Saved values are counted by storage: a value that two operations save counts once, views count with what they look at, a gathered
+copy of a value is a value of its own. What stays under each way of recomputing follows torch.utils.checkpoint as the runtime calls it:
+
+    none       what autograd saves
+    selective  the pass's arguments, and the results of matrix products, attention and collectives (Korthikanti et al. 2022,
+               arXiv:2205.05198, section 5); everything cheap runs again
+    full       the pass's arguments; everything runs again, up to the last operation that saves something (early stop)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from mlmdsl.graph.graph import Graph, Node, Region
+from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.graph.ops.base import Work
+from mlmdsl.graph.placement import Placement
+from mlmdsl.planner.communication import Group, collective_seconds
+from mlmdsl.planner.compute import Kernels
+from mlmdsl.planner.sharding import Move, Sharding
+
+MODES = ("none", "selective", "full")
+_COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+
+Key = tuple[str, str]  # a value and the placement it was brought to ("" as it was made): names a storage
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """What runs a second time before the backward pass: seconds of kernels and of collectives, and which moves."""
+
+    kernel_seconds: float = 0.0
+    tensor_seconds: float = 0.0
+    moves: tuple[Move, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """One pass of one region. Tuples have an entry per way of recomputing, in the order of MODES.
+
+    saved_bytes: from forward to backward, the pass's arguments included; entry_bytes: of these, what came from the pass before;
+    working_bytes: what recomputing brings back while the backward pass runs; transient_bytes: the most that one operation needs
+    besides; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's output."""
+
+    forward_seconds: float
+    backward_seconds: float
+    tensor_forward_seconds: float
+    tensor_backward_seconds: float
+    again: tuple[Again, Again, Again]
+    saved_bytes: tuple[int, int, int]
+    entry_bytes: tuple[int, int, int]
+    working_bytes: tuple[int, int, int]
+    transient_bytes: int
+    loss_bytes: int = 0
+    loss_transient_bytes: int = 0
+    logits_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The costs of all regions under one sharding and one size of micro-batch."""
+
+    graph: Graph
+    sharding: Sharding
+    kernels: Kernels
+    group: Group
+    sizes: Mapping[str, int]
+    float_bytes: int
+
+    @cached_property
+    def costs(self) -> tuple[PassCost, ...]:
+        """By region, in the graph's order."""
+        return tuple(self._cost(index, region) for index, region in enumerate(self.graph.regions))
+
+    # ---- time -------------------------------------------------------------------------------------------------------
+
+    def _cost(self, index: int, region: Region) -> PassCost:
+        moves = [move for move in self.sharding.moves if move.region == index]
+        works = [(node, self._works[node.path]) for node in region.nodes]
+        kept = self._kept(region, moves)
+        again = (Again(), *(self._again(region, moves, mode) for mode in MODES[1:])) if region.repeated else (Again(),) * 3
+        loss = self._works[self.graph.loss] if self.graph.region_of[self.graph.loss] is region else None
+        return PassCost(
+            forward_seconds=sum(self.kernels.forward_seconds(work) for _, work in works),
+            backward_seconds=sum(self.kernels.backward_seconds(work) for _, work in works),
+            tensor_forward_seconds=self._moved(moves) + sum(self._inner_seconds(node) for node in region.nodes),
+            tensor_backward_seconds=sum(self._seconds(move.step.backward, self.move_bytes(move)) for move in moves),
+            again=again,
+            loss_bytes=int(loss.extra_saved_bytes) if loss else 0,
+            loss_transient_bytes=int(loss.transient_bytes) if loss else 0,
+            logits_bytes=self._bytes(self.graph.output, self.sharding.strategies[self.graph.output].output) if loss else 0,
+            transient_bytes=max((self._transient(node) for node in region.nodes), default=0),
+            **kept,
+        )
+
+    @cached_property
+    def _works(self) -> Mapping[str, Work]:
+        return {path: self.sharding.work(node, self.sizes, self.float_bytes) for path, node in self.graph.nodes.items()}
+
+    def move_bytes(self, move: Move) -> int:
+        return self.sharding.move_bytes(move, self.sizes, self.float_bytes)
+
+    def _seconds(self, kind: str | None, size: int) -> float:
+        return collective_seconds(kind, size, self.group)
+
+    def _moved(self, moves: Iterable[Move]) -> float:
+        return sum(self._seconds(move.step.forward, self.move_bytes(move)) for move in moves)
+
+    def inner(self, node: Node) -> tuple[tuple[str, int, int], ...]:
+        """Collectives that the operation itself makes, forward only: (kind, bytes, count)."""
+        if self.sharding.tensor == 1:
+            return ()
+        local = self.sharding.local(node, self.sizes, self.float_bytes)
+        return CATALOGUE[node.op].collectives(self.sharding.strategies[node.path], local)
+
+    def _inner_seconds(self, node: Node) -> float:
+        return sum(count * self._seconds(kind, size) for kind, size, count in self.inner(node))
+
+    def _again(self, region: Region, moves: Iterable[Move], mode: str) -> Again:
+        """Everything up to the last operation that saves something; under "selective" of that only what is cheap."""
+        upto = -1
+        for position, node in enumerate(region.nodes):
+            if self._works[node.path].saved:
+                upto = position if "out" in self._works[node.path].saved else position - 1
+        names = {node.path for node in region.nodes[: upto + 2]}
+        rerun = [n for n in region.nodes[: upto + 1] if mode == "full" or CATALOGUE[n.op].cheap]
+        repeated = tuple(move for move in moves if mode == "full" and names & set(move.consumers) - self._entries)
+        inner = sum(self._inner_seconds(node) for node in rerun) if mode == "full" else 0.0
+        kernels = sum(self.kernels.forward_seconds(self._works[node.path]) for node in rerun)
+        return Again(kernels, self._moved(repeated) + inner, repeated)
+
+    # ---- bytes ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _entries(self) -> frozenset[str]:
+        return frozenset(c.entry for region in self.graph.regions for c in region.carried)
+
+    @cached_property
+    def _brought(self) -> Mapping[tuple[str, Placement], Move]:
+        return {(move.value, move.target): move for move in self.sharding.moves}
+
+    @cached_property
+    def _aliases(self) -> Mapping[str, str]:
+        """Views look at their input; a product whose bias follows at once is computed together with it; the last value of a pass
+        is the first of the next."""
+        found: dict[str, str] = {}
+        users: dict[str, list[Node]] = {}
+        for node in self.graph.nodes.values():
+            for source in node.inputs:
+                users.setdefault(source, []).append(node)
+        for node in self.graph.nodes.values():
+            work = self._works[node.path]
+            if node.inputs and work.kind == "none":
+                found[node.path] = node.inputs[0]
+            following = users.get(node.path, [])
+            if node.op == "linear" and len(following) == 1 and following[0].op == "bias" and not self._moves_of(node.path):
+                found[node.path] = following[0].path
+        for carried in (c for region in self.graph.regions for c in region.carried):
+            if not any(move.step.forward for move in self._moves_of(carried.next)):
+                found.setdefault(carried.next, carried.entry)
+        return found
+
+    def _moves_of(self, value: str) -> list[Move]:
+        return [move for move in self.sharding.moves if move.value == value]
+
+    def _storage(self, value: str, target: Placement | None = None) -> Key:
+        move = self._brought.get((value, target)) if target is not None else None
+        if move is not None and move.step.forward is not None:
+            return value, str(target)
+        for _ in range(len(self.graph.nodes)):
+            if value not in self._aliases:
+                break
+            value = self._aliases[value]
+        return value, ""
+
+    def _kept(self, region: Region, moves: Iterable[Move]) -> Mapping[str, tuple[int, int, int]]:
+        """saved_bytes, entry_bytes and working_bytes by mode. Values made before the region count there."""
+        inside = {node.path for node in region.nodes}
+        plain = {key: size for key, size in self._saved_plain(region) if key[0] in inside}
+        extra = sum(int(self._works[n.path].extra_saved_bytes) for n in region.nodes if n.path != self.graph.loss)
+        if not region.repeated:
+            whole = sum(plain.values()) + extra
+            return {"saved_bytes": (whole,) * 3, "entry_bytes": (0, 0, 0), "working_bytes": (0, 0, 0)}
+        entries = {self._storage(c.entry): self.boundary_bytes(c.entry) for c in region.carried}
+        dear = entries | {key: size for key, size in self._saved_dear(region, moves) if key[0] in inside}
+        lse = sum(int(self._works[n.path].extra_saved_bytes) for n in region.nodes if not CATALOGUE[n.op].cheap)
+        saved = (sum(plain.values()) + extra, sum(dear.values()) + lse, sum(entries.values()))
+        cheap = sum(size for key, size in plain.items() if key not in dear) + extra - lse
+        back = sum(size for key, size in plain.items() if key not in entries) + extra
+        came = sum(size for key, size in plain.items() if key in entries)
+        return {"saved_bytes": saved, "entry_bytes": (came, saved[2], saved[2]), "working_bytes": (0, cheap, back)}
+
+    def _saved_plain(self, region: Region) -> Iterator[tuple[Key, int]]:
+        for node in region.nodes:
+            strategy = self.sharding.strategies[node.path]
+            for name in self._works[node.path].saved:
+                if name == "out":
+                    yield self._storage(node.path), self._bytes(node.path, strategy.output)
+                else:
+                    value, target = node.inputs[int(name[2:])], strategy.inputs[int(name[2:])]
+                    yield self._storage(value, target), self._bytes(value, target)
+
+    def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
+        for node in region.nodes:
+            if not CATALOGUE[node.op].cheap:
+                yield self._storage(node.path), self._bytes(node.path, self.sharding.strategies[node.path].output)
+        for move in moves:
+            if move.step.forward in _COLLECTIVES:
+                yield (move.value, str(move.target)), self._bytes(move.value, move.target)
+
+    def _bytes(self, value: str, placement: Placement) -> int:
+        type = self.graph.nodes[value].type
+        width = {"float": self.float_bytes, "fp32": 4, "int": 8}[type.dtype]
+        return prod(self.sharding.local_shape(type, placement, self.sizes)) * width
+
+    def _transient(self, node: Node) -> int:
+        """Its results and their gradients at one moment: output and inputs, and what the operation needs inside."""
+        if node.op in ("input", "carry"):
+            return 0
+        strategy = self.sharding.strategies[node.path]
+        inputs = sum(self._bytes(v, p) for v, p in zip(node.inputs, strategy.inputs, strict=True))
+        inside = 0 if node.path == self.graph.loss else int(self._works[node.path].transient_bytes)
+        return inputs + self._bytes(node.path, strategy.output) + inside
+
+    def boundary_bytes(self, entry: str) -> int:
+        """A carried value as it lies between passes and stages."""
+        return self._bytes(entry, self.sharding.strategies[entry].output)
+
+    # ---- between stages ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def crossing_bytes(self) -> tuple[int, ...]:
+        """By region: what a stage hands on after a pass of it (0 for straight code): the carried values, and values of earlier
+        regions that later ones, or the next pass, still use."""
+        return tuple(self._crossing(i) if region.repeated else 0 for i, region in enumerate(self.graph.regions))
+
+    def _crossing(self, index: int) -> int:
+        region = self.graph.regions[index]
+        carried = sum(self.boundary_bytes(c.entry) for c in region.carried)
+        return carried + sum(self._bytes(v, self.sharding.strategies[v].output) for v in self._captured(index))
+
+    def _captured(self, index: int) -> set[str]:
+        """Floating-point values made before region `index` and used in it or after it (other than by being carried into it), and
+        values made in it, not carried, that later regions use."""
+        region = self.graph.regions[index]
+        results = {c.next for c in region.carried}
+        made = {n.path for r in self.graph.regions[:index] for n in r.nodes if n.op not in ("input", "carry")}
+        here = {n.path for n in region.nodes} - results
+        used_here = {v for n in region.nodes for v in n.inputs}
+        later = {v for r in self.graph.regions[index + 1 :] for n in r.nodes for v in n.inputs}
+        later |= {c.initial for r in self.graph.regions[index + 1 :] for c in r.carried}
+        return (made & (used_here | later)) | (here & later)

@@ -1,0 +1,384 @@
+"""What a candidate plan costs: seconds of a step and bytes on each rank, from sums that are made once per sharding and micro-batch.
+
+Plain floats and tuples: a search asks tens of thousands of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+from mlmdsl.grammar.spec import Device, Pool, Spec
+from mlmdsl.graph.flops import flops_per_token
+from mlmdsl.graph.graph import Graph
+from mlmdsl.planner import memory, schedule
+from mlmdsl.planner.communication import Group, collective_seconds, group_of, send_seconds
+from mlmdsl.planner.compute import Kernels
+from mlmdsl.planner.mesh import Mesh, Network, network_of
+from mlmdsl.planner.passes import MODES, Passes
+from mlmdsl.planner.plan import Schedule
+from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
+from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
+
+_WIDTH = {"fp32": 4, "bf16": 2}
+# AdamW reads and writes weight and two moments and reads the gradient, in fp32; clipping reads the gradient; in bf16 the weight is
+# written a second time (docs of torch.optim.AdamW, fused)
+_OPTIMIZER_BYTES = {"fp32": 32.0, "bf16": 38.0}
+
+
+class Candidate(NamedTuple):
+    """The plan's variables, and how its layers are cut."""
+
+    tensor: int
+    sequence_parallel: bool
+    pipeline: int
+    data: int
+    micro_batch: int
+    schedule: Schedule
+    interleave: int
+    recompute: int  # index into MODES
+    zero: int
+    cut: Cut
+
+
+class Times(NamedTuple):
+    """Seconds of a step. pipeline: all micro-batches through the stages; bubble: of these, the mean rank's idle ones; gathered: ZeRO's
+    gathers that nothing hides, once a step; summed: gradients over data, partial and tied ones; optimizer; total."""
+
+    pipeline: float
+    bubble: float
+    gathered: float
+    summed: float
+    optimizer: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all candidates share."""
+
+    spec: Spec
+    graph: Graph
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The weakest: least peak, then least memory."""
+        return min(self.spec.cluster.pools, key=lambda p: (Kernels(p.device, self.spec.train.precision).peak, p.device.memory_bytes))
+
+    @cached_property
+    def device(self) -> Device:
+        """The weakest device, with the least memory of all."""
+        least = min(pool.device.memory_bytes for pool in self.spec.cluster.pools)
+        device = self.pool.device
+        return device if device.memory_bytes == least else device.model_copy(update={"memory_bytes": least})
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        return Kernels(self.device, self.spec.train.precision)
+
+    @cached_property
+    def network(self) -> Network:
+        return network_of(self.spec.cluster)
+
+    @cached_property
+    def chain(self) -> Chain:
+        return chain_of(self.graph)
+
+    @property
+    def width(self) -> int:
+        return _WIDTH[self.spec.train.precision]
+
+    @cached_property
+    def capacity_bytes(self) -> int:
+        return memory.capacity_bytes(self.device)
+
+    @cached_property
+    def step_flops(self) -> float:
+        """Model FLOPs of one step."""
+        train = self.spec.train
+        return flops_per_token(self.graph, train.seq_len) * train.seq_len * train.batch
+
+    @cached_property
+    def shared_weights(self) -> frozenset[str]:
+        """Weights outside the repeats that more than one region uses: several stages may hold them."""
+        used: dict[str, set[int]] = {}
+        for index, region in enumerate(self.graph.regions):
+            for key in (key for node in region.nodes for key in node.weights):
+                if not region.repeated or self.graph.weights[key].region != region.name:
+                    used.setdefault(key, set()).add(index)
+        return frozenset(key for key, regions in used.items() if len(regions) > 1)
+
+    def mesh(self, tensor: int, data: int, pipeline: int) -> Mesh:
+        return Mesh(tensor, data, pipeline, self.network.devices_per_node)
+
+    def shard(self, tensor: int, sequence_parallel: bool) -> Bench | Infeasible:
+        """The sharding does not depend on the micro-batch: it is chosen for one sequence."""
+        if tensor == 1:
+            return Bench(self, replicated(self.graph), group_of(self.mesh(1, 1, 1), "tensor", self.network))
+        group = group_of(self.mesh(tensor, 1, 1), "tensor", self.network)
+        sizes = {"B": reference_micro_batch(self.spec.train.seq_len), "S": self.spec.train.seq_len}
+        share = self.network.inter_bytes_per_second
+        found = shard_graph(self.graph, tensor, sequence_parallel, Costs(self.kernels, group, share, self.width, sizes))
+        return found if isinstance(found, Infeasible) else Bench(self, found, group)
+
+
+class PartCost(NamedTuple):
+    """One virtual stage, one micro-batch: seconds without sends, bytes that stay."""
+
+    forward: float
+    backward: float
+    bytes: memory.Passing
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that depends on the sharding over the tensor axis; what is asked for is made once."""
+
+    setting: Setting
+    sharding: Sharding
+    group: Group
+    _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
+    _parts: dict[tuple[Part, int, int, bool], PartCost] = field(default_factory=dict[tuple[Part, int, int, bool], PartCost])
+    _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
+
+    @cached_property
+    def holdings(self) -> memory.Holdings:
+        return memory.Holdings(self.setting.graph, self.sharding, self.setting.chain)
+
+    def passes(self, micro_batch: int) -> Passes:
+        if micro_batch not in self._passes:
+            sizes = {"B": micro_batch, "S": self.setting.spec.train.seq_len}
+            setting = self.setting
+            self._passes[micro_batch] = Passes(
+                setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width
+            )
+        return self._passes[micro_batch]
+
+    def layer_seconds(self, micro_batch: int, mode: int) -> tuple[tuple[float, ...], float, float]:
+        """Forward and backward seconds: of a layer by kind, of the model's beginning and end."""
+        chain = self.setting.chain
+        regions = self._region_seconds(micro_batch, mode)
+        kinds = tuple(sum(sum(regions[i]) for i in kind) for kind in chain.kinds)
+        return kinds, sum(sum(regions[i]) for i in chain.first), sum(sum(regions[i]) for i in chain.last)
+
+    def _region_seconds(self, micro_batch: int, mode: int) -> list[tuple[float, float]]:
+        """(forward, backward) of one pass, with what is recomputed in the backward pass."""
+        return [
+            (
+                cost.forward_seconds + cost.tensor_forward_seconds,
+                cost.backward_seconds
+                + cost.tensor_backward_seconds
+                + cost.again[mode].kernel_seconds
+                + cost.again[mode].tensor_seconds,
+            )
+            for cost in self.passes(micro_batch).costs
+        ]
+
+    def part(self, part: Part, micro_batch: int, mode: int, piped: bool) -> PartCost:
+        key = (part, micro_batch, mode, piped)
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._part(part, micro_batch, mode, piped)
+        return found
+
+    def _part(self, part: Part, micro_batch: int, mode: int, piped: bool) -> PartCost:
+        chain, regions = self.setting.chain, self._region_seconds(micro_batch, mode)
+        forward = sum(count * regions[i][0] for i, count in chain.regions(part))
+        backward = sum(count * regions[i][1] for i, count in chain.regions(part))
+        return PartCost(forward, backward, memory.passing(self.passes(micro_batch), chain, part, mode, 2 if piped else 1))
+
+    def state(self, parts: tuple[Part, ...], zero: int, data: int, piped: bool, several: bool) -> memory.State:
+        """`several`: micro-batches in a step."""
+        key = (parts, zero, data, piped, several)
+        found = self._states.get(key)
+        if found is None:
+            width = self.setting.width
+            found = self._states[key] = self.holdings.state(parts, zero, data, width, 2 if piped else 1, 2 if several else 1)
+        return found
+
+
+class Exchange(NamedTuple):
+    """Seconds of one rank's traffic over weights and gradients: all gathers once, all reductions once, the share of the largest unit
+    in them; tied and partial gradients; the optimizer."""
+
+    gather: float
+    reduce: float
+    unit: float
+    tied: float
+    partial: float
+    optimizer: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """One mesh: a bench, the degrees, the groups."""
+
+    bench: Bench
+    pipeline: int
+    data: int
+    _cuts: dict[tuple[int, ...], Cut] = field(default_factory=dict[tuple[int, ...], Cut])
+    _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return self.bench.setting.mesh(self.bench.sharding.tensor, self.data, self.pipeline)
+
+    @cached_property
+    def data_group(self) -> Group:
+        return group_of(self.mesh, "data", self.bench.setting.network)
+
+    @cached_property
+    def pipeline_group(self) -> Group:
+        return group_of(self.mesh, "pipeline", self.bench.setting.network)
+
+    @cached_property
+    def context_bytes(self) -> int:
+        several = (self.bench.sharding.tensor > 1) + (self.data > 1) + (self.pipeline > 1)
+        return memory.context_bytes(self.bench.setting.device.kind, several)
+
+    @cached_property
+    def sync_seconds(self) -> float:
+        """Counting tokens over the data axis, then norm and loss over the world."""
+        setting = self.bench.setting
+        world = group_of(self.mesh, "world", setting.network)
+        tokens = collective_seconds("all_reduce", 8, self.data_group)
+        return tokens + collective_seconds("all_reduce", self.norm_bytes, world)
+
+    @property
+    def norm_bytes(self) -> int:
+        """Loss, norm, and a place for each rank's own."""
+        return 8 * (2 + self.mesh.world_size)
+
+    def micro_batches(self, micro_batch: int) -> int:
+        return self.bench.setting.spec.train.batch // (self.data * micro_batch)
+
+    def cut(self, micro_batch: int, mode: int, interleave: int) -> Cut:
+        kinds, first, last = self.bench.layer_seconds(micro_batch, mode)
+        return self.given(balance(self.bench.setting.chain, kinds, first, last, self.pipeline * interleave))
+
+    def given(self, stages: tuple[int, ...]) -> Cut:
+        found = self._cuts.get(stages)
+        if found is None:
+            found = self._cuts[stages] = cut_of(self.bench.setting.chain, stages, self.pipeline)
+        return found
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def held(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> memory.Held:
+        piped, m = self.pipeline > 1, self.micro_batches(c.micro_batch)
+        stages = [self.bench.part(part, c.micro_batch, c.recompute, piped).bytes for part in parts]
+        counts = schedule.in_flight(c.schedule, self.pipeline, c.interleave, m, rank)
+        return memory.held(stages, counts, m, self.bench.setting.device.kind)
+
+    def held_bytes(self, c: Candidate) -> list[int]:
+        """Without state, by the cut's ranks; the same for every ZeRO."""
+        return [sum(self.held(c, rank, parts)) + self.context_bytes for rank, parts in c.cut.ranks]
+
+    def state(self, c: Candidate, parts: tuple[Part, ...]) -> memory.State:
+        several = self.micro_batches(c.micro_batch) > 1
+        return self.bench.state(parts, c.zero, self.data, self.pipeline > 1, several)
+
+    def peak_bytes(self, c: Candidate, held: Sequence[int]) -> int:
+        return max(rest + sum(self.state(c, parts)) for (_, parts), rest in zip(c.cut.ranks, held, strict=True))
+
+    # ---- time -------------------------------------------------------------------------------------------------------
+
+    def runs(self, c: Candidate) -> list[tuple[int, float, float]]:
+        """Stages in a row that are alike: how many, forward and backward seconds with their sends."""
+        piped = self.pipeline > 1
+        found: list[tuple[int, float, float]] = []
+        for part, count in c.cut.runs:
+            cost = self.bench.part(part, c.micro_batch, c.recompute, piped)
+            forward = cost.forward + (0.0 if part.last else send_seconds(cost.bytes.sent, self.pipeline_group))
+            backward = cost.backward + (0.0 if part.first else send_seconds(cost.bytes.received, self.pipeline_group))
+            found.append((count, forward, backward))
+        return found
+
+    def times(self, c: Candidate, runs: Sequence[tuple[int, float, float]], pipeline: float | None = None) -> Times:
+        """`pipeline`: its seconds where they are known (they depend on ZeRO only where weights are gathered for every pass)."""
+        m = self.micro_batches(c.micro_batch)
+        exchange = self.exchange(c)
+        if c.zero == 3 and self.data > 1:
+            runs, pipeline = self.with_gathers(c, runs), None
+        passes = schedule.pipeline_seconds(c.schedule, runs, m, self.pipeline, c.interleave) if pipeline is None else pipeline
+        busy = m * sum(count * (f + b) for count, f, b in runs) / self.pipeline
+        gathered, reduced = self._exposed(c, exchange, runs)
+        summed = reduced + exchange.tied + exchange.partial
+        total = passes + gathered + summed + exchange.optimizer + self.sync_seconds
+        return Times(passes, max(0.0, passes - busy) if self.pipeline > 1 else 0.0, gathered, summed, exchange.optimizer, total)
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether collectives run beside kernels: on a CPU both want the same cores."""
+        return self.bench.setting.device.kind != "cpu"
+
+    def with_gathers(self, c: Candidate, runs: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+        """ZeRO 3: weights are gathered for each forward and backward pass (under a pipeline torch leaves them gathered from a backward
+        to the next forward pass) and, without a pipeline, gradients reduced after each."""
+        if c.zero != 3 or self.data == 1:
+            return list(runs)
+        e = self.exchange(c)
+        if self.pipeline > 1:
+            return [(n, f, max(b, e.gather) if self._overlaps else b + e.gather) for n, f, b in runs]
+        both = e.gather + e.reduce
+        return [(n, max(f, e.gather), max(b, both)) if self._overlaps else (n, f + e.gather, b + both) for n, f, b in runs]
+
+    def _exposed(self, c: Candidate, e: Exchange, runs: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
+        """(gathers, reductions) once a step that no computation hides: those of one unit at least. torch's pipeline stages reduce
+        after their last backward pass."""
+        if self.data == 1:
+            return 0.0, 0.0
+        if not c.zero:
+            return 0.0, e.reduce
+        if c.zero == 3 and self.pipeline == 1:
+            return e.gather * e.unit, e.reduce * e.unit
+        forward, backward = min(f for _, f, _ in runs), min(b for _, _, b in runs)
+        gathered = max(e.gather - forward, e.gather * e.unit) if self._overlaps else e.gather
+        if self.pipeline > 1 or not self._overlaps:
+            return gathered, e.reduce
+        return gathered, max(e.reduce - backward, e.reduce * e.unit)
+
+    def exchange(self, c: Candidate) -> Exchange:
+        """Of the rank that has most to exchange."""
+        key = (c.cut.stages, c.zero)
+        found = self._exchanges.get(key)
+        if found is None:
+            each = [self._exchange(parts, c.zero) for _, parts in c.cut.ranks]
+            found = self._exchanges[key] = Exchange(*(max(values) for values in zip(*each, strict=True)))
+        return found
+
+    def _exchange(self, parts: tuple[Part, ...], zero: int) -> Exchange:
+        setting, holdings, data = self.bench.setting, self.bench.holdings, self.data_group
+        held = [holdings.of(part) for part in parts]
+        elements, owned = sum(h.elements for h in held), sum(h.elements for h in held)
+        gather, reduce, unit = 0.0, collective_seconds("all_reduce", 4 * elements, data), 1.0
+        if zero and self.data > 1:
+            owned = sum(holdings.shard(part, self.data) for part in parts)
+            units = [(h.layers, h.layer) for h in held] + [(1, h.root) for h in held]
+            gather = sum(n * collective_seconds("all_gather", setting.width * size, data) for n, size in units if size)
+            reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, data) for n, size in units if size)
+            unit = max(size for _, size in units) / max(1, elements)
+        partial = collective_seconds("all_reduce", 4 * sum(h.partial for h in held), self.bench.group)
+        tied = collective_seconds("all_reduce", 4 * self.tied_elements(parts, zero), self._pair)
+        optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * owned)
+        return Exchange(gather, reduce, unit, tied, partial, optimizer)
+
+    def tied_elements(self, parts: tuple[Part, ...], zero: int) -> int:
+        """Local elements of weights that other ranks of the pipeline hold too, as far as ZeRO leaves them here."""
+        if self.pipeline == 1:
+            return 0
+        holdings = self.bench.holdings
+        mine = {key for part in parts for key in holdings.of(part).keys}
+        shapes = [holdings.local_shapes[key] for key in sorted(mine & self.bench.setting.shared_weights)]
+        return sum(-(-shape[0] // (self.data if zero else 1)) * prod(shape[1:]) for shape in shapes)
+
+    @cached_property
+    def _pair(self) -> Group:
+        """First and last stage, for tied weights."""
+        g, pair = self.pipeline_group, min(2, self.pipeline)
+        crosses = g.nodes > 1
+        inter, latency = g.inter_bytes_per_second, g.inter_latency
+        return Group(pair, 1 if crosses else pair, g.intra_bytes_per_second, g.intra_latency, inter, latency)

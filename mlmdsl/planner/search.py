@@ -1,0 +1,253 @@
+"""The search: every legal plan is priced and put against the ledger; the best one is assembled into a Plan.
+
+Exhaustive over tensor x sequence_parallel x pipeline x data x micro_batch x recompute x schedule x interleave x ZeRO. "Legal" is what
+divides and what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that cost the same the
+simpler one is taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mlmdsl.grammar.spec import PlanConstraints, Spec
+from mlmdsl.graph.graph import Graph
+from mlmdsl.planner import assemble, explain
+from mlmdsl.planner.outcome import Found, Outcome
+from mlmdsl.planner.passes import MODES
+from mlmdsl.planner.plan import Plan, Schedule, SearchReport
+from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
+from mlmdsl.planner.rules import CompiledRule, compile_rule
+from mlmdsl.planner.schedule import executable, pipeline_seconds
+from mlmdsl.planner.sharding import Infeasible
+from mlmdsl.planner.stages import Cut
+
+_PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b")  # simplest first
+
+
+class Group(NamedTuple):
+    """Candidates that differ in ZeRO alone."""
+
+    place: Place
+    micro_batch: int
+    mode: int
+    schedule: Schedule
+    interleave: int
+    cut: Cut
+
+
+def search(spec: Spec, graph: Graph) -> Plan:
+    """The best plan. Raises PlanError (MLM0601 to 0604) where none fits."""
+    started = time.perf_counter()
+    outcome = explore(Setting(spec, graph), spec.plan)
+    if not outcome.found:
+        raise explain.nothing_fits(outcome, explore)
+    seconds = time.perf_counter() - started
+    report = SearchReport(
+        candidates=outcome.candidates,
+        feasible=len(outcome.found),
+        seconds=round(seconds, 3),
+        rejected=explain.rejections(outcome),
+    )
+    best = outcome.found[0]
+    plan = assemble.plan_of(best.place, best.candidate, report)
+    return plan.model_copy(
+        update={
+            "alternatives": explain.runners_up(outcome),
+            "soft": explain.wishes(outcome),
+            "notes": explain.notes(outcome.setting, plan),
+        }
+    )
+
+
+def single_device(spec: Spec, graph: Graph) -> Plan:
+    """The trivial plan on one device, whatever the cluster says: for sampling. Memory is not asked for."""
+    setting = Setting(spec, graph)
+    bench = setting.shard(1, False)
+    assert isinstance(bench, Bench)
+    place = Place(bench, 1, 1)
+    candidate = Candidate(1, False, 1, 1, 1, "1f1b", 1, 0, 0, place.given((setting.chain.count,)))
+    return assemble.plan_of(place, candidate, SearchReport(candidates=1, feasible=1, seconds=0.0, rejected=()))
+
+
+def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
+    """Prices every legal candidate within the pins."""
+    memory = float(setting.device.memory_bytes)
+    rules = tuple(compile_rule(rule, setting.device, memory) for rule in limits.rules)
+    outcome = Outcome(setting, tuple(rule for rule in rules if not rule.hard))
+    space = Space(setting, {pin.variable: pin.value for pin in limits.pins}, outcome)
+    judge = Judge(setting, limits.minimize, tuple(rule for rule in rules if rule.hard), outcome)
+    for group in space.groups():
+        judge.price(group, space.zeros(group.place.data))
+    outcome.found.sort(key=Found.order)
+    return outcome
+
+
+# ---- what is legal --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Space:
+    """The legal candidates within the pins; what is not legal is tallied, a mesh or a choice at a time."""
+
+    setting: Setting
+    pins: Mapping[str, Any]
+    outcome: Outcome
+
+    def within(self, name: str, values: Iterable[Any]) -> list[Any]:
+        """The values that a pin leaves."""
+        return [value for value in values if name not in self.pins or self.pins[name] == value]
+
+    def groups(self) -> Iterator[Group]:
+        world = self.setting.spec.cluster.world_size
+        for tensor in self.within("tensor", divisors(world)):
+            for parallel in self.within("sequence_parallel", (False, True) if tensor > 1 else (False,)):
+                bench = self.setting.shard(tensor, parallel)
+                if isinstance(bench, Infeasible):
+                    self._reject(bench.reason, float(tensor), bench.message)
+                    continue
+                for pipeline in self.within("pipeline", divisors(world // tensor)):
+                    yield from self._on_mesh(bench, pipeline, world // tensor // pipeline)
+
+    def _on_mesh(self, bench: Bench, pipeline: int, data: int) -> Iterator[Group]:
+        layers, batch = self.setting.chain.count, self.setting.spec.train.batch
+        if not self.within("data", (data,)):
+            return
+        if pipeline > max(layers, 1):
+            self._reject("layers", float(pipeline), f"pipeline = {pipeline} has more stages than the model's {layers} layers")
+            return
+        if batch % data:
+            message = f"a batch of {batch} cannot be split over data = {data}"
+            self._reject("batch", float(data), message)
+            return
+        place = Place(bench, pipeline, data)
+        for micro_batch in self.within("micro_batch", divisors(batch // data)):
+            for schedule, interleave in self._schedules(pipeline, batch // data // micro_batch):
+                yield from self._cuts(place, micro_batch, schedule, interleave)
+
+    def _schedules(self, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
+        if pipeline == 1:
+            names: tuple[Schedule, ...] = ("gpipe",) if self.pins.get("schedule") == "gpipe" else ("1f1b",)
+            choices: list[tuple[Schedule, int]] = [(name, 1) for name in names]
+        else:
+            several = range(2, self.setting.chain.count // pipeline + 1)
+            choices = [("1f1b", 1), ("gpipe", 1), *(("interleaved_1f1b", v) for v in several)]
+        for schedule, interleave in choices:
+            if not self.within("schedule", (schedule,)) or not self.within("interleave", (interleave,)):
+                continue
+            if executable(schedule, pipeline, micro_batches):
+                yield schedule, interleave
+            else:
+                message = f"{schedule} over {pipeline} stages cannot run {micro_batches} micro-batches"
+                self._reject("schedule", float(pipeline - micro_batches), message)
+
+    def _cuts(self, place: Place, micro_batch: int, schedule: Schedule, interleave: int) -> Iterator[Group]:
+        modes = self.within("recompute", MODES if self.setting.chain.layers else MODES[:1])
+        given = self.pins.get("stages")
+        if given is not None and len(given) != place.pipeline * interleave:
+            return
+        for mode in map(MODES.index, modes):
+            cut = place.given(given) if given is not None else place.cut(micro_batch, mode, interleave)
+            yield Group(place, micro_batch, mode, schedule, interleave, cut)
+
+    def zeros(self, data: int) -> tuple[int, ...]:
+        """Over one data rank ZeRO is nothing, unless asked for by name."""
+        if "zero" in self.pins:
+            return (self.pins["zero"],)
+        return (0, 1, 3) if data > 1 else (0,)
+
+    def _reject(self, reason: str, distance: float, words: str) -> None:
+        self.outcome.candidates += 1
+        self.outcome.reject(reason).add(distance, words=words)
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return (*small, *(n // d for d in reversed(small) if d * d != n))
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Prices groups of candidates, tallies what does not fit, keeps what does."""
+
+    setting: Setting
+    minimize: str
+    rules: tuple[CompiledRule, ...]
+    outcome: Outcome
+
+    def price(self, group: Group, zeros: tuple[int, ...]) -> None:
+        place, outcome = group.place, self.outcome
+        sharding = place.bench.sharding
+        fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
+        chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
+        first = Candidate(*fixed, *chosen, zeros[0], group.cut)
+        held = place.held_bytes(first)
+        runs = place.runs(first)
+        m = place.micro_batches(group.micro_batch)
+        passes = pipeline_seconds(group.schedule, runs, m, place.pipeline, group.interleave)
+        for zero in zeros:
+            outcome.candidates += 1
+            candidate = Candidate(*fixed, *chosen, zero, group.cut)
+            peak = place.peak_bytes(candidate, held)
+            over = peak - self.setting.capacity_bytes
+            if over > 0 and not self.rules:
+                outcome.reject("memory").add(over, candidate, place)
+                continue
+            self._weigh(candidate, place, place.times(candidate, runs, passes), peak)
+
+    def _weigh(self, candidate: Candidate, place: Place, times: Times, peak: int) -> None:
+        facts = self.facts(candidate, place, times, peak) if self.rules or self.outcome.wishes else {}
+        for rule in self.rules:
+            if "memory" not in rule.names and not rule.kept(facts):
+                self.outcome.reject(rule.rule.form, rule.rule.text).add(times.total, candidate, place)
+                return
+        over = peak - self.setting.capacity_bytes
+        if over > 0:
+            self.outcome.reject("memory").add(over, candidate, place)
+            return
+        for rule in self.rules:
+            if "memory" in rule.names and not rule.kept(facts):
+                self.outcome.reject(rule.rule.form, rule.rule.text).add(peak, candidate, place)
+                return
+        broken = sum(1 << i for i, wish in enumerate(self.outcome.wishes) if not wish.kept(facts))
+        # all devices of the cluster are taken, so the cheapest plan is the fastest
+        objective = float(peak) if self.minimize == "memory" else times.total
+        simple = simplicity(candidate, peak)
+        self.outcome.found.append(Found(objective, times, peak, broken, candidate, place, simple))
+
+    def facts(self, c: Candidate, place: Place, times: Times, peak: int) -> dict[str, Any]:
+        """What rules may speak of, as plain numbers."""
+        spec, mesh = self.setting.spec, place.mesh
+        crosses = {f"{axis}.crosses_nodes": mesh.crosses_nodes(axis) for axis in ("tensor", "pipeline", "data")}
+        alone = {f"{axis}.crosses_nodes": False for axis in ("context", "replicate", "expert")}
+        hours = times.total * spec.train.steps / 3600
+        return {
+            **dict.fromkeys(("context", "replicate", "expert"), 1),
+            "tensor": c.tensor,
+            "pipeline": c.pipeline,
+            "data": c.data,
+            "interleave": c.interleave,
+            "micro_batch": c.micro_batch,
+            "zero": c.zero,
+            "sequence_parallel": c.sequence_parallel,
+            "schedule": c.schedule,
+            "recompute": MODES[c.recompute],
+            "stages": c.cut.stages,
+            "memory": float(peak),
+            "step_time": times.total,
+            "bubble": times.bubble / times.pipeline,
+            "mfu": self.setting.step_flops / (times.total * spec.cluster.world_size * self.setting.kernels.peak),
+            "cost": hours * spec.cluster.world_size * (spec.cluster.usd_per_device_hour or 0.0),
+            **crosses,
+            **alone,
+        }
+
+
+def simplicity(c: Candidate, peak: int) -> tuple[int, ...]:
+    """Smaller is simpler: nothing recomputed, less ZeRO, fewer virtual stages, a shorter pipeline, less tensor parallelism."""
+    return (c.recompute, c.zero, c.interleave, c.pipeline, c.tensor, c.sequence_parallel, _PLAIN.index(c.schedule), peak)

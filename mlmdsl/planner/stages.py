@@ -1,0 +1,203 @@
+"""Cutting the model into virtual stages: contiguous runs of layers, the slowest stage as fast as possible, exactly.
+
+A layer is one pass of a repeat (with the straight code that follows the repeat, on its last pass); what stands before the first
+repeat (the embedding) belongs to the first stage, what stands after the last one (head and loss) to the last. Every stage has a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import floor
+
+from mlmdsl.graph.graph import Graph
+
+_EPS = 1e-9  # relative: sums of equal numbers in another order
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The model as stages see it: regions by index. `kinds` are the sorts of layers (the regions that one runs), `layers` how many of
+    each follow one another, as (kind, count)."""
+
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+    kinds: tuple[tuple[int, ...], ...]
+    layers: tuple[tuple[int, int], ...]
+
+    @property
+    def count(self) -> int:
+        return sum(count for _, count in self.layers)
+
+    def regions(self, part: Part) -> list[tuple[int, int]]:
+        """The regions that a part runs, and how many passes of each."""
+        layers = [(i, count) for kind, count in enumerate(part.layers) if count for i in self.kinds[kind]]
+        return layers + [(i, 1) for i in self.first * part.first + self.last * part.last]
+
+
+def chain_of(graph: Graph) -> Chain:
+    repeats = [i for i, region in enumerate(graph.regions) if region.repeated]
+    if not repeats:
+        return Chain(tuple(range(len(graph.regions))), (), (), ())
+    kinds: list[tuple[int, ...]] = []
+    layers: list[tuple[int, int]] = []
+    for index, following in zip(repeats, [*repeats[1:], repeats[-1] + 1], strict=True):
+        between, count = tuple(range(index + 1, following)), graph.regions[index].count
+        plain = count - bool(between)
+        for kind, number in (((index,), plain), ((index, *between), count - plain)):
+            if number:
+                layers.append((len(kinds), number))
+                kinds.append(kind)
+    after = tuple(range(repeats[-1] + 1, len(graph.regions)))
+    return Chain(tuple(range(repeats[0])), after, tuple(kinds), tuple(layers))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one virtual stage runs: layers by kind, and whether it has the model's beginning or end."""
+
+    layers: tuple[int, ...]
+    first: bool
+    last: bool
+
+
+def parts_of(chain: Chain, stages: Sequence[int]) -> tuple[Part, ...]:
+    """The parts of a given distribution of layers."""
+    assert sum(stages) == chain.count, (stages, chain)
+    kinds = [kind for kind, count in chain.layers for _ in range(count)]
+    parts: list[Part] = []
+    start = 0
+    for index, size in enumerate(stages):
+        mine = kinds[start : start + size]
+        counts = tuple(mine.count(kind) for kind in range(len(chain.kinds)))
+        parts.append(Part(counts, index == 0, index == len(stages) - 1))
+        start += size
+    return tuple(parts)
+
+
+def balance(chain: Chain, seconds: Sequence[float], first: float, last: float, stages: int) -> tuple[int, ...]:
+    """Layers per stage. `seconds`: of a layer by kind; `first` and `last`: of the model's beginning and end.
+
+    The slowest stage is as fast as any contiguous distribution allows; of those the most even one, later stages taking what does not
+    divide (they hold fewer micro-batches)."""
+    if not chain.layers:
+        assert stages == 1
+        return (0,)
+    assert 1 <= stages <= chain.count
+    if len(chain.kinds) == 1:
+        return _uniform(chain.count, first / seconds[0], last / seconds[0], stages)
+    costs = [seconds[kind] for kind, count in chain.layers for _ in range(count)]
+    costs[0] += first
+    costs[-1] += last
+    return _general(costs, stages)
+
+
+# ---- layers that cost alike: closed form ----------------------------------------------------------------------------
+
+
+def _uniform(layers: int, first: float, last: float, stages: int) -> tuple[int, ...]:
+    """Costs in units of one layer. The least bound whose capacities hold all layers, then an even spread below it."""
+    if stages == 1:
+        return (layers,)
+    low = max(floor(layers / stages) - 1, 1)
+    steps = sorted({0.0, first - floor(first), last - floor(last)})
+    for whole in range(low, layers + 2 + floor(first) + floor(last)):
+        for step in steps:
+            bound = whole + step
+            ends = floor(bound - first + _EPS), floor(bound - last + _EPS)
+            middle = floor(bound + _EPS)
+            if min(ends) >= 1 and ends[0] + ends[1] + middle * (stages - 2) >= layers:
+                return _spread(layers, stages, ends[0], middle, ends[1])
+    raise AssertionError("one stage holds all layers")
+
+
+def _spread(layers: int, stages: int, first: int, middle: int, last: int) -> tuple[int, ...]:
+    """As even as the capacities allow."""
+    found: list[int] = []
+    rest = layers
+    for stage in range(stages - 1):
+        after = stages - stage - 1
+        room = middle * (after - 1) + last
+        capacity = first if stage == 0 else middle
+        size = min(max(rest // (after + 1), rest - room, 1), capacity, rest - after)
+        found.append(size)
+        rest -= size
+    return (*found, rest)
+
+
+# ---- layers of several kinds ----------------------------------------------------------------------------------------
+
+
+def _general(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    bound = _least_bound(costs, stages)
+    needed = _needed(costs, bound)
+    found: list[int] = []
+    start = 0
+    for stage in range(stages - 1):
+        after = stages - stage - 1
+        most = min(_extent(costs, start, bound), len(costs) - start - after)
+        least = next(n for n in range(1, most + 1) if needed[start + n] <= after)
+        size = min(max((len(costs) - start) // (after + 1), least), most)
+        found.append(size)
+        start += size
+    return (*found, len(costs) - start)
+
+
+def _least_bound(costs: Sequence[float], stages: int) -> float:
+    """Raised from below to the next value that lets some stage take one layer more, until the stages suffice."""
+    bound = max(max(costs), sum(costs) / stages)
+    while True:
+        used, start, following = 0, 0, float("inf")
+        while start < len(costs):
+            size = _extent(costs, start, bound)
+            if start + size < len(costs):
+                following = min(following, sum(costs[start : start + size + 1]))
+            start += size
+            used += 1
+        if used <= stages:
+            return bound
+        bound = following
+
+
+def _extent(costs: Sequence[float], start: int, bound: float) -> int:
+    """How many layers from `start` on fit under the bound; at least one."""
+    total, limit = costs[start], bound * (1 + _EPS)
+    for size in range(1, len(costs) - start):
+        total += costs[start + size]
+        if total > limit:
+            return size
+    return len(costs) - start
+
+
+def _needed(costs: Sequence[float], bound: float) -> list[int]:
+    """Stages that the layers from each position to the end need."""
+    needed = [0] * (len(costs) + 1)
+    for start in range(len(costs) - 1, -1, -1):
+        needed[start] = 1 + needed[start + _extent(costs, start, bound)]
+    return needed
+
+
+# ---- what the search needs of a distribution ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A distribution of layers over pipeline * interleave virtual stages, and its distinct parts.
+
+    runs: (part, how many virtual stages in a row are alike); ranks: (rank, its parts) of the ranks whose memory can be the largest: of
+    ranks that run alike parts, the first, which holds the most micro-batches."""
+
+    stages: tuple[int, ...]
+    parts: tuple[Part, ...]
+    runs: tuple[tuple[Part, int], ...]
+    ranks: tuple[tuple[int, tuple[Part, ...]], ...]
+
+
+def cut_of(chain: Chain, stages: tuple[int, ...], pipeline: int) -> Cut:
+    parts = parts_of(chain, stages)
+    runs = tuple((part, sum(1 for _ in group)) for part, group in groupby(parts))
+    ranks: dict[tuple[Part, ...], int] = {}
+    for rank in range(pipeline):
+        ranks.setdefault(parts[rank::pipeline], rank)
+    return Cut(stages, parts, runs, tuple((rank, held) for held, rank in ranks.items()))

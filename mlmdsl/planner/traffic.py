@@ -1,0 +1,94 @@
+"""Every collective that a rank of each stage makes in one step: what the emitted program calls, and what the runtime adds.
+
+Over the tensor axis the plan's transitions and the operations' own, over the pipeline sends and receives, over data what ZeRO asks for
+(FSDP2 takes each layer, and the rest of a stage, as a unit), and at the step's end the counts and norms of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlmdsl.planner.memory import Holding
+from mlmdsl.planner.plan import Collective, CollectiveKind
+from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.stages import Part
+
+Call = tuple[CollectiveKind, str, int, int, str]  # kind, axis, bytes, count, reason
+
+
+def collectives(place: Place, c: Candidate) -> tuple[Collective, ...]:
+    """By stage; calls that are alike in kind, axis, size and reason together."""
+    found: list[Collective] = []
+    for rank in range(place.pipeline):
+        parts = c.cut.parts[rank :: place.pipeline]
+        counted: dict[tuple[CollectiveKind, str, int, str], int] = {}
+        for kind, axis, size, count, reason in _of_rank(place, c, parts):
+            if count and place.mesh.size(axis) > 1:
+                key = (kind, axis, size, reason)
+                counted[key] = counted.get(key, 0) + count
+        found += [
+            Collective(stage=rank, kind=kind, axis=axis, bytes=size, count=count, reason=reason)  # type: ignore[arg-type]
+            for (kind, axis, size, reason), count in counted.items()
+        ]
+    return tuple(found)
+
+
+def _of_rank(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Call]:
+    for part in parts:
+        yield from _over_tensor(place, c, part)
+        yield from _over_pipeline(place, c, part)
+    yield from _over_data(place, c, parts)
+    held = [place.bench.holdings.of(part) for part in parts]
+    yield "all_reduce", "tensor", 4 * sum(h.partial for h in held), 1, "gradients that are partial sums"
+    tied = place.tied_elements(parts, c.zero)
+    yield "all_reduce", "pipeline", 4 * tied, int(tied > 0), "gradients of tied weights"
+    yield "all_reduce", "data", 8, 1, "valid tokens of the step"
+    yield "all_reduce", "world", place.norm_bytes, 1, "norm of the gradients, loss"
+
+
+def _over_tensor(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
+    """Of the emitted program: each transition on every pass of every micro-batch, again where it is recomputed."""
+    bench, m = place.bench, place.micro_batches(c.micro_batch)
+    passes, sharding = bench.passes(c.micro_batch), bench.sharding
+    for index, count in bench.setting.chain.regions(part):
+        for move in (move for move in sharding.moves if move.region == index):
+            size, reason = passes.move_bytes(move), f"{move.value}: {sharding.reason(move)}"
+            again = sum(repeated is move for repeated in passes.costs[index].again[c.recompute].moves)
+            if move.step.forward not in (None, "split"):
+                yield move.step.forward, "tensor", size, (1 + again) * count * m, reason
+            if move.step.backward not in (None, "split"):
+                yield move.step.backward, "tensor", size, count * m, reason + ", backward"
+        for node in bench.setting.graph.regions[index].nodes:
+            for kind, size, calls in passes.inner(node):
+                yield kind, "tensor", size, calls * count * m, f"{node.path}: {sharding.strategies[node.path].name}"
+
+
+def _over_pipeline(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
+    cost = place.bench.part(part, c.micro_batch, c.recompute, place.pipeline > 1).bytes
+    m = place.micro_batches(c.micro_batch)
+    yield "recv", "pipeline", cost.received, 0 if part.first else m, "activations"
+    yield "send", "pipeline", cost.sent, 0 if part.last else m, "activations"
+    yield "recv", "pipeline", cost.sent, 0 if part.last else m, "gradients of activations"
+    yield "send", "pipeline", cost.received, 0 if part.first else m, "gradients of activations"
+
+
+def _over_data(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Call]:
+    held = [place.bench.holdings.of(part) for part in parts]
+    if not c.zero:
+        yield "all_reduce", "data", 4 * sum(h.elements for h in held), 1, "gradients"
+        return
+    m, width = place.micro_batches(c.micro_batch), place.bench.setting.width
+    each_pass = c.zero == 3 and place.pipeline == 1
+    for holding in held:
+        for name, units, size, gathers in _units(holding, c.zero, place.pipeline, m):
+            if size:
+                yield "all_gather", "data", width * size, units * gathers, f"weights of {name}"
+                yield "reduce_scatter", "data", 4 * size, units * (m if each_pass else 1), f"gradients of {name}"
+
+
+def _units(held: Holding, zero: int, pipeline: int, m: int) -> Iterator[tuple[str, int, int, int]]:
+    """(name, how many, elements, gathers in a step) of FSDP2's units. The root stays gathered from forward to backward pass; under a
+    pipeline torch leaves what a backward pass has gathered for the next forward pass."""
+    layer, root = (1, 1) if zero == 1 else (2 * m, m) if pipeline == 1 else (m + 1, 1)
+    yield "a layer", held.layers, held.layer, layer
+    yield "the stage's embedding, head and norms", 1, held.root, root
