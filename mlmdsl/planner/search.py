@@ -132,8 +132,8 @@ class Space:
             names: tuple[Schedule, ...] = ("gpipe",) if self.pins.get("schedule") == "gpipe" else ("1f1b",)
             choices: list[tuple[Schedule, int]] = [(name, 1) for name in names]
         else:
-            several = range(2, self.setting.chain.count // pipeline + 1)
-            choices = [("1f1b", 1), ("gpipe", 1), *(("interleaved_1f1b", v) for v in several)]
+            several = self.within("interleave", self._interleaves(pipeline))
+            choices = [("1f1b", 1), ("gpipe", 1), *(("interleaved_1f1b", v) for v in sorted(several))]
         for schedule, interleave in choices:
             if not self.within("schedule", (schedule,)) or not self.within("interleave", (interleave,)):
                 continue
@@ -142,6 +142,14 @@ class Space:
             else:
                 message = f"{schedule} over {pipeline} stages cannot run {micro_batches} micro-batches"
                 self._reject("schedule", float(pipeline - micro_batches), message)
+
+    def _interleaves(self, pipeline: int) -> Iterable[int]:
+        """Of degrees whose largest virtual stage has as many layers, the least: more stages only send more. A pin may ask for any."""
+        layers = self.setting.chain.count
+        several = range(2, layers // pipeline + 1)
+        if "interleave" in self.pins:
+            return several
+        return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
 
     def _cuts(self, place: Place, micro_batch: int, schedule: Schedule, interleave: int) -> Iterator[Group]:
         modes = self.within("recompute", MODES if self.setting.chain.layers else MODES[:1])
@@ -181,38 +189,34 @@ class Judge:
     outcome: Outcome
 
     def price(self, group: Group, zeros: tuple[int, ...]) -> None:
+        """What does not fit needs no price."""
         place, outcome = group.place, self.outcome
         sharding = place.bench.sharding
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
         chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
-        first = Candidate(*fixed, *chosen, zeros[0], group.cut)
-        held = place.held_bytes(first)
-        runs = place.runs(first)
-        m = place.micro_batches(group.micro_batch)
-        passes = pipeline_seconds(group.schedule, runs, m, place.pipeline, group.interleave)
-        for zero in zeros:
-            outcome.candidates += 1
-            candidate = Candidate(*fixed, *chosen, zero, group.cut)
+        candidates = [Candidate(*fixed, *chosen, zero, group.cut) for zero in zeros]
+        outcome.candidates += len(candidates)
+        held = place.held_bytes(candidates[0])
+        fitting: list[tuple[Candidate, int]] = []
+        for candidate in candidates:
             peak = place.peak_bytes(candidate, held)
             over = peak - self.setting.capacity_bytes
-            if over > 0 and not self.rules:
+            if over > 0:
                 outcome.reject("memory").add(over, candidate, place)
-                continue
-            self._weigh(candidate, place, place.times(candidate, runs, passes), peak)
+            else:
+                fitting.append((candidate, peak))
+        if fitting:
+            runs, m = place.runs(candidates[0]), place.micro_batches(group.micro_batch)
+            passes = pipeline_seconds(group.schedule, runs, m, place.pipeline, group.interleave)
+            for candidate, peak in fitting:
+                self._weigh(candidate, place, place.times(candidate, runs, passes), peak)
 
     def _weigh(self, candidate: Candidate, place: Place, times: Times, peak: int) -> None:
         facts = self.facts(candidate, place, times, peak) if self.rules or self.outcome.wishes else {}
         for rule in self.rules:
-            if "memory" not in rule.names and not rule.kept(facts):
-                self.outcome.reject(rule.rule.form, rule.rule.text).add(times.total, candidate, place)
-                return
-        over = peak - self.setting.capacity_bytes
-        if over > 0:
-            self.outcome.reject("memory").add(over, candidate, place)
-            return
-        for rule in self.rules:
-            if "memory" in rule.names and not rule.kept(facts):
-                self.outcome.reject(rule.rule.form, rule.rule.text).add(peak, candidate, place)
+            if not rule.kept(facts):
+                distance = peak if "memory" in rule.names else times.total
+                self.outcome.reject(rule.rule.form, rule.rule.text).add(distance, candidate, place)
                 return
         broken = sum(1 << i for i, wish in enumerate(self.outcome.wishes) if not wish.kept(facts))
         # all devices of the cluster are taken, so the cheapest plan is the fastest

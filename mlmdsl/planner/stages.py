@@ -7,7 +7,7 @@ repeat (the embedding) belongs to the first stage, what stands after the last on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import floor
 
@@ -25,6 +25,12 @@ class Chain:
     last: tuple[int, ...]
     kinds: tuple[tuple[int, ...], ...]
     layers: tuple[tuple[int, int], ...]
+    _parts: dict[tuple[tuple[int, ...], bool, bool], Part] = field(default_factory=lambda: {}, compare=False)
+
+    def part(self, layers: tuple[int, ...], first: bool, last: bool) -> Part:
+        """Equal parts are one object."""
+        key = (layers, first, last)
+        return self._parts.get(key) or self._parts.setdefault(key, Part(*key))
 
     @property
     def count(self) -> int:
@@ -53,9 +59,9 @@ def chain_of(graph: Graph) -> Chain:
     return Chain(tuple(range(repeats[0])), after, tuple(kinds), tuple(layers))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
-    """What one virtual stage runs: layers by kind, and whether it has the model's beginning or end."""
+    """What one virtual stage runs: layers by kind, and whether it has the model's beginning or end. Made by `Chain.part`."""
 
     layers: tuple[int, ...]
     first: bool
@@ -71,7 +77,7 @@ def parts_of(chain: Chain, stages: Sequence[int]) -> tuple[Part, ...]:
     for index, size in enumerate(stages):
         mine = kinds[start : start + size]
         counts = tuple(mine.count(kind) for kind in range(len(chain.kinds)))
-        parts.append(Part(counts, index == 0, index == len(stages) - 1))
+        parts.append(chain.part(counts, index == 0, index == len(stages) - 1))
         start += size
     return tuple(parts)
 
