@@ -56,8 +56,18 @@ def parse_expression(text: str, path: str, diagnostics: Diagnostics) -> syntax.E
     return ToSyntax(path, text).transform(tree).children[0]
 
 
+def plain(text: str) -> str:
+    """With newlines of one character, the last line ended, and no byte-order mark: what the positions of tokens count in."""
+    return text.replace("\r\n", "\n").removeprefix("\ufeff") + "\n"
+
+
+def lex(text: str) -> list[Token]:
+    """The tokens of `plain(text)`, newlines among them; comments lie between."""
+    return list(_lark().lex(plain(text)))
+
+
 def _tree(text: str, path: str, start: str, diagnostics: Diagnostics) -> Tree[Token] | None:
-    tokens = list(_lark().lex(text.replace("\r\n", "\n").removeprefix("\ufeff") + "\n"))
+    tokens = lex(text)
     if _too_deep(tokens, path, diagnostics):
         return None
     feeder = _Feeder(_lark().parse_interactive("", start=start), path, diagnostics)
