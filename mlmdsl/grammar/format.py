@@ -44,7 +44,7 @@ def format_file(tree: syntax.File) -> str:
 
 
 def format_text(text: str) -> str:
-    lines = _Reader(_words(text)).lines()
+    lines, _ = _Reader(_words(text)).lines()
     return "".join(f"{line}\n" for line in _printed(_body_rows(_separated(lines), 0)))
 
 
@@ -149,18 +149,18 @@ class _Reader:
         self._words, self._at = words, 0
         self._before = ""  # the kind of the last word that is neither newline nor comment
 
-    def lines(self) -> tuple[_Line, ...]:
-        """Lines up to the end of the body, or of the file."""
+    def lines(self) -> tuple[tuple[_Line, ...], bool]:
+        """Lines up to the end of the body, or of the file; whether newlines stand between or around them."""
         found: list[_Line] = []
-        newlines = 0
+        newlines, broken = 0, False
         while (kind := self._peek()) not in ("RBRACE", ""):
             if kind == "_NL":
                 self._next()
-                newlines += 1
+                newlines, broken = newlines + 1, True
             else:
                 found.append(self._line(blank=bool(found) and newlines > 1))
                 newlines = 0
-        return tuple(found)
+        return tuple(found), broken
 
     def _line(self, blank: bool) -> _Line:
         parts = tuple(self._parts(("_NL", "COMMENT", "RBRACE", "")))
@@ -192,13 +192,13 @@ class _Reader:
                 yield self._next()
 
     def _body(self) -> _Body:
-        start = self._at
         self._next()
         comment = self._comment()
-        lines = self.lines()
+        lines, broken = self.lines()
         self._next()
-        written = all(word.kind != "_NL" for word in self._words[start : self._at])
-        return _Body(lines, comment, inline=not comment and (written or not lines))
+        inner = [part for line in lines for part in line.parts if isinstance(part, _Body)]
+        inline = not lines or (not broken and all(body.inline for body in inner))
+        return _Body(lines, comment, inline=inline and not comment)
 
     def _set(self) -> Iterator[_Part]:
         """`{a, b}` takes no newlines, so that it is printed like words."""
