@@ -1,9 +1,8 @@
 """Text to syntax tree, with every syntax error of a file in one run.
 
 Tokens are fed one by one to lark's LALR parser. On an error the parser goes back to its state at the start of the statement,
-the rest of that statement is
-skipped (braces that it opened included), and parsing goes on: a broken statement costs one diagnostic
-and never makes another. `wording.py` says what is wrong.
+the rest of that statement is skipped (braces that it opened included), what it defines gets a broken value (`recovery.py`), and
+parsing goes on: a broken statement costs one diagnostic and never makes another. `wording.py` says what is wrong.
 """
 
 from __future__ import annotations
@@ -140,8 +139,8 @@ class _Feeder:
         return position + 1
 
     def _mended(self, tokens: list[Token], position: int) -> int | None:
-        """A misspelt keyword at the start of a statement is reported and put right, so that what follows is read: the position to
-        go on from, or None where that is not the mistake."""
+        """A misspelt keyword at the start of a statement is reported and put right, so that what follows is read: the
+        position to go on from, or None where that is not the mistake."""
         first = position - len(self.statement)
         if len(self.statement) > 1 or tokens[position].type in ("EQUAL", "DOT", "_NL"):
             return None

@@ -101,22 +101,31 @@ class State(ABC):
         initial.fill(held.master, held.name, held.info.init, self.training.seed, held.info.shape, where.offsets)
 
     def _tied_groups(self) -> dict[str, dist.ProcessGroup | None]:
-        """For each tied weight held here, in an order that all ranks share: the ranks of this pipeline that hold it (None where
-        they are one)."""
+        """For each tied weight held here the ranks of this pipeline that hold it; None where they are one.
+
+        Every rank makes every group: with use_local_synchronization torch 2.13 names a group after the number of groups that
+        the process has, which differs between ranks that are in several, and they wait for each other for ever."""
         here = {held.name for held in self.held}
         made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        groups: dict[str, dist.ProcessGroup | None] = {}
-        for name, stages in self.plan.tied.items():
-            ranks = tuple(sorted({stage % self.parallel.pipeline for stage in stages}))
-            if name in here:
-                if ranks not in made:
-                    made[ranks] = self._group_of(ranks) if len(ranks) > 1 else None
-                groups[name] = made[ranks]
-        return groups
+        for stages in self.plan.tied.values():
+            ranks = self._pipeline_ranks(stages)
+            if ranks not in made:
+                made[ranks] = self._group_of(ranks) if len(ranks) > 1 else None
+        return {name: made[self._pipeline_ranks(stages)] for name, stages in self.plan.tied.items() if name in here}
 
-    def _group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        peers = dist.get_process_group_ranks(self.mesh.group("pipeline"))
-        return dist.new_group([peers[rank] for rank in ranks], use_local_synchronization=True)
+    def _pipeline_ranks(self, stages: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted({stage % self.parallel.pipeline for stage in stages}))
+
+    def _group_of(self, pipeline_ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """The group of these ranks of this rank's own pipeline, out of those that all pipelines make."""
+        mine = None
+        size = self.parallel.data * self.parallel.tensor
+        for place in range(size):
+            ranks = [rank * size + place for rank in pipeline_ranks]
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                mine = group
+        return mine
 
     # ---- gradients --------------------------------------------------------------------------------------------------
 
@@ -162,10 +171,11 @@ class State(ABC):
     @torch.no_grad()
     def square_norm(self) -> float:
         """This rank's share of the squared norm of all gradients: over the world the shares add up, each element once."""
-        norms = torch._foreach_norm(self.gradients)
-        total = torch.stack(norms).double().square().cpu() if norms else torch.zeros(0, dtype=torch.float64)
+        if not self.held:
+            return 0.0
+        squares = torch.stack(torch._foreach_norm(self.gradients)).double().square().cpu()
         shares = torch.tensor([1.0 / self._copies(held) for held in self.held], dtype=torch.float64)
-        return float((total * shares).sum())
+        return float((squares * shares).sum())
 
     def _copies(self, held: Held) -> int:
         """How many ranks (or stages of one rank) have the same elements."""
@@ -175,7 +185,8 @@ class State(ABC):
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
-        torch._foreach_mul_(self.gradients, factor)
+        if self.held:
+            torch._foreach_mul_(self.gradients, factor)
 
     def step(self, learning_rate: float) -> None:
         self.optimizer.step(self.gradients, learning_rate)

@@ -72,6 +72,7 @@ class Trainer:
         data: Dataset,
         validation: Dataset | None = None,
     ):
+        _check_batch(parallel, training)
         self.parallel, self.training, self.mesh = parallel, training, mesh
         self.data, self.validation = data, validation
         self.done, self.tokens = 0, 0  # optimizer steps; valid tokens
@@ -162,6 +163,17 @@ class Trainer:
         manifest = checkpoint.read_manifest(folder)
         self.done, self.tokens = manifest.step, int(manifest.facts.get("tokens", 0))
         self.state.loaded(self.done)
+
+
+def _check_batch(parallel: Parallel, training: Training) -> None:
+    """Settings may be changed in a program by hand."""
+    if training.batch % (parallel.data * parallel.micro_batch):
+        _fail(
+            "MLM0747",
+            f"a batch of {training.batch} sequences does not divide into {parallel.data} data ranks with micro-batches of"
+            f" {parallel.micro_batch}",
+            f"make it a multiple of {parallel.data * parallel.micro_batch}",
+        )
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------

@@ -6,17 +6,8 @@ positions, grouped heads, SwiGLU, a head of its own. Both small enough for eight
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from mlmdsl.codegen.emit import emit
-from mlmdsl.diagnostics import Diagnostics
-from mlmdsl.grammar.resolve import resolve
-from mlmdsl.grammar.spec import Spec
-from mlmdsl.graph.build import build
-from mlmdsl.graph.graph import Graph
+from mlmdsl.compile import compile_spec
 from mlmdsl.planner.plan import PlanVariables
-from tests.codegen import samples
-from tests.codegen.layouts import layout
 
 VOCAB, SEQUENCE, BATCH = 64, 16, 8
 
@@ -78,17 +69,17 @@ train {
 MODELS = {"gpt": GPT, "llama": LLAMA}
 
 
-@lru_cache
-def built(model: str, layers: int) -> tuple[Spec, Graph]:
-    found = Diagnostics()
-    resolved = resolve(f"{model}.mlm", MODELS[model] + SETTINGS, found, overrides=(f"{model}.layers={layers}",))
-    graph = build(resolved.model, found) if resolved.model else None
-    assert resolved.spec is not None and graph is not None and not found.errors, found.items
-    return resolved.spec, graph
-
-
 def program_text(model: str, variables: PlanVariables) -> str:
-    """The emitted program under `variables`; as many layers as its stages say."""
-    spec, graph = built(model, sum(variables.stages))
-    placed = layout(graph, variables.tensor, variables.sequence_parallel) if variables.tensor > 1 else ()
-    return emit(spec, graph, samples.plan(graph, variables, placed)).text
+    """The emitted program with every variable of the plan pinned; as many layers as its stages say."""
+    overrides = (f"{model}.layers={sum(variables.stages)}", f"cluster.devices_per_node={variables.world_size}")
+    pins = [f"{name}={_written(value)}" for name, value in variables if name not in ("context", "replicate", "expert")]
+    done = compile_spec(MODELS[model] + SETTINGS, path=f"/specs/{model}.mlm", overrides=overrides, pins=pins)
+    assert done.plan is not None and done.plan.plan == variables and done.program is not None
+    return done.program.text
+
+
+def _written(value: object) -> str:
+    """As in the language."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

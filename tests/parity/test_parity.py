@@ -18,8 +18,8 @@ from tests.parity.plans import Case, lattice
 PLANS = (
     ("gpt", dict(tensor=2, sequence_parallel=True, micro_batch=4, stages=(4,))),
     ("gpt", dict(pipeline=2, micro_batch=2, stages=(3, 1))),
-    ("gpt", dict(pipeline=4, schedule="gpipe", micro_batch=4, recompute="full", stages=(1, 2, 1, 0))),
-    ("gpt", dict(pipeline=2, interleave=2, schedule="interleaved_1f1b", data=2, zero=1, micro_batch=2, stages=(1, 1, 2, 0))),
+    ("gpt", dict(pipeline=4, schedule="gpipe", micro_batch=4, recompute="full", stages=(1, 2, 1, 1))),
+    ("gpt", dict(pipeline=2, interleave=2, schedule="interleaved_1f1b", data=2, zero=1, micro_batch=2, stages=(1, 1, 2, 1))),
     (
         "gpt",
         dict(pipeline=2, tensor=2, sequence_parallel=True, data=2, zero=3, recompute="selective", micro_batch=2, stages=(1, 3)),
@@ -29,7 +29,7 @@ PLANS = (
     ("llama", dict(tensor=2, data=2, zero=1, sequence_parallel=True, micro_batch=4, recompute="full", stages=(4,))),
     ("llama", dict(pipeline=2, tensor=2, micro_batch=4, stages=(2, 2))),
     ("llama", dict(pipeline=2, data=2, zero=0, schedule="gpipe", micro_batch=1, stages=(1, 3))),
-    ("llama", dict(pipeline=4, data=2, zero=1, micro_batch=1, stages=(2, 1, 1, 0))),
+    ("llama", dict(pipeline=4, data=2, zero=1, micro_batch=1, stages=(2, 1, 1, 1))),
     ("llama", dict(data=2, zero=3, micro_batch=2, recompute="selective", stages=(4,))),
 )
 CASES = tuple(Case(model, PlanVariables(**variables)) for model, variables in PLANS)

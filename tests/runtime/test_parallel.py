@@ -167,7 +167,7 @@ def text(parallel: Parallel, **changes: object) -> str:
 
 
 def beginnings(rank: int, parallel: Parallel) -> dict[str, torch.Tensor]:
-    trainer = make_trainer(text(parallel))
+    trainer = make_trainer(text(parallel, batch=24))
     return collected(trainer, [held.master for held in trainer.state.held])
 
 
@@ -211,13 +211,13 @@ def test_bf16_computes_in_bf16_and_steps_in_fp32():
 
 
 def plain_losses(rank: int, parallel: Parallel) -> list[float]:
-    trainer = make_trainer(text(parallel))
+    trainer = make_trainer(text(parallel, batch=24))
     return [trainer.step().loss for _ in range(4)]
 
 
 def memory(rank: int, parallel: Parallel) -> tuple[int, int, int]:
     """Elements this rank keeps between steps: masters, moments, gradients of ZeRO 0."""
-    trainer = make_trainer(text(parallel))
+    trainer = make_trainer(text(parallel, batch=24))
     trainer.step()
     state = trainer.state
     masters = sum(held.master.numel() for held in state.held)
