@@ -76,9 +76,9 @@ def _case(
 
 
 def stages(number: int, *, uneven: bool) -> tuple[int, ...]:
-    """Four layers, or one per stage; uneven: the first stage gives a layer to the second."""
+    """Four layers, or one per stage; uneven: the second stage has one more than the first, or two where the first can give one."""
     layers = max(4, number)
     even = [layers // number] * number
     if uneven and number > 1:
-        even[0], even[1] = even[0] - 1, even[1] + 1
+        even[0], even[1] = max(1, even[0] - 1), even[1] + 1
     return tuple(even)
