@@ -19,6 +19,7 @@ from mlmdsl.grammar.evaluate import POISON
 from mlmdsl.grammar.spec import Pin, Rule, Spec
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.walk import nodes_below
+from mlmdsl.planner.schedule import cannot_run, executable
 
 _WORDS = frozenset({"gpipe", "interleaved_1f1b", "none", "selective", "full"})
 _MESH = ("tensor", "context", "pipeline", "data")
@@ -159,9 +160,8 @@ def _micro_batches(c: _Checker) -> None:
     if schedule not in ("1f1b", "interleaved_1f1b") or pipeline == 1 or not {"data", "micro_batch"} <= set(c.pins):
         return
     count = c.spec.train.batch // (c.pinned("data") * c.pinned("micro_batch"))
-    rounds = max(1, count // pipeline)
-    if count < pipeline or (schedule == "interleaved_1f1b" and count % rounds):
-        message = f"{schedule} over {pipeline} stages cannot run {count} micro-batches"
+    if not executable(schedule, pipeline, count):
+        message = cannot_run(schedule, pipeline, count)
         help = f"give it a multiple of {pipeline}: a smaller data or micro_batch, or a larger batch"
         c.report(
             "MLM0419",

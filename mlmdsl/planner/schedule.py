@@ -27,6 +27,11 @@ def executable(schedule: Schedule, pipeline: int, micro_batches: int) -> bool:
     return True
 
 
+def cannot_run(schedule: Schedule, pipeline: int, micro_batches: int) -> str:
+    """Of a schedule that is not executable."""
+    return f"{schedule} over {pipeline} stages cannot run {micro_batches} micro-batch{'' if micro_batches == 1 else 'es'}"
+
+
 def rounds(pipeline: int, micro_batches: int) -> int:
     """Of an interleaved schedule: in each, a rank runs one virtual stage for all micro-batches of the round, then the next."""
     return max(1, micro_batches // pipeline)

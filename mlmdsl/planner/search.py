@@ -20,7 +20,7 @@ from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
 from mlmdsl.planner.rules import CompiledRule, compile_rule
-from mlmdsl.planner.schedule import executable, pipeline_seconds
+from mlmdsl.planner.schedule import cannot_run, executable, pipeline_seconds
 from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.planner.stages import Cut
 
@@ -140,8 +140,7 @@ class Space:
             if executable(schedule, pipeline, micro_batches):
                 yield schedule, interleave
             else:
-                message = f"{schedule} over {pipeline} stages cannot run {micro_batches} micro-batches"
-                self._reject("schedule", float(pipeline - micro_batches), message)
+                self._reject("schedule", float(pipeline - micro_batches), cannot_run(schedule, pipeline, micro_batches))
 
     def _interleaves(self, pipeline: int) -> Iterable[int]:
         """Of degrees whose largest virtual stage has as many layers, the least: more stages only send more. A pin may ask for any."""
