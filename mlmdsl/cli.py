@@ -226,12 +226,11 @@ def _emitted(done: Compilation, until: Pass) -> str:
     if until == "program":
         assert done.program is not None
         return done.program.files["program.py"]
-    show = {
-        "syntax": lambda: syntax_json(done.syntax),
-        "spec": lambda: spec_json(done.spec),
-        "graph": lambda: graph_json(done.graph),
-    }
-    return show[until]()
+    if until == "syntax":
+        assert done.syntax is not None
+        return syntax_json(done.syntax)
+    assert done.spec is not None and done.graph is not None
+    return spec_json(done.spec) if until == "spec" else graph_json(done.graph)
 
 
 def _relative(spec: str, folder: Path) -> str:

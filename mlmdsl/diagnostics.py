@@ -88,8 +88,8 @@ class RunError(MlmError):
 class Diagnostics:
     """Collects the problems of one run, in source order, without repeats. Passes report here and go on."""
 
-    items: list[Diagnostic] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)  # every file read, by the path that spans name
+    items: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    sources: dict[str, str] = field(default_factory=dict[str, str])  # every file read, by the path that spans name
 
     def report(
         self,

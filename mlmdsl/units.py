@@ -1,7 +1,7 @@
 """Quantities: a number with a dimension, normalised once to bytes, bytes/s, FLOP/s, seconds, tokens, ...
 
-Links carry "per gpu" or "per node" until the cluster's shape is known (`per`). Bits and bytes, decimal and binary prefixes are told
-apart: "GB" is 1e9 bytes, "GiB" 2**30, "Gb/s" 1e9 bits a second.
+Links carry "per gpu" or "per node" until the cluster's shape is known (`per`). Bits and bytes, decimal and binary prefixes are
+told apart: "GB" is 1e9 bytes, "GiB" 2**30, "Gb/s" 1e9 bits a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from difflib import get_close_matches
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 _COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, **_BINARY}
-_TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "hour": 3600.0, "hours": 3600.0, "day": 86400.0, "days": 86400.0}
+_TIMES = {
+    "ns": 1e-9,
+    "us": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "min": 60.0,
+    "hour": 3600.0,
+    "hours": 3600.0,
+    "day": 86400.0,
+    "days": 86400.0,
+}
 _COUNTED = {
     "tok": "tokens",
     "tokens": "tokens",

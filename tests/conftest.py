@@ -1,7 +1,7 @@
 """Shared fixtures: golden files.
 
-`golden(name, text)` compares `text` with tests/golden/<name>; `pytest --update-golden` (or `make golden`) rewrites them, and the
-diff is the review.
+`golden(name, text)` compares `text` with tests/golden/<name>; `pytest --update-golden` (or `make golden`) rewrites them, and
+the diff is the review.
 """
 
 from __future__ import annotations

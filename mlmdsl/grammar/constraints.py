@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax as s
@@ -97,18 +97,15 @@ def pin_value(pin: s.Pin, diagnostics: Diagnostics) -> Any:
         sound = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         return value if sound else wrong(f"`{name}` is an integer of 1 or more", f"write pin {name} = 4")
     if name == "zero":
-        return (
-            value if value in (0, 1, 3) and not isinstance(value, bool) else wrong("`zero` is 0, 1 or 3", "write pin zero = 1")
-        )
+        sound = not isinstance(value, bool) and value in (0, 1, 3)
+        return value if sound else wrong("`zero` is 0, 1 or 3", "write pin zero = 1")
     if name == "sequence_parallel":
-        return (
-            value
-            if isinstance(value, bool)
-            else wrong(f"`{name}` is true or false, not {kind_of(value)}", f"write pin {name} = true")
-        )
+        sound = isinstance(value, bool)
+        return value if sound else wrong(f"`{name}` is true or false, not {kind_of(value)}", f"write pin {name} = true")
     if name == "stages":
-        sound = isinstance(value, tuple) and all(isinstance(v, int) and v >= 1 for v in value)
-        return value if sound else wrong("`stages` is a list of layers per stage", "write pin stages = [6, 6]")
+        items = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (0,)
+        sound = all(isinstance(v, int) and v >= 1 for v in items)
+        return items if sound else wrong("`stages` is a list of layers per stage", "write pin stages = [6, 6]")
     words = SCHEDULES if name == "schedule" else RECOMPUTE
     value = "none" if value is None else value
     if isinstance(value, str) and value in words:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from mlmdsl.diagnostics import Diagnostics, Span
 from mlmdsl.grammar import syntax as s
@@ -154,7 +154,7 @@ class Evaluator:
         if value is POISON:
             return POISON
         if isinstance(value, Mapping):
-            return self.member(value, expr)
+            return self.member(cast(Mapping[str, Any], value), expr)
         return self.poison("MLM0202", f"{kind_of(value)} has no parts", expr.name_span)
 
     def member(self, value: Mapping[str, Any], expr: s.Attribute) -> Any:

@@ -35,7 +35,7 @@ class Module:
 
     path: str
     file: s.File
-    imports: dict[str, Module] = field(default_factory=dict)
+    imports: dict[str, Module] = field(default_factory=dict[str, "Module"])
 
     def named(self, kind: type[s.Item]) -> dict[str, s.Item]:
         return {getattr(item, "name", None) or "": item for item in self.file.items if isinstance(item, kind)}
@@ -49,7 +49,7 @@ class Module:
 class Loader:
     read: Reader
     diagnostics: Diagnostics
-    modules: dict[str, Module] = field(default_factory=dict)
+    modules: dict[str, Module] = field(default_factory=dict[str, Module])
 
     def load(self, path: str, text: str | None = None, chain: tuple[tuple[str, Span], ...] = ()) -> Module:
         """The module at `path`, its imports loaded; `chain` are the imports that lead here, to find cycles."""

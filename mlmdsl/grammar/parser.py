@@ -5,6 +5,9 @@ the rest of that statement is skipped (braces that it opened included), what it 
 parsing goes on: a broken statement costs one diagnostic and never makes another. `wording.py` says what is wrong.
 """
 
+# lark's types are not complete
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence

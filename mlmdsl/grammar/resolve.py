@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax as s
@@ -387,7 +387,7 @@ def _calls_of(node: object) -> Iterable[str]:
             yield f"{function.value.name}.{function.name}"
     if isinstance(node, s.Node):
         for value in vars(node).values():
-            yield from _called(value) if isinstance(value, tuple) else _calls_of(value)
+            yield from _called(cast(tuple[object, ...], value)) if isinstance(value, tuple) else _calls_of(value)
 
 
 __all__ = ["POISON", "Resolved", "resolve"]

@@ -1,5 +1,8 @@
 """lark's tree to the dataclasses of syntax.py: one method per rule of mlm.lark, spans from the first to the last token."""
 
+# lark's types are not complete
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import re
@@ -50,7 +53,7 @@ class ToSyntax(Transformer[Token, Any]):
     # ---- items
 
     def start(self, meta: Meta, children: list[Any]) -> s.File:
-        return s.File(self._path, self._source, tuple(c for c in children if isinstance(c, s.Node)), span=self._span(meta))
+        return s.File(self._path, self._source, tuple(c for c in children if isinstance(c, s.Item)), span=self._span(meta))
 
     def import_(self, meta: Meta, children: list[Any]) -> s.Import:
         path, name = children

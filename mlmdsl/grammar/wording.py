@@ -1,5 +1,8 @@
 """What is wrong with a statement that the parser refused, in words, with the way out."""
 
+# lark's types are not complete
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

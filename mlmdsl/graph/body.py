@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from mlmdsl.diagnostics import Label, Span
 from mlmdsl.grammar import syntax as s
@@ -108,7 +108,7 @@ class Body(Evaluator):
         if len(statement.names) == 1:
             self.variables[statement.names[0]] = value
             return
-        values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
+        values = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
         if value is POISON:
             self.variables |= dict.fromkeys(statement.names, POISON)
         elif len(values) != len(statement.names):

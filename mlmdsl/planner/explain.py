@@ -1,4 +1,5 @@
-"""Why this plan: runners-up with their price, what wishes cost, why candidates fell out, and what would let a plan fit where none does."""
+"""Why this plan: runners-up with their price, what wishes cost, why candidates fell out, and what would let a plan fit where
+none does."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def _closest(outcome: Outcome, key: tuple[str, str], tally: Tally) -> str:
     described = variables(tally.closest).described
     if key[0] == "memory":
         return f"{described} needs {_shortage(outcome.setting, tally.place, tally.closest)}"
-    return f"{described} breaks it, at {words.seconds(tally.place.times(tally.closest, tally.place.runs(tally.closest)).total)} a step"
+    times = tally.place.times(tally.closest, tally.place.runs(tally.closest))
+    return f"{described} breaks it, at {words.seconds(times.total)} a step"
 
 
 def _shortage(setting: Setting, place: Place, candidate: Candidate) -> str:
@@ -107,7 +109,8 @@ def _largest(stage: StageMemory) -> tuple[str, int]:
 
 
 def nothing_fits(outcome: Outcome, explore: Explore) -> PlanError:
-    """MLM0601 memory, MLM0602 a rule, MLM0603 the pins, MLM0604 nothing legal: the tightest true reason, and what would help."""
+    """MLM0601 memory, MLM0602 a rule, MLM0603 the pins, MLM0604 nothing legal: the tightest true reason, and what would
+    help."""
     spec = outcome.setting.spec
     rules = {key: tally for key, tally in outcome.rejected.items() if key[1]}
     if rules:
@@ -130,7 +133,9 @@ def _rules(outcome: Outcome, rules: dict[tuple[str, str], Tally], explore: Explo
     text = " ".join(last.text.split())
     message = f"no plan that fits keeps `{text}`"
     label = "leaves no plan"
-    return Diagnostic("MLM0602", message, last.span, label, (*others, *_pin_labels(limits.pins)), _joined(f"the closest: {closest}", help))
+    return Diagnostic(
+        "MLM0602", message, last.span, label, (*others, *_pin_labels(limits.pins)), _joined(f"the closest: {closest}", help)
+    )
 
 
 def _memory(outcome: Outcome, explore: Explore) -> Diagnostic:
@@ -164,7 +169,13 @@ def _pin_labels(pins: tuple[Pin, ...]) -> tuple[Label, ...]:
 
 
 def _pinned(pin: Pin) -> str:
-    value = str(pin.value).lower() if isinstance(pin.value, bool) else list(pin.value) if isinstance(pin.value, tuple) else pin.value
+    value = (
+        str(pin.value).lower()
+        if isinstance(pin.value, bool)
+        else list(pin.value)
+        if isinstance(pin.value, tuple)
+        else pin.value
+    )
     return f"{pin.variable} = {value}"
 
 
@@ -213,9 +224,9 @@ def _scaled(spec: Spec, factor: int) -> Spec:
 def _fewer_nodes(outcome: Outcome, explore: Explore) -> str:
     """The most nodes below the cluster's that a plan can use."""
     spec = outcome.setting.spec
-    if len(spec.cluster.pools) > 1:
+    pool, *others = spec.cluster.pools
+    if others:
         return ""
-    pool = spec.cluster.pools[0]
     for nodes in range(pool.nodes - 1, max(0, pool.nodes - 16), -1):
         cluster = spec.cluster.model_copy(update={"pools": (pool.model_copy(update={"nodes": nodes}),)})
         smaller = spec.model_copy(update={"cluster": cluster})

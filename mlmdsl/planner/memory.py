@@ -2,14 +2,14 @@
 
 State, per local weight element (p of them on this rank of the tensor axis, d data ranks; w = 2 bytes in bf16, 4 in fp32):
 
-    zero  weights       master      gradients                        AdamW
-    0     w             4 (bf16)    4                                8         Rajbhandari et al. 2020 (arXiv:1910.02054), table 1
-    1     w             4 / d       4 / d + unsharded sums           8 / d     FSDP2 that keeps what it has gathered
-    3     gathered      4 / d       4 / d + those of two layers      8 / d     FSDP2; with a pipeline torch gathers and sums as for 1
+    zero  weights       master      gradients                        AdamW 0     w             4 (bf16)    4
+    8         Rajbhandari et al. 2020 (arXiv:1910.02054), table 1 1     w             4 / d       4 / d + unsharded sums
+    8 / d     FSDP2 that keeps what it has gathered 3     gathered      4 / d       4 / d + those of two layers      8 / d
+    FSDP2; with a pipeline torch gathers and sums as for 1
 
-Shards are counted as FSDP2 cuts them: dim 0 in chunks of ceil(rows / d). Passes: what one micro-batch leaves on a stage, times the
-micro-batches that the schedule holds there, and what recomputing brings back for one layer. torch's pipeline stages keep a receive
-buffer for every micro-batch, in both directions, and a stage's outputs until their backward pass.
+Shards are counted as FSDP2 cuts them: dim 0 in chunks of ceil(rows / d). Passes: what one micro-batch leaves on a stage, times
+the micro-batches that the schedule holds there, and what recomputing brings back for one layer. torch's pipeline stages keep a
+receive buffer for every micro-batch, in both directions, and a stage's outputs until their backward pass.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mlmdsl.planner.sharding import Sharding
 from mlmdsl.planner.stages import Chain, Part
 
 MIB = 2**20
-# What a process takes before any tensor: driver context, kernels and cuBLAS workspaces on a GPU; Python with torch (resident, measured
-# with torch 2.13) on a CPU. Each communicator of NCCL or RCCL adds its channels' buffers.
+# What a process takes before any tensor: driver context, kernels and cuBLAS workspaces on a GPU; Python with torch (resident,
+# measured with torch 2.13) on a CPU. Each communicator of NCCL or RCCL adds its channels' buffers.
 CONTEXT_BYTES = {"cuda": 700 * MIB, "rocm": 900 * MIB, "cpu": 320 * MIB}
 COMMUNICATOR_BYTES = {"cuda": 200 * MIB, "rocm": 200 * MIB, "cpu": 2 * MIB}
 # Share by which an allocator's blocks exceed what is asked for (expandable segments on a GPU; arenas of malloc on a CPU)
@@ -63,8 +63,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Holding:
-    """Local weight elements of one part: all, those of its largest layer and of what stands around the layers (FSDP2's units), those
-    whose gradients are partial sums, and the largest single one. `keys`: how many of each weight."""
+    """Local weight elements of one part: all, those of its largest layer and of what stands around the layers (FSDP2's units),
+    those whose gradients are partial sums, and the largest single one. `keys`: how many of each weight."""
 
     elements: int
     layer: int
@@ -166,8 +166,8 @@ class Holdings:
 class Passing(NamedTuple):
     """Bytes that one micro-batch leaves on one part, for one way of recomputing; at the end of the step's peak.
 
-    kept: until its backward pass; received: of a receive buffer, one direction; working, transient: while one layer's backward pass
-    runs; loss: kept by the loss and model output; loss_transient."""
+    kept: until its backward pass; received: of a receive buffer, one direction; working, transient: while one layer's backward
+    pass runs; loss: kept by the loss and model output; loss_transient."""
 
     kept: int
     received: int
@@ -220,8 +220,8 @@ class Held(NamedTuple):
 
 
 def held(stages: Sequence[Passing], counts: Sequence[int], micro_batches: int, kind: str) -> Held:
-    """Of a rank with these virtual stages; `counts`: micro-batches in flight on each. The fullest moment's larger counts are charged to
-    the larger stages: which of a rank's stages holds more changes in the course of an interleaved step."""
+    """Of a rank with these virtual stages; `counts`: micro-batches in flight on each. The fullest moment's larger counts are
+    charged to the larger stages: which of a rank's stages holds more changes in the course of an interleaved step."""
     counted = zip(sorted((s.kept for s in stages), reverse=True), sorted(counts, reverse=True), strict=True)
     activations = sum(kept * count for kept, count in counted) + max(s.working for s in stages)
     last = stages[-1]

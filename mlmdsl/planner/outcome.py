@@ -13,8 +13,8 @@ WISH = 0.10
 
 
 class Found(NamedTuple):
-    """A plan that fits. objective: seconds, or bytes where memory is minimised; `broken`: a bit for each wish that it does not keep;
-    `simplicity`: smaller is simpler."""
+    """A plan that fits. objective: seconds, or bytes where memory is minimised; `broken`: a bit for each wish that it does not
+    keep; `simplicity`: smaller is simpler."""
 
     objective: float
     times: Times

@@ -1,7 +1,8 @@
 """What one pass of each region costs one rank for one micro-batch: time, and the bytes that stay until its backward pass.
 
-Saved values are counted by storage: a value that two operations save counts once, views count with what they look at, a gathered
-copy of a value is a value of its own. What stays under each way of recomputing follows torch.utils.checkpoint as the runtime calls it:
+Saved values are counted by storage: a value that two operations save counts once, views count with what they look at, a
+gathered copy of a value is a value of its own. What stays under each way of recomputing follows torch.utils.checkpoint as the
+runtime calls it:
 
     none       what autograd saves
     selective  the pass's arguments, and the results of matrix products, attention and collectives (Korthikanti et al. 2022,
@@ -83,7 +84,9 @@ class Passes:
         moves = [move for move in self.sharding.moves if move.region == index]
         works = [(node, self._works[node.path]) for node in region.nodes]
         kept = self._kept(region, moves)
-        again = (Again(), *(self._again(region, moves, mode) for mode in MODES[1:])) if region.repeated else (Again(),) * 3
+        again = (Again(), Again(), Again())
+        if region.repeated:
+            again = (Again(), self._again(region, moves, "selective"), self._again(region, moves, "full"))
         loss = self._works[self.graph.loss] if self.graph.region_of[self.graph.loss] is region else None
         return PassCost(
             forward_seconds=sum(self.kernels.forward_seconds(work) for _, work in works),
@@ -146,8 +149,8 @@ class Passes:
 
     @cached_property
     def _aliases(self) -> Mapping[str, str]:
-        """Views look at their input; a product whose bias follows at once is computed together with it; the last value of a pass
-        is the first of the next."""
+        """Views look at their input; a product whose bias follows at once is computed together with it; the last value of a
+        pass is the first of the next."""
         found: dict[str, str] = {}
         users: dict[str, list[Node]] = {}
         for node in self.graph.nodes.values():
@@ -185,7 +188,7 @@ class Passes:
         extra = sum(int(self._works[n.path].extra_saved_bytes) for n in region.nodes if n.path != self.graph.loss)
         if not region.repeated:
             whole = sum(plain.values()) + extra
-            return {"saved_bytes": (whole,) * 3, "entry_bytes": (0, 0, 0), "working_bytes": (0, 0, 0)}
+            return {"saved_bytes": (whole, whole, whole), "entry_bytes": (0, 0, 0), "working_bytes": (0, 0, 0)}
         entries = {self._storage(c.entry): self.boundary_bytes(c.entry) for c in region.carried}
         dear = entries | {key: size for key, size in self._saved_dear(region, moves) if key[0] in inside}
         lse = sum(int(self._works[n.path].extra_saved_bytes) for n in region.nodes if not CATALOGUE[n.op].cheap)
@@ -245,8 +248,8 @@ class Passes:
         return carried + sum(self._bytes(v, self.sharding.strategies[v].output) for v in self._captured(index))
 
     def _captured(self, index: int) -> set[str]:
-        """Floating-point values made before region `index` and used in it or after it (other than by being carried into it), and
-        values made in it, not carried, that later regions use."""
+        """Floating-point values made before region `index` and used in it or after it (other than by being carried into it),
+        and values made in it, not carried, that later regions use."""
         region = self.graph.regions[index]
         results = {c.next for c in region.carried}
         made = {n.path for r in self.graph.regions[:index] for n in r.nodes if n.op not in ("input", "carry")}

@@ -165,8 +165,8 @@ class Alternative(Frozen):
 
 
 class SoftConstraint(Frozen):
-    """A `prefer` or `avoid` that the plan keeps or breaks. price_s: seconds of a step that keeping it costs against the best plan
-    without it; None where no plan that fits keeps it."""
+    """A `prefer` or `avoid` that the plan keeps or breaks. price_s: seconds of a step that keeping it costs against the best
+    plan without it; None where no plan that fits keeps it."""
 
     text: str
     kept: bool
@@ -174,9 +174,9 @@ class SoftConstraint(Frozen):
 
 
 class StageTime(Frozen):
-    """One pipeline stage in a step: `starts_s` is when its first forward pass can start; forward and backward passes are those of one
-    micro-batch through all of the rank's virtual stages, sends and recomputation included; idle_s counts from the first forward pass
-    of any stage to the last backward pass."""
+    """One pipeline stage in a step: `starts_s` is when its first forward pass can start; forward and backward passes are those
+    of one micro-batch through all of the rank's virtual stages, sends and recomputation included; idle_s counts from the first
+    forward pass of any stage to the last backward pass."""
 
     stage: int
     layers: int

@@ -1,4 +1,5 @@
-"""What a candidate plan costs: seconds of a step and bytes on each rank, from sums that are made once per sharding and micro-batch.
+"""What a candidate plan costs: seconds of a step and bytes on each rank, from sums that are made once per sharding and
+micro-batch.
 
 Plain floats and tuples: a search asks tens of thousands of times.
 """
@@ -18,14 +19,14 @@ from mlmdsl.planner import memory, schedule
 from mlmdsl.planner.communication import Group, collective_seconds, group_of, send_seconds
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.mesh import Mesh, Network, network_of
-from mlmdsl.planner.passes import MODES, Passes
+from mlmdsl.planner.passes import Passes
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
 
 _WIDTH = {"fp32": 4, "bf16": 2}
-# AdamW reads and writes weight and two moments and reads the gradient, in fp32; clipping reads the gradient; in bf16 the weight is
-# written a second time (docs of torch.optim.AdamW, fused)
+# AdamW reads and writes weight and two moments and reads the gradient, in fp32; clipping reads the gradient; in bf16 the weight
+# is written a second time (docs of torch.optim.AdamW, fused)
 _OPTIMIZER_BYTES = {"fp32": 32.0, "bf16": 38.0}
 
 
@@ -45,8 +46,8 @@ class Candidate(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of a step. pipeline: all micro-batches through the stages; bubble: of these, the mean rank's idle ones; gathered: ZeRO's
-    gathers that nothing hides, once a step; summed: gradients over data, partial and tied ones; optimizer; total."""
+    """Seconds of a step. pipeline: all micro-batches through the stages; bubble: of these, the mean rank's idle ones; gathered:
+    ZeRO's gathers that nothing hides, once a step; summed: gradients over data, partial and tied ones; optimizer; total."""
 
     pipeline: float
     bubble: float
@@ -66,7 +67,9 @@ class Setting:
     @cached_property
     def pool(self) -> Pool:
         """The weakest: least peak, then least memory."""
-        return min(self.spec.cluster.pools, key=lambda p: (Kernels(p.device, self.spec.train.precision).peak, p.device.memory_bytes))
+        return min(
+            self.spec.cluster.pools, key=lambda p: (Kernels(p.device, self.spec.train.precision).peak, p.device.memory_bytes)
+        )
 
     @cached_property
     def device(self) -> Device:
@@ -152,9 +155,7 @@ class Bench:
         if micro_batch not in self._passes:
             sizes = {"B": micro_batch, "S": self.setting.spec.train.seq_len}
             setting = self.setting
-            self._passes[micro_batch] = Passes(
-                setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width
-            )
+            self._passes[micro_batch] = Passes(setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
         return self._passes[micro_batch]
 
     def layer_seconds(self, micro_batch: int, mode: int) -> tuple[tuple[float, ...], float, float]:
@@ -201,8 +202,8 @@ class Bench:
 
 
 class Exchange(NamedTuple):
-    """Seconds of one rank's traffic over weights and gradients: all gathers once, all reductions once, the share of the largest unit
-    in them; tied and partial gradients; the optimizer."""
+    """Seconds of one rank's traffic over weights and gradients: all gathers once, all reductions once, the share of the largest
+    unit in them; tied and partial gradients; the optimizer."""
 
     gather: float
     reduce: float
@@ -316,8 +317,8 @@ class Place:
         return self.bench.setting.device.kind != "cpu"
 
     def with_gathers(self, c: Candidate, runs: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-        """ZeRO 3: weights are gathered for each forward and backward pass (under a pipeline torch leaves them gathered from a backward
-        to the next forward pass) and, without a pipeline, gradients reduced after each."""
+        """ZeRO 3: weights are gathered for each forward and backward pass (under a pipeline torch leaves them gathered from a
+        backward to the next forward pass) and, without a pipeline, gradients reduced after each."""
         if c.zero != 3 or self.data == 1:
             return list(runs)
         e = self.exchange(c)
@@ -327,8 +328,8 @@ class Place:
         return [(n, max(f, e.gather), max(b, both)) if self._overlaps else (n, f + e.gather, b + both) for n, f, b in runs]
 
     def _exposed(self, c: Candidate, e: Exchange, runs: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
-        """(gathers, reductions) once a step that no computation hides: those of one unit at least. torch's pipeline stages reduce
-        after their last backward pass."""
+        """(gathers, reductions) once a step that no computation hides: those of one unit at least. torch's pipeline stages
+        reduce after their last backward pass."""
         if self.data == 1:
             return 0.0, 0.0
         if not c.zero:

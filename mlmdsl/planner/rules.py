@@ -1,15 +1,15 @@
 """Rules of the plan (`require`, `prefer`, `avoid`, `forbid`) compiled once to predicates over plain numbers.
 
-What a rule may say is checked when the spec is resolved (grammar/constraints.py: types and units); what does not depend on the plan
-(`0.9 * device.memory`) is evaluated here once with the grammar's own evaluator, the rest becomes closures, since a search asks tens of
-thousands of times.
+What a rule may say is checked when the spec is resolved (grammar/constraints.py: types and units); what does not depend on the
+plan (`0.9 * device.memory`) is evaluated here once with the grammar's own evaluator, the rest becomes closures, since a search
+asks tens of thousands of times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar import syntax as s
@@ -18,7 +18,9 @@ from mlmdsl.grammar.evaluate import number_of
 from mlmdsl.grammar.spec import Device, Rule
 from mlmdsl.units import Quantity
 
-Facts = Mapping[str, Any]  # plan variables, `memory` (bytes), `step_time` (seconds), `bubble`, `mfu`, `cost`, "tensor.crosses_nodes"
+Facts = Mapping[
+    str, Any
+]  # plan variables, `memory` (bytes), `step_time` (seconds), `bubble`, `mfu`, `cost`, "tensor.crosses_nodes"
 Term = Callable[[Facts], Any]
 _WORDS = (*SCHEDULES, *RECOMPUTE)  # stand for themselves
 
@@ -118,6 +120,5 @@ def _term(expr: s.Expr, evaluator: RuleEvaluator) -> Term:
 def _plain(value: Any) -> Any:
     """Quantities as their numbers, in lists too; `none` as recompute's word."""
     if isinstance(value, tuple | frozenset):
-        items: Any = value
-        return tuple(_plain(item) for item in items)
+        return tuple(_plain(item) for item in cast(Iterable[Any], value))
     return "none" if value is None else number_of(value)

@@ -1,11 +1,11 @@
 """Time of the micro-batches of one step through the pipeline: closed forms for the search, an event simulation for the plan.
 
-Both take each virtual stage's forward and backward seconds, sends included: a stage sends before it goes on, as torch's schedules do,
-so that its neighbour starts when the stage is done.
+Both take each virtual stage's forward and backward seconds, sends included: a stage sends before it goes on, as torch's
+schedules do, so that its neighbour starts when the stage is done.
 
-    gpipe              all forward passes, then all backward passes (Huang et al. 2019, arXiv:1811.06965)
-    1f1b               one forward, one backward after a warm-up (Narayanan et al. 2019, PipeDream)
-    interleaved_1f1b   the same over several virtual stages per rank (Narayanan et al. 2021, arXiv:2104.04473, section 2.2), with torch's
+    gpipe              all forward passes, then all backward passes (Huang et al. 2019, arXiv:1811.06965) 1f1b               one
+    forward, one backward after a warm-up (Narayanan et al. 2019, PipeDream) interleaved_1f1b   the same over several virtual
+    stages per rank (Narayanan et al. 2021, arXiv:2104.04473, section 2.2), with torch's
                        rounds for numbers of micro-batches that the pipeline does not divide
 """
 
@@ -54,7 +54,8 @@ def in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches:
 
 
 def warm_up(pipeline: int, interleave: int, micro_batches: int, rank: int) -> int:
-    """Forward passes of a rank before its first backward pass (less the one that directly precedes it): torch's and Megatron's count."""
+    """Forward passes of a rank before its first backward pass (less the one that directly precedes it): torch's and Megatron's
+    count."""
     each = micro_batches // rounds(pipeline, micro_batches)
     return min((interleave - 1) * each + 2 * (pipeline - 1 - rank), micro_batches * interleave)
 
@@ -65,8 +66,8 @@ Runs = Sequence[tuple[int, float, float]]  # stages in a row that are alike: how
 
 
 def pipeline_seconds(schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
-    """From the first forward to the last backward pass. Exact for gpipe, and for equal stages; otherwise the longest of the simple
-    paths through the schedule, which the simulation exceeds by little."""
+    """From the first forward to the last backward pass. Exact for gpipe, and for equal stages; otherwise the longest of the
+    simple paths through the schedule, which the simulation exceeds by little."""
     if pipeline == 1:
         return micro_batches * sum(count * (f + b) for count, f, b in runs)
     if schedule == "gpipe":
@@ -78,8 +79,8 @@ def pipeline_seconds(schedule: Schedule, runs: Runs, micro_batches: int, pipelin
 
 
 def _one_forward_one_backward(runs: Runs, micro_batches: int, pipeline: int) -> float:
-    """The first micro-batch goes down and up again; stage s is then busy with m - (p - s) more, after whose last forward pass the
-    way leads down and up once more from s: max over s of (m - p + s) c_s + the sum of c below s."""
+    """The first micro-batch goes down and up again; stage s is then busy with m - (p - s) more, after whose last forward pass
+    the way leads down and up once more from s: max over s of (m - p + s) c_s + the sum of c below s."""
     total = sum(count * (f + b) for count, f, b in runs)
     longest, stage, below = 0.0, 0, total
     for count, f, b in runs:
@@ -90,8 +91,8 @@ def _one_forward_one_backward(runs: Runs, micro_batches: int, pipeline: int) -> 
 
 
 def _interleaved(runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
-    """A rank's own work, and the way to it from the first rank and from it to the last; with fewer micro-batches than ranks every
-    virtual stage but the last waits for the round to come about."""
+    """A rank's own work, and the way to it from the first rank and from it to the last; with fewer micro-batches than ranks
+    every virtual stage but the last waits for the round to come about."""
     costs = [f + b for count, f, b in runs for _ in range(count)]
     ahead, longest = 0.0, 0.0
     behind = sum(costs[-pipeline:])

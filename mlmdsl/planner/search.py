@@ -1,15 +1,15 @@
 """The search: every legal plan is priced and put against the ledger; the best one is assembled into a Plan.
 
-Exhaustive over tensor x sequence_parallel x pipeline x data x micro_batch x recompute x schedule x interleave x ZeRO. "Legal" is what
-divides and what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that cost the same the
-simpler one is taken.
+Exhaustive over tensor x sequence_parallel x pipeline x data x micro_batch x recompute x schedule x interleave x ZeRO. "Legal"
+is what divides and what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that
+cost the same the simpler one is taken.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlmdsl.grammar.spec import PlanConstraints, Spec
@@ -143,7 +143,8 @@ class Space:
                 self._reject("schedule", float(pipeline - micro_batches), cannot_run(schedule, pipeline, micro_batches))
 
     def _interleaves(self, pipeline: int) -> Iterable[int]:
-        """Of degrees whose largest virtual stage has as many layers, the least: more stages only send more. A pin may ask for any."""
+        """Of degrees whose largest virtual stage has as many layers, the least: more stages only send more. A pin may ask for
+        any."""
         layers = self.setting.chain.count
         several = range(2, layers // pipeline + 1)
         if "interleave" in self.pins:

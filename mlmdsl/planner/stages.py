@@ -1,7 +1,8 @@
 """Cutting the model into virtual stages: contiguous runs of layers, the slowest stage as fast as possible, exactly.
 
 A layer is one pass of a repeat (with the straight code that follows the repeat, on its last pass); what stands before the first
-repeat (the embedding) belongs to the first stage, what stands after the last one (head and loss) to the last. Every stage has a layer.
+repeat (the embedding) belongs to the first stage, what stands after the last one (head and loss) to the last. Every stage has a
+layer.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _EPS = 1e-9  # relative: sums of equal numbers in another order
 
 @dataclass(frozen=True)
 class Chain:
-    """The model as stages see it: regions by index. `kinds` are the sorts of layers (the regions that one runs), `layers` how many of
-    each follow one another, as (kind, count)."""
+    """The model as stages see it: regions by index. `kinds` are the sorts of layers (the regions that one runs), `layers` how
+    many of each follow one another, as (kind, count)."""
 
     first: tuple[int, ...]
     last: tuple[int, ...]
@@ -85,8 +86,8 @@ def parts_of(chain: Chain, stages: Sequence[int]) -> tuple[Part, ...]:
 def balance(chain: Chain, seconds: Sequence[float], first: float, last: float, stages: int) -> tuple[int, ...]:
     """Layers per stage. `seconds`: of a layer by kind; `first` and `last`: of the model's beginning and end.
 
-    The slowest stage is as fast as any contiguous distribution allows; of those the most even one, later stages taking what does not
-    divide (they hold fewer micro-batches)."""
+    The slowest stage is as fast as any contiguous distribution allows; of those the most even one, later stages taking what
+    does not divide (they hold fewer micro-batches)."""
     if not chain.layers:
         assert stages == 1
         return (0,)
@@ -191,8 +192,8 @@ def _needed(costs: Sequence[float], bound: float) -> list[int]:
 class Cut:
     """A distribution of layers over pipeline * interleave virtual stages, and its distinct parts.
 
-    runs: (part, how many virtual stages in a row are alike); ranks: (rank, its parts) of the ranks whose memory can be the largest: of
-    ranks that run alike parts, the first, which holds the most micro-batches."""
+    runs: (part, how many virtual stages in a row are alike); ranks: (rank, its parts) of the ranks whose memory can be the
+    largest: of ranks that run alike parts, the first, which holds the most micro-batches."""
 
     stages: tuple[int, ...]
     parts: tuple[Part, ...]

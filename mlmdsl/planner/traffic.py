@@ -1,19 +1,21 @@
 """Every collective that a rank of each stage makes in one step: what the emitted program calls, and what the runtime adds.
 
-Over the tensor axis the plan's transitions and the operations' own, over the pipeline sends and receives, over data what ZeRO asks for
-(FSDP2 takes each layer, and the rest of a stage, as a unit), and at the step's end the counts and norms of all ranks.
+Over the tensor axis the plan's transitions and the operations' own, over the pipeline sends and receives, over data what ZeRO
+asks for (FSDP2 takes each layer, and the rest of a stage, as a unit), and at the step's end the counts and norms of all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, cast
 
 from mlmdsl.planner.memory import Holding
 from mlmdsl.planner.plan import Collective, CollectiveKind
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.stages import Part
 
-Call = tuple[CollectiveKind, str, int, int, str]  # kind, axis, bytes, count, reason
+Axis = Literal["tensor", "pipeline", "data", "world"]
+Call = tuple[CollectiveKind, Axis, int, int, str]  # kind, axis, bytes, count, reason
 
 
 def collectives(place: Place, c: Candidate) -> tuple[Collective, ...]:
@@ -21,13 +23,13 @@ def collectives(place: Place, c: Candidate) -> tuple[Collective, ...]:
     found: list[Collective] = []
     for rank in range(place.pipeline):
         parts = c.cut.parts[rank :: place.pipeline]
-        counted: dict[tuple[CollectiveKind, str, int, str], int] = {}
+        counted: dict[tuple[CollectiveKind, Axis, int, str], int] = {}
         for kind, axis, size, count, reason in _of_rank(place, c, parts):
             if count and place.mesh.size(axis) > 1:
                 key = (kind, axis, size, reason)
                 counted[key] = counted.get(key, 0) + count
         found += [
-            Collective(stage=rank, kind=kind, axis=axis, bytes=size, count=count, reason=reason)  # type: ignore[arg-type]
+            Collective(stage=rank, kind=kind, axis=axis, bytes=size, count=count, reason=reason)
             for (kind, axis, size, reason), count in counted.items()
         ]
     return tuple(found)
@@ -60,7 +62,13 @@ def _over_tensor(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
                 yield move.step.backward, "tensor", size, count * m, reason + ", backward"
         for node in bench.setting.graph.regions[index].nodes:
             for kind, size, calls in passes.inner(node):
-                yield kind, "tensor", size, calls * count * m, f"{node.path}: {sharding.strategies[node.path].name}"
+                yield (
+                    cast(CollectiveKind, kind),
+                    "tensor",
+                    size,
+                    calls * count * m,
+                    f"{node.path}: {sharding.strategies[node.path].name}",
+                )
 
 
 def _over_pipeline(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
@@ -87,8 +95,8 @@ def _over_data(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[
 
 
 def _units(held: Holding, zero: int, pipeline: int, m: int) -> Iterator[tuple[str, int, int, int]]:
-    """(name, how many, elements, gathers in a step) of FSDP2's units. The root stays gathered from forward to backward pass; under a
-    pipeline torch leaves what a backward pass has gathered for the next forward pass."""
+    """(name, how many, elements, gathers in a step) of FSDP2's units. The root stays gathered from forward to backward pass;
+    under a pipeline torch leaves what a backward pass has gathered for the next forward pass."""
     layer, root = (1, 1) if zero == 1 else (2 * m, m) if pipeline == 1 else (m + 1, 1)
     yield "a layer", held.layers, held.layer, layer
     yield "the stage's embedding, head and norms", 1, held.root, root

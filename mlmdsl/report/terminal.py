@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlmdsl.planner.plan import Alternative, Plan, PlanVariables, SoftConstraint, StageMemory
 from mlmdsl import words
+from mlmdsl.planner.plan import Alternative, Plan, PlanVariables, SoftConstraint, StageMemory
 
 _BOLD, _DIM, _OFF = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 

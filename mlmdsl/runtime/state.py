@@ -120,8 +120,8 @@ class State(ABC):
         """The group of these ranks of this rank's own pipeline, out of those that all pipelines make."""
         mine = None
         size = self.parallel.data * self.parallel.tensor
-        for place in range(size):
-            ranks = [rank * size + place for rank in pipeline_ranks]
+        for offset in range(size):
+            ranks = [rank * size + offset for rank in pipeline_ranks]
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 mine = group

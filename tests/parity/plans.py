@@ -76,7 +76,8 @@ def _case(
 
 
 def stages(number: int, *, uneven: bool) -> tuple[int, ...]:
-    """Four layers, or one per stage; uneven: the second stage has one more than the first, or two where the first can give one."""
+    """Four layers, or one per stage; uneven: the second stage has one more than the first, or two where the first can give
+    one."""
     layers = max(4, number)
     even = [layers // number] * number
     if uneven and number > 1:
