@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from mlmdsl import words
 from mlmdsl.codegen.names import attribute_path, class_name, mentions, variable
 from mlmdsl.codegen.statements import Key, Kind, Step, returning, slot, write
-from mlmdsl.codegen.text import INDENT, WIDTH, plain, size
+from mlmdsl.codegen.text import INDENT, WIDTH, plain
 from mlmdsl.codegen.weights import declarations
 from mlmdsl.graph.graph import Carried, Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
@@ -283,7 +284,7 @@ def _kind(op: str) -> Kind:
 
 def _reason(item: Transition) -> str:
     """`32 KiB; backward reduce_scatter: attn.query, attn.key, attn.value are column-parallel`."""
-    moved = size(item.bytes)
+    moved = words.size(item.bytes)
     forward = moved if item.forward not in (None, "split") else "local slice" if item.forward else ""
     backward = f"backward {item.backward}" + ("" if forward == moved else f" of {moved}") if item.backward else ""
     facts = "; ".join(part for part in (forward, backward) if part)

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import PurePath
 
+from mlmdsl import words
 from mlmdsl.codegen.layers import Layer, Passage, Sharded
 from mlmdsl.codegen.names import PROGRAM_NAMES, mentions, variable
 from mlmdsl.codegen.stages import StageModule
 from mlmdsl.codegen.statements import Key, returning, write
-from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, plain, size, wrap
+from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, plain, wrap
 from mlmdsl.grammar.spec import Spec, Train
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.ops import CATALOGUE
@@ -87,7 +88,7 @@ def _processes(plan: Plan) -> str:
 def _predicted(plan: Plan) -> str:
     predicted = plan.predicted
     peaks = predicted.peak_memory_bytes
-    bounds = dict.fromkeys(size(peak) for peak in (min(peaks, default=0), max(peaks, default=0)))
+    bounds = dict.fromkeys(words.size(peak) for peak in (min(peaks, default=0), max(peaks, default=0)))
     return (
         f"Predicted: {predicted.step_time_s:.3g} s a step, {predicted.tokens_per_s_per_device:,.0f} tokens/s and"
         f" {predicted.model_tflops_per_device:,.3g} TFLOP/s per device (MFU {100 * predicted.mfu:.1f} % of"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 WIDTH = 128
+_LONG = 16  # items of a tuple that are written one by one
 INDENT = "    "
 
 
@@ -19,24 +21,21 @@ def literal(value: str | float | bool | tuple[str | float | bool, ...] | None) -
         text = repr(value)
         return f'"{text[1:-1]}"' if "'" not in text[1:-1] and '"' not in value else text
     if isinstance(value, tuple):
-        items = [literal(item) for item in value]
+        items = _runs(value) if len(value) > _LONG else [literal(item) for item in value]
         return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
     return repr(value)
+
+
+def _runs(values: tuple[str | float | bool, ...]) -> list[str]:
+    """Equal neighbours together: (1, 2, 2, 2) as 1, *(2,) * 3."""
+    runs = [(value, sum(1 for _ in group)) for value, group in groupby(values)]
+    return [literal(value) if count == 1 else f"*({literal(value)},) * {count}" for value, count in runs]
 
 
 def plain(text: str) -> str:
     """Prose that cannot end a comment or a docstring: no line break of any kind, no backslash, no double quote."""
     safe = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(safe.replace("\\", "/").replace('"', "'").split())
-
-
-def size(count: float) -> str:
-    """Bytes with the binary unit that fits: "32 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 @dataclass(frozen=True)
