@@ -51,10 +51,10 @@ def program_text(spec: Spec, graph: Graph, plan: Plan) -> str:
 
 def _docstring(spec: Spec, plan: Plan) -> list[str]:
     name, source = plain(plan.model.name), plain(PurePath(spec.path).name)
-    head = f"{name} on {plain(plan.cluster.name)}: {summary(plan.plan)}."
     lines = [
-        *wrap(head),
+        f"{name} on {plain(plan.cluster.name)}.",
         "",
+        *wrap(f"Plan: {plan.plan.described}."),
         *wrap(f"Written by mlmdsl from {source}; it needs torch and mlmdsl.runtime, and runs with"),
         f"{INDENT}torchrun {_processes(plan)}program.py --out runs/{name}",
         *wrap(_predicted(plan)),
@@ -65,18 +65,6 @@ def _docstring(spec: Spec, plan: Plan) -> list[str]:
     while not lines[-1]:
         lines.pop()
     return [f'"""{lines[0]}', *lines[1:], '"""']
-
-
-def summary(plan: PlanVariables) -> str:
-    """`tensor 2 (sequence parallel) x pipeline 2 (1f1b) x data 2 (ZeRO 1), micro-batch 2, recompute none`."""
-    interleave = f" x {plan.interleave}" if plan.interleave > 1 else ""
-    parts = [
-        (plan.tensor, f"tensor {plan.tensor}" + (" (sequence parallel)" if plan.sequence_parallel else "")),
-        (plan.pipeline, f"pipeline {plan.pipeline} ({plan.schedule}{interleave})"),
-        (plan.data, f"data {plan.data} (ZeRO {plan.zero})"),
-    ]
-    degrees = " x ".join(text for degree, text in parts if degree > 1) or "one device"
-    return f"{degrees}, micro-batch {plan.micro_batch}, recompute {plan.recompute}"
 
 
 def _processes(plan: Plan) -> str:

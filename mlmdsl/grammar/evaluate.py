@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Final, cast
 
-from mlmdsl.diagnostics import Diagnostics, Span
+from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax as s
 from mlmdsl.units import WORDS, Quantity, nearest_unit, quantity
 
@@ -88,6 +88,15 @@ def argument_names(expr: s.Call) -> dict[str, Span]:
     return {a.name: a.name_span for a in expr.arguments if a.name is not None and a.name_span is not None}
 
 
+_PARAM_TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "string": str,
+    "quantity": Quantity,
+}
+
+
 class Evaluator:
     """Evaluates expressions in `scope`. Subclasses override `call`, `attribute`, `name` and `operate`."""
 
@@ -117,6 +126,21 @@ class Evaluator:
                 return self.binary(expr)
             case s.Sequence():
                 return self.sequence(expr)
+
+    def defined(self, item: s.Const | s.Param) -> Any:
+        """The value of a const or param; of a param's type where it names one."""
+        value = self.value(item.value)
+        if isinstance(item, s.Const) or item.type is None or value is POISON:
+            return value
+        kind = item.type.base or ""
+        if kind not in _PARAM_TYPES:
+            help = did_you_mean(kind, _PARAM_TYPES) or one_of(tuple(_PARAM_TYPES))
+            return self.poison("MLM0258", f"there is no type `{kind}` of params", item.type.span, help=help)
+        if not isinstance(value, _PARAM_TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+            where = Label(item.type.span, "declared here")
+            message = f"`{item.name}` is of type {kind}, not {kind_of(value)}"
+            return self.poison("MLM0257", message, item.value.span, secondary=(where,))
+        return float(value) if kind == "float" else value
 
     def poison(self, code: str, message: str, span: Span, **more: Any) -> Poison:
         self.diagnostics.report(code, message, span, **more)

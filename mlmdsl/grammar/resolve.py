@@ -24,6 +24,7 @@ from mlmdsl.grammar.spec import BlockSource, Cluster, ModelSource, PlanConstrain
 from mlmdsl.grammar.train import read_train
 
 _WORDS = frozenset({"precision", "kind"})  # settings whose values are bare words
+_Statement = TypeVar("_Statement", bound=s.Node)
 _Item = TypeVar("_Item", bound=s.Item)
 
 
@@ -118,8 +119,8 @@ class _Resolver:
             module.values = values  # type: ignore[attr-defined]
             for item in module.file.items:
                 if isinstance(item, s.Const | s.Param):
-                    expr = self.changes.param("", item) if module is self.entry and isinstance(item, s.Param) else item.value
-                    values[item.name] = self._evaluator(module).value(expr)
+                    changed = self._changed("", item) if module is self.entry else item
+                    values[item.name] = self._evaluator(module).defined(changed)
         return module.values  # type: ignore[attr-defined, no-any-return]
 
     def _evaluator(self, module: Module, extra: Mapping[str, Any] | None = None) -> Evaluator:
@@ -176,7 +177,7 @@ class _Resolver:
         model = replace(model, body=tuple(self._changed(model.name, item) for item in model.body))
         return ModelSource(model=model, values=dict(self._values(home)), blocks=self._blocks(home))
 
-    def _changed(self, model: str, item: s.Statement) -> s.Statement:
+    def _changed(self, model: str, item: _Statement) -> _Statement:
         return replace(item, value=self.changes.param(model, item)) if isinstance(item, s.Param) else item
 
     def _derived_model(self, model: s.Model, derived: s.Model) -> s.Model:
@@ -310,7 +311,7 @@ class _Resolver:
         seen: dict[tuple[str, str, str], Span] = {}
         for home, statement in statements:
             if isinstance(statement, s.Const | s.Param):
-                local[statement.name] = self._evaluator(home, local).value(statement.value)
+                local[statement.name] = self._evaluator(home, local).defined(statement)
             elif isinstance(statement, s.Setting):
                 where = (statement.span.file, str(id(home)), statement.key)
                 if where in seen and not statement.span.file.startswith("--set"):

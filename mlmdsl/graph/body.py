@@ -46,7 +46,7 @@ class Body(Evaluator):
     def _statement(self, statement: s.Statement, body: Sequence[s.Statement]) -> None:
         match statement:
             case s.Const() | s.Param():
-                self.variables[statement.name] = self.value(statement.value)
+                self.variables[statement.name] = self.defined(statement)
             case s.Input():
                 self._input(statement)
             case s.Assign():
@@ -58,8 +58,10 @@ class Body(Evaluator):
             case s.Output():
                 self.outputs = tuple(self.assigned(expr, None) for expr in statement.values)
                 self.output_span = statement.values[0].span
-            case s.Expect():
+            case s.Expect() if self.top:
                 self._expected.append(statement)
+            case s.Expect():
+                self.poison("MLM0007", "`expect` stands in a model", statement.span, help="move it to the model: expect params == ...")
 
     def assigned(self, expr: s.Expr, target: str | None) -> Any:
         """The value of an expression that is assigned to `target` as a whole."""

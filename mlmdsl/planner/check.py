@@ -106,7 +106,7 @@ def _vocabulary(c: _Checker) -> None:
 
 def _layers(c: _Checker) -> None:
     pipeline, interleave, layers = c.pinned("pipeline"), c.pinned("interleave"), c.graph.layers
-    if pipeline * interleave > layers:
+    if pipeline * interleave > max(layers, 1):
         pin = c.pins.get("pipeline") or c.pins["interleave"]
         stages = f"{pipeline} stages" if interleave == 1 else f"{pipeline} x {interleave} virtual stages"
         c.report("MLM0414", f"{layers} layers cannot fill {stages}", pin, f"{layers} is the most; a stage has a layer at least")

@@ -1,5 +1,6 @@
-"""tiny_gpt on laptop: tensor 2 (sequence parallel) x pipeline 2 (1f1b) x data 2 (ZeRO 1), micro-batch 2, recompute selective.
+"""tiny_gpt on laptop.
 
+Plan: tensor 2 x pipeline 2 x data 2, sequence parallel, 1f1b, ZeRO 1, micro-batch 2, recompute selective.
 Written by mlmdsl from tiny.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nproc-per-node 8 program.py --out runs/tiny_gpt
 Predicted: 0.213 s a step, 9,615 tokens/s and 0.0123 TFLOP/s per device (MFU 24.6 % of 0.05 TFLOP/s, counting matrix products

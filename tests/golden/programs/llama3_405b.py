@@ -1,6 +1,6 @@
-"""llama3_405b on h100x16384: tensor 8 (sequence parallel) x pipeline 8 (interleaved_1f1b x 8) x data 256 (ZeRO 1), micro-batch 1,
-recompute full.
+"""llama3_405b on h100x16384.
 
+Plan: tensor 8 x pipeline 8 x data 256, sequence parallel, interleaved_1f1b x 8, ZeRO 1, micro-batch 1, recompute full.
 Written by mlmdsl from llama3_405b.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nnodes 2048 --nproc-per-node 8 program.py --out runs/llama3_405b
 Predicted: 7.28 s a step, 141 tokens/s and 355 TFLOP/s per device (MFU 35.9 % of 989 TFLOP/s, counting matrix products only,

@@ -1,5 +1,6 @@
-"""llama3_70b on h100x256: data 256 (ZeRO 3), micro-batch 1, recompute full.
+"""llama3_70b on h100x256.
 
+Plan: data 256, ZeRO 3, micro-batch 1, recompute full.
 Written by mlmdsl from llama3_70b.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nnodes 32 --nproc-per-node 8 program.py --out runs/llama3_70b
 Predicted: 14 s a step, 1,168 tokens/s and 525 TFLOP/s per device (MFU 53.1 % of 989 TFLOP/s, counting matrix products only,

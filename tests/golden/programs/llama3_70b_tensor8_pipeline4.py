@@ -1,5 +1,6 @@
-"""llama3_70b on h100x256: tensor 8 (sequence parallel) x pipeline 4 (1f1b) x data 8 (ZeRO 1), micro-batch 1, recompute none.
+"""llama3_70b on h100x256.
 
+Plan: tensor 8 x pipeline 4 x data 8, sequence parallel, 1f1b, ZeRO 1, micro-batch 1, recompute none.
 Written by mlmdsl from llama3_70b.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nnodes 32 --nproc-per-node 8 program.py --out runs/llama3_70b
 Predicted: 16.7 s a step, 981 tokens/s and 441 TFLOP/s per device (MFU 44.5 % of 989 TFLOP/s, counting matrix products only,

@@ -1,5 +1,6 @@
-"""tiny_llama on laptop: tensor 2 (sequence parallel), micro-batch 1, recompute full.
+"""tiny_llama on laptop.
 
+Plan: tensor 2, sequence parallel, micro-batch 1, recompute full.
 Written by mlmdsl from tiny.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nproc-per-node 2 program.py --out runs/tiny_llama
 Predicted: 0.213 s a step, 9,615 tokens/s and 0.0123 TFLOP/s per device (MFU 24.6 % of 0.05 TFLOP/s, counting matrix products

@@ -1,5 +1,6 @@
-"""two_stacks on laptop: pipeline 4 (1f1b), micro-batch 1, recompute none.
+"""two_stacks on laptop.
 
+Plan: pipeline 4, 1f1b, micro-batch 1, recompute none.
 Written by mlmdsl from tiny.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nproc-per-node 4 program.py --out runs/two_stacks
 Predicted: 0.213 s a step, 9,615 tokens/s and 0.0123 TFLOP/s per device (MFU 24.6 % of 0.05 TFLOP/s, counting matrix products
