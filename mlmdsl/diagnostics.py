@@ -129,6 +129,7 @@ CODES: Mapping[str, str] = {
     "MLM0009": "a missing `=`",
     "MLM0010": "a word of the language as a name",
     "MLM0011": "brackets nested too deep",
+    "MLM0012": "an edition of the language that is not there",
     # 01xx: files, imports, items
     "MLM0101": "an imported file that is not there",
     "MLM0102": "imports in a circle",

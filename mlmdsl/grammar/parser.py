@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput, UnexpectedToken
@@ -28,6 +28,7 @@ from mlmdsl.grammar.tree import ToSyntax
 from mlmdsl.grammar.wording import ITEM_KEYWORDS, misspelt, report, unclosed
 
 _GRAMMAR = Path(__file__).with_name("mlm.lark")
+EDITION = "1"
 MAX_NESTING = 100  # brackets within brackets; the passes after this one recurse
 
 
@@ -45,7 +46,13 @@ def _lark() -> Lark:
 def parse(text: str, path: str, diagnostics: Diagnostics) -> syntax.File:
     """The file's items; statements that cannot be parsed are reported and left out."""
     diagnostics.sources[path] = text
-    return ToSyntax(path, text).transform(_tree(text, path, "start", diagnostics) or Tree("start", []))
+    tree: Tree[Token] = _tree(text, path, "start", diagnostics) or Tree("start", [])
+    for edition in tree.find_data("edition"):
+        number = cast(Token, edition.children[0])
+        if number != EDITION:
+            help = f"write mlm {EDITION}, or take a newer mlmdsl"
+            diagnostics.report("MLM0012", f"there is no edition {number} of the language", token_span(number, path), help=help)
+    return ToSyntax(path, text).transform(tree)
 
 
 def parse_expression(text: str, path: str, diagnostics: Diagnostics) -> syntax.Expr | None:
