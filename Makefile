@@ -20,9 +20,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 demo: $(STAMP)
-	rm -rf runs/demo
-	$(BIN)/mlmdsl run specs/quickstart.mlm --out runs/demo
-	$(BIN)/mlmdsl generate runs/demo --prompt "The import statement " --tokens 300
+	$(BIN)/mlmdsl plan specs/quickstart.mlm --here
+	$(BIN)/mlmdsl run specs/quickstart.mlm --here
+	$(BIN)/mlmdsl generate --prompt "The import statement " --tokens 300
 
 test: $(STAMP)
 	$(BIN)/python -m compileall -q mlmdsl

@@ -85,8 +85,8 @@ def _run(options: argparse.Namespace) -> int:
     _show(done.diagnostics, done.sources, "text")
     from mlmdsl.report.terminal import render_summary
 
-    print(render_summary(plan, color=_color(sys.stdout)), flush=True)
     out = Path(options.out or Path("runs") / f"{plan.model.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    print(f"{render_summary(plan, color=_color(sys.stdout))}\neverything goes to {out}", flush=True)
     _make_room(out, resuming=options.resume is not None)
     program.write(out)
     from mlmdsl.runtime.launch import launch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from math import floor
 
@@ -119,6 +120,7 @@ def _uniform(layers: int, first: float, last: float, stages: int) -> tuple[int, 
     raise AssertionError("one stage holds all layers")
 
 
+@cache
 def _spread(layers: int, stages: int, first: int, middle: int, last: int) -> tuple[int, ...]:
     """As even as the capacities allow."""
     found: list[int] = []
