@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlmdsl.diagnostics import Diagnostics
+from mlmdsl.diagnostics import Diagnostics, PlanError
 from mlmdsl.grammar.modules import read_file
 from mlmdsl.grammar.resolve import Resolved, resolve
 from mlmdsl.graph.build import build
 from mlmdsl.graph.graph import Graph
+from mlmdsl.planner.check import check
+from mlmdsl.planner.search import search
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "diagnostics.toml"
 MARK = "▸"
@@ -27,8 +29,9 @@ _MODEL = """model tiny {{
   output Linear(RMSNorm(h), weight = tok.weight)
 }}
 """
+_ATTENTION = "  repeat 4 as blocks { h = h + Attention(h, heads = 4, kv_heads = 2, causal = true) }"  # what a plan can split
 _SETTINGS = {
-    "cluster": {"nodes": "1", "devices_per_node": "2", "device": "cpu(memory = 2 GiB, fp32 = 40 GFLOPS)"},
+    "cluster": {"nodes": "1", "devices_per_node": "8", "device": "cpu(memory = 2 GiB, fp32 = 40 GFLOPS)"},
     "train": {
         "data": 'text("corpus.txt")',
         "seq_len": "64 tok",
@@ -72,6 +75,18 @@ class Case:
         overrides, pins = [_plain(o) for o in self.overrides], [_plain(p) for p in self.pins]
         resolved = resolve(ENTRY, _plain(self.marked), found, overrides=overrides, pins=pins, read=read)
         graph = build(resolved.model, found) if resolved.model else None
+        if resolved.spec and graph and not found.errors:
+            check(resolved.spec, graph, found)
+        return found, resolved, graph
+
+    def planned(self) -> tuple[Diagnostics, Resolved, Graph | None]:
+        """Through the planner as well, whose diagnostic is added."""
+        found, resolved, graph = self.run()
+        if resolved.spec and graph and not found.errors:
+            try:
+                search(resolved.spec, graph)
+            except PlanError as problem:
+                found.items += problem.diagnostics
         return found, resolved, graph
 
 
@@ -105,7 +120,7 @@ def wrapped(kind: str, fragment: str) -> str:
     if kind == "plan":
         items = "plan {\n" + _indented(fragment) + "\n}\n"
     if not re.search(r"^▸?model\b", items, re.M):
-        items += _MODEL.format(lines=_indented(fragment)) if kind == "model" else _MODEL.format(lines="  h = h + MLP(h)")
+        items += _MODEL.format(lines=_indented(fragment)) if kind == "model" else _MODEL.format(lines=_ATTENTION)
     for item, settings in _SETTINGS.items():
         if not re.search(rf"^▸?{item}\b", items, re.M):
             items += _config(item, settings, fragment if kind == item else "")
