@@ -26,11 +26,11 @@ def seconds(value: float) -> str:
 
 
 def days(value: float) -> str:
-    """Days, or hours and minutes where they say more."""
-    if value >= 2:
-        return f"{value:,.1f} days"
-    hours = value * 24
-    return f"{hours:.1f} hours" if hours >= 2 else f"{hours * 60:.1f} minutes"
+    """Days, or hours, minutes and seconds where they say more."""
+    for factor, unit in ((1, "days"), (24, "hours"), (24 * 60, "minutes")):
+        if value * factor >= 2:
+            return f"{value * factor:,.1f} {unit}"
+    return f"{value * 86400:.0f} seconds"
 
 
 def rate(bytes_per_second: float) -> str:

@@ -25,6 +25,7 @@ from mlmdsl import words
         (words.days(3), "3.0 days"),
         (words.days(0.5), "12.0 hours"),
         (words.days(0.01), "14.4 minutes"),
+        (words.days(0.001), "86 seconds"),
         (words.rate(50e9), "50 GB/s"),
         (words.percent(0.0512), "5.1 %"),
         (words.percent(0.4), "40 %"),
