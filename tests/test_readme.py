@@ -55,5 +55,7 @@ def test_the_program_is_an_excerpt_of_the_emitted_one():
 
 def test_the_commands_are_targets_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make (\w+)", README.read_text(encoding="utf-8")):
+    named = re.findall(r"(?:^|`)make (\w+)", README.read_text(encoding="utf-8"), re.M)
+    assert {"demo", "test"} <= set(named)
+    for target in named:
         assert f"\n{target}: " in makefile, target
