@@ -36,6 +36,7 @@ class Module:
     path: str
     file: s.File
     imports: dict[str, Module] = field(default_factory=dict[str, "Module"])
+    broken: set[str] = field(default_factory=set[str])  # imports that are already reported
 
     def named(self, kind: type[s.Item]) -> dict[str, s.Item]:
         return {getattr(item, "name", None) or "": item for item in self.file.items if isinstance(item, kind)}
@@ -65,6 +66,14 @@ class Loader:
         return module
 
     def _import(self, module: Module, item: s.Import, chain: tuple[tuple[str, Span], ...]) -> None:
+        name = item.name or Path(item.path).stem
+        loaded = self._imported(module, item, chain)
+        if loaded is None:
+            module.broken.add(name)
+        else:
+            module.imports[name] = loaded
+
+    def _imported(self, module: Module, item: s.Import, chain: tuple[tuple[str, Span], ...]) -> Module | None:
         path = (
             item.path
             if item.path.startswith("std/")
@@ -81,16 +90,14 @@ class Loader:
                 secondary=(Label(first, "the circle begins here"),) if first != item.path_span else (),
                 help="move what both need into a third file",
             )
-            return
+            return None
         try:
-            loaded = self.load(path, None, chain)
+            return self.load(path, None, chain)
         except UnicodeDecodeError:
             report("MLM0103", f"{item.path} is not UTF-8 text", item.path_span)
-            return
         except OSError:
             report("MLM0101", f"there is no file {item.path}", item.path_span, help=self._near(module, item.path))
-            return
-        module.imports[item.name or Path(item.path).stem] = loaded
+        return None
 
     def _near(self, module: Module, path: str) -> str:
         folder = STD if path.startswith("std/") else Path(os.path.dirname(module.path) or ".", os.path.dirname(path))

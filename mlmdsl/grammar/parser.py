@@ -142,8 +142,8 @@ class _Feeder:
             if (mended := self._mended(tokens, position)) is not None:
                 return mended
             after = tokens[position + 1] if position + 1 < len(tokens) else None
-            report(problem, self.statement, after, self.opened, self.path, self.diagnostics)
-            return self._skip(tokens, position)
+            ended = report(problem, self.statement, after, self.opened, self.path, self.diagnostics)
+            return self._skip(tokens, position, ended=ended)
         self.statement.append(token)
         self._mark(token)
         return position + 1
@@ -187,15 +187,18 @@ class _Feeder:
             self.marks[-1] = _copy(self.parser)
             self.statement = []
 
-    def _skip(self, tokens: list[Token], position: int) -> int:
-        """Back to the statement's start, on to the first token after it; names that it defines get a value that is broken."""
-        started = self.statement[0] if self.statement else tokens[position]
-        first = position - len(self.statement)
+    def _skip(self, tokens: list[Token], position: int, *, ended: bool = False) -> int:
+        """Back to the statement's start, on to the first token after it (where it has `ended`, the one at `position`); names
+        that it defines get a value that is broken."""
+        first = min(position, len(tokens) - 1)
+        started = self.statement[0] if self.statement else tokens[first]
+        while tokens[first] is not started:  # newlines inside brackets lie between
+            first -= 1
         self.opened = [t for t in self.opened if (t.start_pos or 0) < (started.start_pos or 0)]
         self.parser = _copy(self.marks[-1])
         depth = sum((t.type == "LBRACE") - (t.type == "RBRACE") for t in self.statement)
         self.statement = []
-        while position < len(tokens):
+        while position < len(tokens) and not ended:
             token = tokens[position]
             if token.type == "_NL" and depth <= 0:
                 position += 1

@@ -116,6 +116,7 @@ class _Resolver:
         """Consts and params of a file, imported files under their names."""
         if not hasattr(module, "values"):
             values: dict[str, Any] = {name: self._values(other) for name, other in module.imports.items()}
+            values |= dict.fromkeys(module.broken, POISON)
             module.values = values  # type: ignore[attr-defined]
             for item in module.file.items:
                 if isinstance(item, s.Const | s.Param):
@@ -149,6 +150,8 @@ class _Resolver:
         """What `from name` refers to."""
         head, _, tail = name.rpartition(".")
         home = module if not head else module.imports.get(head)
+        if head in module.broken:
+            return None
         if home is None:
             help = did_you_mean(head, module.imports) or "import its file first"
             self._report("MLM0108", f"there is no import `{head}`", span, help=help)
@@ -314,15 +317,12 @@ class _Resolver:
                 local[statement.name] = self._evaluator(home, local).defined(statement)
             elif isinstance(statement, s.Setting):
                 where = (statement.span.file, str(id(home)), statement.key)
-                if where in seen and not statement.span.file.startswith("--set"):
-                    self._report(
-                        "MLM0315",
-                        f"`{statement.key}` is set twice",
-                        statement.key_span,
-                        secondary=(Label(seen[where], "set here first"),),
-                    ) if _same_item(whole, statement.span, seen[where]) else None
-                seen[where] = statement.key_span
                 values[statement.key] = self._setting(home, local, statement)
+                if where in seen and _same_item(whole, statement.span, seen[where]):
+                    first = (Label(seen[where], "set here first"),)
+                    self._report("MLM0315", f"`{statement.key}` is set twice", statement.key_span, secondary=first)
+                    values[statement.key] = POISON
+                seen[where] = statement.key_span
                 spans[statement.key], keys[statement.key] = statement.value.span, statement.key_span
         return Settings(what, values, spans, whole, self.loader.diagnostics, keys)
 

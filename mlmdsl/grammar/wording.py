@@ -70,16 +70,18 @@ def report(
     opened: Sequence[Token],
     path: str,
     diagnostics: Diagnostics,
-) -> None:
-    """One diagnostic for one refused token; the first rule that knows the mistake words it."""
+) -> bool:
+    """One diagnostic for one refused token; the first rule that knows the mistake words it. Whether the token is the first of
+    another statement."""
     token = problem.token
     where = token_span(token, path)
     text, last = str(token), statement[-1] if statement else None
     bracket = next((t for t in reversed(opened) if t.type != "LBRACE"), None)
     expected = problem.accepts or problem.expected
 
-    def say(code: str, message: str, label: str = "", help: str = "") -> None:
+    def say(code: str, message: str, label: str = "", help: str = "") -> bool:
         diagnostics.report(code, message, where, label=label, help=help)
+        return False
 
     if token.type == "BAD":
         if text == '"':
@@ -94,7 +96,8 @@ def report(
     if bracket is not None and (
         token.type in ("RBRACE", *ITEM_KEYWORDS) or (last is not None and _on_new_statement(token, last, after))
     ):
-        return unclosed(bracket, path, diagnostics, Label(where, "this does not belong inside"))
+        unclosed(bracket, path, diagnostics, Label(where, "this does not belong inside"))
+        return token.type not in ITEM_KEYWORDS
     if token.type in _STATEMENTS and not statement:
         return say("MLM0007", f"`{text}` does not belong here", help=f"it stands {_STATEMENTS[token.type]}")
     if token.type in ITEM_KEYWORDS and not statement:

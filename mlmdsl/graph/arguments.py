@@ -137,6 +137,21 @@ def check_scalar(body: Evaluator, formal: s.Formal, value: Any, where: Span) -> 
     )
 
 
+def undivided(body: Evaluator, formal: s.Formal, value: Any, given: Given) -> bool:
+    """Reports a default such as `head_dim: int = d / heads` where the one does not divide the other."""
+    assert formal.type is not None
+    ratio = formal.default
+    if formal.type.base != "int" or not isinstance(ratio, s.Binary) or ratio.operator != "/" or not isinstance(value, float):
+        return False
+    left, right = body.value(ratio.left), body.value(ratio.right)
+    names = [part.name for part in (ratio.right, ratio.left) if isinstance(part, s.Name)]
+    where = next((given.spans[name] for name in names if name in given.spans), given.span)
+    message = f"`{formal.name}` of `{given.name}` would be {left} / {right}, which is no integer"
+    help = f"{names[0]} has to divide {left}" if names else f"give {formal.name}"
+    body.poison("MLM0410", message, where, secondary=(Label(formal.span, "declared here"),), help=help)
+    return True
+
+
 def match_dims(body: Any, formal: s.Formal, value: Any, where: Span) -> Any:
     """A formal such as `x: [B, S, d]`: names not known yet are bound to the tensor's sizes, the others have to agree."""
     assert formal.type is not None and formal.type.dims is not None

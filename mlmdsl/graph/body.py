@@ -10,7 +10,7 @@ from mlmdsl.diagnostics import Label, Span
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.evaluate import POISON, Evaluator, argument_names, did_you_mean, kind_of
 from mlmdsl.grammar.spec import BlockSource
-from mlmdsl.graph.arguments import Given, bind_tensors, check_scalar, match_dims
+from mlmdsl.graph.arguments import Given, bind_tensors, check_scalar, match_dims, undivided
 from mlmdsl.graph.calls import OPERATORS, SIGNATURES, Signature
 from mlmdsl.graph.graph import Carried, Node, Scalar
 from mlmdsl.graph.ops import CATALOGUE
@@ -308,6 +308,8 @@ class Body(Evaluator):
         where = given.spans.get(formal.name, given.span)
         if formal.type.dims is not None:
             return match_dims(self, formal, value, where)
+        if formal.name not in given.spans and undivided(self, formal, value, given):
+            return POISON
         return check_scalar(self, formal, value, where)
 
     # ---- primitive operations ---------------------------------------------------------------------------------------

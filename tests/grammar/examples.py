@@ -75,13 +75,18 @@ class Case:
         overrides, pins = [_plain(o) for o in self.overrides], [_plain(p) for p in self.pins]
         resolved = resolve(ENTRY, _plain(self.marked), found, overrides=overrides, pins=pins, read=read)
         graph = build(resolved.model, found) if resolved.model else None
+        return found, resolved, graph
+
+    def checked(self) -> tuple[Diagnostics, Resolved, Graph | None]:
+        """Through the check of the constraints as well."""
+        found, resolved, graph = self.run()
         if resolved.spec and graph and not found.errors:
             check(resolved.spec, graph, found)
         return found, resolved, graph
 
     def planned(self) -> tuple[Diagnostics, Resolved, Graph | None]:
-        """Through the planner as well, whose diagnostic is added."""
-        found, resolved, graph = self.run()
+        """Through the search, whose diagnostic is added."""
+        found, resolved, graph = self.checked()
         if resolved.spec and graph and not found.errors:
             try:
                 search(resolved.spec, graph)

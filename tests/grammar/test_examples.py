@@ -13,7 +13,7 @@ EXAMPLES = {code: found for code, entry in table().items() if (found := cases(en
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_bad_example(code: str) -> None:
     bad, _ = EXAMPLES[code]
-    found, _, graph = bad.planned() if code.startswith("MLM06") else bad.run()
+    found, _, graph = bad.planned() if code.startswith("MLM06") else bad.checked()
     assert [d.code for d in found.items if d.code != "MLM0513"] == [code] * (code != "MLM0513"), found.items
     first = next(d for d in found.items if d.code == code)
     assert first.span is not None
@@ -24,7 +24,7 @@ def test_bad_example(code: str) -> None:
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_good_example(code: str) -> None:
     _, good = EXAMPLES[code]
-    found, resolved, graph = good.planned() if code.startswith("MLM06") else good.run()
+    found, resolved, graph = good.planned() if code.startswith("MLM06") else good.checked()
     assert not found.errors
     assert resolved.spec is not None and graph is not None
     assert all(d.code == "MLM0513" for d in found.items)

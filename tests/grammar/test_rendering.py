@@ -31,7 +31,7 @@ def several() -> tuple[list[Diagnostic], dict[str, str]]:
 
 @pytest.mark.parametrize("code", BAD)
 def test_text(code: str, golden: Golden) -> None:
-    found, _, _ = BAD[code].planned() if code.startswith("MLM06") else BAD[code].run()
+    found, _, _ = BAD[code].planned() if code.startswith("MLM06") else BAD[code].checked()
     items = [d for d in found.items if d.code == code]
     golden(f"diagnostics/{code}.txt", render(items, found.sources) + "\n")
 
