@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
 
     out = Path(options.out or Path("runs") / f"{plan.model.name}-{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{render_summary(plan, color=_color(sys.stdout))}\neverything goes to {out}", flush=True)
-    _make_room(out, resuming=options.resume is not None)
+    _make_room(out, program.files, resuming=options.resume is not None)
     program.write(out)
     from mlmdsl.runtime.launch import launch
 
@@ -105,7 +105,7 @@ def _compile_to_run(options: argparse.Namespace) -> Compilation:
 
     plan = load_plan(_read(options.spec), options.spec)
     path = str(Path(options.spec).parent / plan.spec)
-    return compile_spec(_read(path), path=path, overrides=plan.overrides, plan=plan)
+    return compile_spec(_read(path), path=path, overrides=plan.overrides, folder=plan.folder, plan=plan)
 
 
 def _program_arguments(options: argparse.Namespace, out: Path) -> list[str]:
@@ -129,7 +129,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise _usage(f"{run} is no run: it has no plan.json", "name the folder that `mlmdsl run --out` wrote")
     path = str(run / "spec.mlm")
     plan = load_plan(_read(str(run / "plan.json")), str(run / "plan.json"))
-    done = compile_spec(_read(path), path=path, overrides=plan.overrides, until="graph")
+    done = compile_spec(_read(path), path=path, overrides=plan.overrides, folder=plan.folder, until="graph")
     assert done.spec is not None and done.graph is not None
     from mlmdsl.runtime.generate import generate
 
@@ -237,15 +237,16 @@ def _relative(spec: str, folder: Path) -> str:
     return os.path.relpath(Path(spec).resolve(), folder.resolve())
 
 
-def _make_room(out: Path, resuming: bool) -> None:
-    """A run never overwrites another; a resumed one keeps the program and plan that it replaces."""
+def _make_room(out: Path, files: Mapping[str, str], resuming: bool) -> None:
+    """A run never overwrites another; a resumed one keeps what it replaces by something else."""
     if not out.exists():
         return
     if not resuming and any(out.iterdir()):
         raise _usage(f"{out} already holds a run", "continue it with --resume, or name another folder with --out")
-    for name in ("program.py", "plan.json", "spec.mlm"):
-        if (out / name).exists():
-            shutil.copy2(out / name, _free_name(out, name))
+    for name, text in files.items():
+        path = out / name
+        if path.exists() and path.read_bytes() != text.encode():
+            shutil.copy2(path, _free_name(out, name))
 
 
 def _free_name(out: Path, name: str) -> Path:
@@ -253,7 +254,7 @@ def _free_name(out: Path, name: str) -> Path:
     number = 1
     while (path := out / "before" / f"{stem}.{number}.{suffix}").exists():
         number += 1
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -46,12 +46,13 @@ def compile_spec(
     path: str = "spec.mlm",
     overrides: Sequence[str] = (),
     pins: Sequence[str] = (),
+    folder: str | None = None,
     until: Pass = "program",
     plan: Plan | None = None,
 ) -> Compilation:
     """Compile `text`, which stands in the file `path` (its imports are relative to it), up to the pass `until`.
 
-    overrides: "gpt2.d=1024"; pins: "tensor=4". A given `plan`, a saved one, is taken instead of a search. Raises SpecError with
+    overrides: "gpt2.d=1024"; pins: "tensor=4"; folder: where relative paths of data start (default: beside `path`). A given `plan`, a saved one, is taken instead of a search. Raises SpecError with
     every problem of the text, PlanError where no plan fits or the given one was made from another text.
     """
     found = Diagnostics()
@@ -59,7 +60,7 @@ def compile_spec(
         syntax = parse(text, path, found)
         found.raise_if_errors()
         return Compilation(tuple(found.items), {path: text}, syntax)
-    resolved = resolve(path, text, found, overrides=overrides, pins=pins)
+    resolved = resolve(path, text, found, overrides=overrides, pins=pins, folder=folder)
     graph = build(resolved.model, found) if resolved.model else None
     spec = resolved.spec
     if spec and graph and not found.errors:

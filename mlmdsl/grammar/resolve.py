@@ -31,6 +31,7 @@ _Item = TypeVar("_Item", bound=s.Item)
 @dataclass(frozen=True)
 class Resolved:
     path: str
+    folder: str
     sources: Mapping[str, str]
     sha256: str
     overrides: tuple[str, ...]
@@ -45,6 +46,7 @@ class Resolved:
             return None
         return Spec(
             path=self.path,
+            folder=self.folder,
             sources=dict(self.sources),
             sha256=self.sha256,
             overrides=self.overrides,
@@ -62,21 +64,24 @@ def resolve(
     *,
     overrides: Sequence[str] = (),
     pins: Sequence[str] = (),
+    folder: str | None = None,
     read: Callable[[str], str] = read_file,
 ) -> Resolved:
-    """Everything of `text` but the model's shapes. overrides: "gpt2.d=1024"; pins: "tensor=4", stronger than the text's."""
+    """Everything of `text` but the model's shapes. overrides: "gpt2.d=1024"; pins: "tensor=4", stronger than the text's. folder:
+    what relative paths of data are relative to, where that is not the text's own."""
+    start = folder or os.path.dirname(os.path.abspath(path))
     loader = Loader(read, diagnostics)
     entry = loader.load(path, text)
     changes = Overrides(overrides, diagnostics)
     resolver = _Resolver(loader, entry, changes)
     model = resolver.model()
     cluster = resolver.cluster()
-    train = resolver.train()
+    train = resolver.train(start)
     plan = resolver.plan(pins)
     changes.report_unused()
     files = {p: m.file.source for p, m in loader.modules.items() if not p.startswith("std/")}
     digest = fingerprint(files.values(), overrides)
-    return Resolved(path, files, digest, tuple(overrides), model, cluster, train, plan)
+    return Resolved(path, start, files, digest, tuple(overrides), model, cluster, train, plan)
 
 
 class _Names(Evaluator):
@@ -284,13 +289,13 @@ class _Resolver:
     def _pool(self, module: Module, sub: s.SubConfig) -> Settings:
         return self._evaluated(f"pool {sub.name or ''}".strip(), module, [(module, x) for x in sub.settings], sub.span)
 
-    def train(self) -> Train | None:
+    def train(self, folder: str) -> Train | None:
         is_train: Callable[[s.Config], bool] = lambda item: item.kind == "train"  # noqa: E731
         found = self._one(s.Config, "train", is_train, "train { data = ...  seq_len = 1024 tok  batch = 512 seq  ... }")
         settings = found and self._settings(found, "train")
         if settings is None:
             return None
-        return read_train(settings[0], os.path.dirname(os.path.abspath(self.entry.path)))
+        return read_train(settings[0], folder)
 
     def _settings(self, item: s.Config, what: str) -> tuple[Settings, Module, tuple[s.ConfigStatement, ...]] | None:
         """The settings of an item, those that it inherits and those of --set joined."""

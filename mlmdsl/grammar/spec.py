@@ -173,9 +173,11 @@ class BlockSource(Frozen):
 
 
 class Spec(Frozen):
-    """`sources` maps each file read to its text; `sha256` is over the entry file, its imports (not std) and the overrides."""
+    """`sources` maps each file read to its text; `sha256` is over the entry file, its imports (not std) and the overrides.
+    `folder` is where relative paths of data and tokenizer start."""
 
     path: str
+    folder: str
     sources: dict[str, str]
     sha256: str
     overrides: tuple[str, ...]

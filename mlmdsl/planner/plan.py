@@ -203,6 +203,7 @@ class Plan(Frozen):
     version: int = 1
     spec: str = "spec.mlm"  # where the spec lies, relative to the plan's file
     spec_sha256: str
+    folder: str | None = None  # where relative paths of data start; None: beside the spec
     overrides: tuple[str, ...] = ()  # the `--set`s that were in force
     plan: PlanVariables
     predicted: Predicted

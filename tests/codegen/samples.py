@@ -75,6 +75,7 @@ def spec(
     )
     return Spec(
         path=path,
+        folder="/specs",
         sources=sources or {path: "# tiny\n"},
         sha256="0" * 64,
         overrides=(),
