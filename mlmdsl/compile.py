@@ -52,8 +52,9 @@ def compile_spec(
 ) -> Compilation:
     """Compile `text`, which stands in the file `path` (its imports are relative to it), up to the pass `until`.
 
-    overrides: "gpt2.d=1024"; pins: "tensor=4"; folder: where relative paths of data start (default: beside `path`). A given `plan`, a saved one, is taken instead of a search. Raises SpecError with
-    every problem of the text, PlanError where no plan fits or the given one was made from another text.
+    overrides: "gpt2.d=1024"; pins: "tensor=4"; folder: where relative paths of data start (default: beside `path`). A given
+    `plan`, a saved one, is taken instead of a search. Raises SpecError with every problem of the text, PlanError where no plan
+    fits or the given one was made from another text.
     """
     found = Diagnostics()
     if until == "syntax":

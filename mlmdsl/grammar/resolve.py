@@ -67,8 +67,8 @@ def resolve(
     folder: str | None = None,
     read: Callable[[str], str] = read_file,
 ) -> Resolved:
-    """Everything of `text` but the model's shapes. overrides: "gpt2.d=1024"; pins: "tensor=4", stronger than the text's. folder:
-    what relative paths of data are relative to, where that is not the text's own."""
+    """Everything of `text` but the model's shapes. overrides: "gpt2.d=1024"; pins: "tensor=4", stronger than the text's.
+    folder: what relative paths of data are relative to, where that is not the text's own."""
     start = folder or os.path.dirname(os.path.abspath(path))
     loader = Loader(read, diagnostics)
     entry = loader.load(path, text)

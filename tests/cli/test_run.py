@@ -1,4 +1,4 @@
-"""From a spec to a trained model through the commands, on two or four processes: files, losses, resuming, sampling, torchrun."""
+"""From a spec to a trained model through the commands: files, losses, resuming, sampling, torchrun."""
 
 from __future__ import annotations
 
