@@ -122,17 +122,15 @@ def _uniform(layers: int, first: float, last: float, stages: int) -> tuple[int, 
 
 @cache
 def _spread(layers: int, stages: int, first: int, middle: int, last: int) -> tuple[int, ...]:
-    """As even as the capacities allow."""
-    found: list[int] = []
-    rest = layers
-    for stage in range(stages - 1):
-        after = stages - stage - 1
-        room = middle * (after - 1) + last
-        capacity = first if stage == 0 else middle
-        size = min(max(rest // (after + 1), rest - room, 1), capacity, rest - after)
-        found.append(size)
-        rest -= size
-    return (*found, rest)
+    """As even as the capacities allow: filled up to one level, of which the first stages that reach it give back what is too
+    much."""
+    capacities = (first, *[middle] * (stages - 2), last)
+    level = next(n for n in range(1, layers + 1) if sum(min(n, most) for most in capacities) >= layers)
+    found = [min(level, most) for most in capacities]
+    full = [stage for stage, size in enumerate(found) if size == level]
+    for stage in full[: sum(found) - layers]:
+        found[stage] -= 1
+    return tuple(found)
 
 
 # ---- layers of several kinds ----------------------------------------------------------------------------------------
