@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlmdsl.codegen.emit import Program, emit
-from mlmdsl.diagnostics import Diagnostic, Diagnostics
+from mlmdsl.diagnostics import Diagnostic, Diagnostics, PlanError
 from mlmdsl.grammar.parser import parse
 from mlmdsl.grammar.resolve import resolve
 from mlmdsl.grammar.spec import Spec
@@ -72,9 +72,12 @@ def compile_spec(
     done = Compilation(tuple(found.items), dict(resolved.sources), None, spec, graph)
     if until in ("spec", "graph"):
         return done
-    if plan is not None:
-        verify_spec(plan, spec)
-    chosen = plan or search(spec, graph)
+    try:
+        if plan is not None:
+            verify_spec(plan, spec)
+        chosen = plan or search(spec, graph)
+    except PlanError as problem:
+        raise PlanError(problem.diagnostics, found.sources) from None
     verify_layout(graph, chosen)
     program = emit(spec, graph, chosen) if until == "program" else None
     return Compilation(done.diagnostics, done.sources, None, spec, graph, chosen, program)

@@ -34,7 +34,7 @@ def runners_up(outcome: Outcome) -> tuple[Alternative, ...]:
             chosen.append(found)
     rest = (found for found in others[:_RUNNERS_UP] if found not in chosen)
     chosen += [found for found, _ in zip(rest, range(_RUNNERS_UP - len(chosen)), strict=False)]
-    chosen.sort(key=Found.order)
+    chosen.sort(key=lambda found: (found.objective, found.order()))
     return tuple(Alternative(plan=variables(f.candidate), predicted=predicted(f.place, f.candidate)) for f in chosen)
 
 
@@ -111,7 +111,6 @@ def _largest(stage: StageMemory) -> tuple[str, int]:
 def nothing_fits(outcome: Outcome, explore: Explore) -> PlanError:
     """MLM0601 memory, MLM0602 a rule, MLM0603 the pins, MLM0604 nothing legal: the tightest true reason, and what would
     help."""
-    spec = outcome.setting.spec
     rules = {key: tally for key, tally in outcome.rejected.items() if key[1]}
     if rules:
         diagnostic = _rules(outcome, rules, explore)
@@ -119,7 +118,7 @@ def nothing_fits(outcome: Outcome, explore: Explore) -> PlanError:
         diagnostic = _memory(outcome, explore)
     else:
         diagnostic = _nothing_legal(outcome, explore)
-    return PlanError([diagnostic], sources=spec.sources)
+    return PlanError([diagnostic])
 
 
 def _rules(outcome: Outcome, rules: dict[tuple[str, str], Tally], explore: Explore) -> Diagnostic:
