@@ -128,7 +128,7 @@ CODES: Mapping[str, str] = {
     "MLM0008": "a closing bracket too many",
     "MLM0009": "a missing `=`",
     "MLM0010": "a word of the language as a name",
-    "MLM0011": "brackets nested too deep",
+    "MLM0011": "nesting too deep",
     "MLM0012": "an edition of the language that is not there",
     # 01xx: files, imports, items
     "MLM0101": "an imported file that is not there",
@@ -221,6 +221,7 @@ CODES: Mapping[str, str] = {
     "MLM0520": "an expectation that fails",
     "MLM0521": "a computation with an unknown size",
     "MLM0522": "an operator that tensors do not have",
+    "MLM0523": "a model of too many statements",
     # 06xx: planning and saved plans
     # 07xx: the run: data, tokenizers, checkpoints, processes
     "MLM0601": "no plan fits the memory of the devices",

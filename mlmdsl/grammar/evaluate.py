@@ -32,6 +32,7 @@ class Poison:
 
 
 POISON: Final = Poison()
+_OUT_OF_REACH = "this number is out of reach"
 _LIMIT = 1e300  # a power beyond this is refused before it is computed
 
 
@@ -106,8 +107,10 @@ class Evaluator:
     def value(self, expr: s.Expr) -> Any:
         """The value, or POISON."""
         match expr:
-            case s.Number() | s.String() | s.Bool():
+            case s.String() | s.Bool():
                 return expr.value
+            case s.Number():
+                return expr.value if math.isfinite(expr.value) else self.poison("MLM0208", _OUT_OF_REACH, expr.span)
             case s.NoneLiteral():
                 return None
             case s.Broken():
@@ -155,9 +158,9 @@ class Evaluator:
             return self.poison(
                 "MLM0303", f"`per {expr.per}` is no share of a link", expr.span, help="write `per gpu` or `per node`"
             )
-        found = quantity(expr.number, expr.unit, expr.per)
+        found = quantity(float(expr.number), expr.unit, expr.per)
         if found is not None:
-            return found
+            return found if math.isfinite(found.value) else self.poison("MLM0208", _OUT_OF_REACH, expr.span)
         if expr.unit in ("K", "M", "B", "T", "k", "G"):
             return self.poison("MLM0304", f"`{expr.unit}` alone is no unit", expr.span, help=_spelled_out(expr))
         near = nearest_unit(expr.unit)
@@ -222,8 +225,10 @@ class Evaluator:
 
     def unary(self, expr: s.Unary) -> Any:
         value = self.value(expr.operand)
-        if value is POISON:
-            return POISON
+        return POISON if value is POISON else self.applied(expr, value)
+
+    def applied(self, expr: s.Unary, value: Any) -> Any:
+        """The operator of one sound value."""
         if expr.operator == "not" and isinstance(value, bool):
             return not value
         if expr.operator == "-" and _is_number(value):
@@ -288,7 +293,7 @@ class Evaluator:
         try:
             value = _ARITHMETIC[operator](left, right)
         except (OverflowError, ValueError, ZeroDivisionError):
-            return self.poison("MLM0208", "this number is out of reach", expr.span)
+            return self.poison("MLM0208", _OUT_OF_REACH, expr.span)
         if operator == "/" and isinstance(left, int) and isinstance(right, int) and left % right == 0:
             return left // right
         return value

@@ -95,7 +95,7 @@ class Loader:
             return self.load(path, None, chain)
         except UnicodeDecodeError:
             report("MLM0103", f"{item.path} is not UTF-8 text", item.path_span)
-        except OSError:
+        except (OSError, ValueError):  # a path with a NUL is a ValueError
             report("MLM0101", f"there is no file {item.path}", item.path_span, help=self._near(module, item.path))
         return None
 

@@ -19,8 +19,9 @@ from typing import Any, cast
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput, UnexpectedToken
 from lark.parsers.lalr_interactive_parser import InteractiveParser
+from lark.tree import Meta
 
-from mlmdsl.diagnostics import Diagnostics, Label
+from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax
 from mlmdsl.grammar.recovery import placeholders
 from mlmdsl.grammar.tokens import Tokens, token_span
@@ -30,6 +31,7 @@ from mlmdsl.grammar.wording import ITEM_KEYWORDS, misspelt, report, unclosed
 _GRAMMAR = Path(__file__).with_name("mlm.lark")
 EDITION = "1"
 MAX_NESTING = 100  # brackets within brackets; the passes after this one recurse
+MAX_DEPTH = 320  # of the tree that lark makes: a level for an operator, three for a call with named arguments
 
 
 @cache
@@ -76,24 +78,39 @@ def lex(text: str) -> list[Token]:
 
 
 def _tree(text: str, path: str, start: str, diagnostics: Diagnostics) -> Tree[Token] | None:
-    tokens = lex(text)
-    if _too_deep(tokens, path, diagnostics):
+    tokens = _shallow(_lark().lex(plain(text)), path, diagnostics)
+    if tokens is None:
         return None
     feeder = _Feeder(_lark().parse_interactive("", start=start), path, diagnostics)
-    return feeder.run(tokens)
+    tree = feeder.run(tokens)
+    deep = tree and _too_deep(tree)
+    if deep:
+        message = f"operators, calls or statements are nested more than {MAX_DEPTH} deep"
+        where = Span(path, deep.line, deep.column, deep.end_line, deep.end_column)
+        diagnostics.report("MLM0011", message, where, help="name the inner parts")
+        return None
+    return tree
 
 
-def _too_deep(tokens: Iterable[Token], path: str, diagnostics: Diagnostics) -> bool:
-    depth = 0
+def _shallow(tokens: Iterable[Token], path: str, diagnostics: Diagnostics) -> list[Token] | None:
+    """The tokens; None where their brackets are nested too deep (reported)."""
+    depth, found = 0, list[Token]()
     for token in tokens:
-        depth += (token.type in _OPEN) - (token.type in _CLOSE)
+        found.append(token)
+        depth = max(0, depth + (token.type in _OPEN) - (token.type in _CLOSE))
         if depth > MAX_NESTING:
-            where = token_span(token, path)
-            diagnostics.report(
-                "MLM0011", f"brackets are nested more than {MAX_NESTING} deep", where, help="name the inner parts"
-            )
-            return True
-    return False
+            message = f"brackets are nested more than {MAX_NESTING} deep"
+            diagnostics.report("MLM0011", message, token_span(token, path), help="name the inner parts")
+            return None
+    return found
+
+
+def _too_deep(tree: Tree[Token]) -> Meta | None:
+    """Where a tree stands that is below MAX_DEPTH others."""
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in node.children if isinstance(child, Tree)]
+    return next((node.meta for node in level if not node.meta.empty), None)
 
 
 _OPEN = {"LPAR": "(", "LSQB": "[", "LBRACE": "{"}
@@ -141,6 +158,9 @@ class _Feeder:
                 return position
             if (mended := self._mended(tokens, position)) is not None:
                 return mended
+            if token.type == "BAD" and self._idle(tokens, position):
+                report(problem, self.statement, None, self.opened, self.path, self.diagnostics)
+                return position + 1
             after = tokens[position + 1] if position + 1 < len(tokens) else None
             ended = report(problem, self.statement, after, self.opened, self.path, self.diagnostics)
             return self._skip(tokens, position, ended=ended)
@@ -161,6 +181,12 @@ class _Feeder:
         self.parser = _copy(self.marks[-1])
         self.statement = []
         return first
+
+    def _idle(self, tokens: list[Token], position: int) -> bool:
+        """A bad character that stands alone before a statement or after it: the statement can do without it."""
+        line = [t for t in tokens[max(0, position - 1) : position + 2] if t.type == "BAD"]
+        last = position + 1 < len(tokens) and tokens[position + 1].type == "_NL"
+        return len(line) == 1 and str(tokens[position]) != '"' and (not self.statement or last)
 
     def _close_blocks(self, token: Token) -> None:
         """Closes all blocks that are open."""

@@ -7,7 +7,7 @@ resolved, and `Resolved.spec` the whole when all could.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -248,27 +248,30 @@ class _Resolver:
         return names | {n: f"{module.path}:{n}" for n in module.blocks}
 
     def _recursion(self, sources: Mapping[str, BlockSource]) -> None:
-        reported: set[str] = set()
+        """Reports blocks that call themselves; depth first, with a stack of its own."""
+        done: set[str] = set()
 
-        def visit(key: str, chain: tuple[str, ...]) -> None:
-            if key in chain:
-                circle = chain[chain.index(key) :]
-                if not reported & set(circle):
-                    reported.update(circle)
-                    shown = " -> ".join(sources[k].block.name for k in (*circle, key))
-                    self._report(
-                        "MLM0107",
-                        f"a block contains itself: {shown}",
-                        sources[key].block.name_span,
-                        help="use `repeat` for depth",
-                    )
-                return
-            for name in _called(sources[key].block.body):
-                if name in sources[key].blocks and sources[key].blocks[name] in sources:
-                    visit(sources[key].blocks[name], (*chain, key))
+        def called(key: str) -> Iterator[str]:
+            names = dict.fromkeys(_called(sources[key].block.body))
+            return iter([target for n in names if (target := sources[key].blocks.get(n)) in sources and target])
 
-        for key in sources:
-            visit(key, ())
+        for start in sources:
+            chain = {} if start in done else {start: called(start)}
+            while chain:
+                key, ahead = next(reversed(chain.items()))
+                inner = next(ahead, None)
+                if inner is None:
+                    done.add(key)
+                    del chain[key]
+                elif inner in chain:
+                    self._circle(sources, [*chain], inner)
+                elif inner not in done:
+                    chain[inner] = called(inner)
+
+    def _circle(self, sources: Mapping[str, BlockSource], chain: list[str], key: str) -> None:
+        shown = " -> ".join(sources[k].block.name for k in (*chain[chain.index(key) :], key))
+        where = sources[key].block.name_span
+        self._report("MLM0107", f"a block contains itself: {shown}", where, help="use `repeat` for depth")
 
     # ---- cluster and train ------------------------------------------------------------------------------------------
 

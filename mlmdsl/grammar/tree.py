@@ -21,10 +21,13 @@ _QUANTITY = re.compile(
 _ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
 
 
+_MOST_DIGITS = 300  # of an integer; a longer one is infinite, which the evaluator refuses
+
+
 def number(text: str) -> int | float:
     """`50_257` is an int, `3e-4` and `1.0` are floats."""
     digits = text.replace("_", "")
-    return int(digits) if digits.isdigit() else float(digits)
+    return int(digits) if digits.isdigit() and len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def unescape(literal: str) -> str:

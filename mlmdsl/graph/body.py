@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,11 +15,12 @@ from mlmdsl.graph.calls import OPERATORS, SIGNATURES, Signature
 from mlmdsl.graph.graph import Carried, Node, Scalar
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import ShapeProblem
-from mlmdsl.graph.state import State
+from mlmdsl.graph.state import MAX_STATEMENTS, State
 from mlmdsl.graph.tensor import TensorType, Weight
 from mlmdsl.graph.values import Scope, ScopeRef, Symbol, TensorValue, WeightRef
-from mlmdsl.graph.walk import assigned_names, capitalised, dotted, mentions, snake
+from mlmdsl.graph.walk import assigned_names, capitalised, dotted, mentions, nodes_in, snake
 
+MAX_CALLS = 40  # blocks called within blocks
 MAX_UNROLLED = 1024  # passes of a repeat inside a block, which is written out
 
 
@@ -32,6 +33,7 @@ class Body(Evaluator):
         self.state, self.blocks, self.names, self.top = state, blocks, names, top
         self.outputs: tuple[Any, ...] | None = None
         self.output_span: Span | None = None  # of the first output's expression
+        self.chain: tuple[str, ...] = ()  # the blocks being called, by their qualified names
         self.origin: Span | None = None  # the call in the user's own file, while inside a shipped block
         self._expected: list[s.Expect] = []
         self._target: str | None = None  # what the call being evaluated is assigned to
@@ -44,6 +46,13 @@ class Body(Evaluator):
             self._statement(statement, body)
 
     def _statement(self, statement: s.Statement, body: Sequence[s.Statement]) -> None:
+        if self.state.spent:
+            return
+        self.state.statements += 1
+        if self.state.spent:
+            message = f"written out, the model has more than {MAX_STATEMENTS:_} statements"
+            self.poison("MLM0523", message, self.origin or statement.span, help="a repeat of the model itself stays folded")
+            return
         match statement:
             case s.Const() | s.Param():
                 self.variables[statement.name] = self.defined(statement)
@@ -61,7 +70,9 @@ class Body(Evaluator):
             case s.Expect() if self.top:
                 self._expected.append(statement)
             case s.Expect():
-                self.poison("MLM0007", "`expect` stands in a model", statement.span, help="move it to the model: expect params == ...")
+                self.poison(
+                    "MLM0007", "`expect` stands in a model", statement.span, help="move it to the model: expect params == ..."
+                )
 
     def assigned(self, expr: s.Expr, target: str | None) -> Any:
         """The value of an expression that is assigned to `target` as a whole."""
@@ -123,9 +134,11 @@ class Body(Evaluator):
     def _if(self, statement: s.If) -> None:
         condition = self.value(statement.condition)
         if condition is POISON:
+            self._poison_assigned((statement,))
             return
         if not isinstance(condition, bool):
             self.poison("MLM0517", f"`if` wants a truth value, not {_kind(condition)}", statement.condition.span)
+            self._poison_assigned((statement,))
             return
         self.run(statement.then if condition else statement.otherwise)
 
@@ -146,8 +159,21 @@ class Body(Evaluator):
         else:
             self._unrolled(statement, name, count)
 
-    def _poison_assigned(self, body: Iterable[s.Statement]) -> None:
+    def _poison_assigned(self, body: Sequence[s.Statement]) -> None:
+        """What statements that cannot be run would have given."""
         self.variables |= dict.fromkeys(assigned_names(body), POISON)
+        if self.outputs is None and any(isinstance(part, s.Output) for statement in body for part in nodes_in(statement)):
+            self.outputs = (POISON,)
+
+    def unbound(self, block: s.Block) -> None:
+        """Runs a block that no sound call reaches, for the mistakes that do not depend on its arguments."""
+        for formal in block.formals:
+            if formal.default is not None:
+                self.value(formal.default)
+            dims = formal.type.dims or () if formal.type else ()
+            for name in (formal.name, *(dim.name for dim in dims if isinstance(dim, s.Name))):
+                self.variables.setdefault(name, POISON)
+        self.run(block.body)
 
     def _unrolled(self, statement: s.Repeat, name: str, count: int) -> None:
         if count > MAX_UNROLLED:
@@ -160,6 +186,8 @@ class Body(Evaluator):
             return
         outer = self.names
         for index in range(count):
+            if self.state.spent:
+                break
             self.names = Scope(f"{outer.prefix}{name}.{index}.", outer.region, outer.calls)
             self._pass(statement)
         self.names = outer
@@ -243,16 +271,24 @@ class Body(Evaluator):
         return Given(dotted(expr.function) or "", positional, keywords, spans, expr.span, argument_names(expr))
 
     def _block(self, expr: s.Call, source: BlockSource, target: str | None, transparent: bool) -> Any:
+        if source.qualified in self.chain:  # reported where blocks are resolved
+            return POISON
+        if len(self.chain) >= MAX_CALLS:
+            return self.poison("MLM0011", f"blocks are called within blocks more than {MAX_CALLS} deep", expr.span)
         given = self._given(expr)
         names = self._inner_names(source.block.name, target, transparent)
         inner = Body(self.state, dict(source.values), source.blocks, names)
+        inner.chain = (*self.chain, source.qualified)
         if source.qualified.startswith("std/"):
             inner.origin = self.origin or expr.span
         sound = inner.formals(source.block.formals, given.positional, given.keywords, expr.span, given)
         if not sound:
             return POISON
         inner.run(source.block.body)
+        self.state.called.add(source.qualified)
         if inner.outputs is None:
+            if self.state.spent:
+                return POISON
             span = source.block.name_span
             return self.poison(
                 "MLM0510", f"the block `{source.block.name}` has no output", span, help="end it with `output` and a value"
@@ -446,9 +482,7 @@ class Body(Evaluator):
             return self._node(
                 expr.span, self.names.value(target or "scale"), "scale", (value,), {"factor": -1.0}, None, None, target or ""
             )
-        if value is POISON:
-            return POISON
-        return super().unary(expr)
+        return POISON if value is POISON else self.applied(expr, value)
 
     # ---- names ------------------------------------------------------------------------------------------------------
 

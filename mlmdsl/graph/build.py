@@ -30,6 +30,7 @@ def build(model: ModelSource, diagnostics: Diagnostics) -> Graph | None:
     body = Body(state, dict(model.values), names, Scope("", ""), top=True)
     body.formals(model.model.formals, (), {}, model.model.span)
     body.run(model.model.body)
+    _check_uncalled(state)
     output = _output(body, model, diagnostics)
     if output is None or len(diagnostics.errors) > before:
         return None
@@ -42,6 +43,15 @@ def build(model: ModelSource, diagnostics: Diagnostics) -> Graph | None:
         return None
     _warn_of_unused(model, diagnostics)
     return graph
+
+
+def _check_uncalled(state: State) -> None:
+    """Blocks of the user's files that no sound call reaches are read for their own mistakes."""
+    for key, source in state.model.blocks.items():
+        if key == source.qualified and not key.startswith("std/") and key not in state.called:
+            body = Body(State(state.model, state.diagnostics), dict(source.values), source.blocks, Scope("", ""))
+            body.chain = (key,)
+            body.unbound(source.block)
 
 
 def _warn_of_unused(model: ModelSource, diagnostics: Diagnostics) -> None:

@@ -10,6 +10,8 @@ from mlmdsl.grammar.spec import ModelSource
 from mlmdsl.graph.graph import Carried, Node, Region
 from mlmdsl.graph.tensor import Weight
 
+MAX_STATEMENTS = 100_000  # that are run in all, with calls and inner repeats written out
+
 
 @dataclass
 class State:
@@ -21,6 +23,12 @@ class State:
     regions: list[Region] = field(default_factory=list[Region])
     inputs: list[str] = field(default_factory=list[str])
     first_nodes: list[Node] = field(default_factory=list[Node])  # inputs that the objective adds
+    called: set[str] = field(default_factory=set[str])  # blocks whose bodies were run
+    statements: int = 0  # that were run
+
+    @property
+    def spent(self) -> bool:
+        return self.statements > MAX_STATEMENTS
 
     def add(self, node: Node) -> None:
         assert node.path not in self.paths, node.path

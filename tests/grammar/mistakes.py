@@ -121,7 +121,9 @@ MISTAKES = (
     Mistake("an unclosed call", "MLM0004", "gate = Linear(RMSNorm(a), out = ff)", "gate = Linear▸(RMSNorm(a), out = ff"),
     Mistake("an unclosed string", "MLM0005", 'text("corpus/*.txt")', 'text(▸"corpus/*.txt)'),
     Mistake("a semicolon", "MLM0006", "last = RMSNorm(h)", "last = RMSNorm(h)▸;"),
-    Mistake("a bracket too many", "MLM0008", "output a + Linear(gelu(gate), out = d)", "output a + Linear(gelu(gate), out = d)▸)"),
+    Mistake(
+        "a bracket too many", "MLM0008", "output a + Linear(gelu(gate), out = d)", "output a + Linear(gelu(gate), out = d)▸)"
+    ),
     Mistake("a missing equals sign", "MLM0009", "stop = 200 steps", "stop ▸200 steps"),
     Mistake("a pin in train", "MLM0007", "  precision = bf16", "  precision = bf16\n  ▸pin zero = 1"),
     # names and arguments
@@ -144,11 +146,16 @@ MISTAKES = (
     Mistake("a batch of half sequences", "MLM0401", "batch = 32 seq", "batch = ▸100 tok"),
     Mistake("an unknown precision", "MLM0313", "precision = bf16", "precision = ▸bf61"),
     Mistake("an unknown schedule", "MLM0314", "schedule = cosine(", "schedule = ▸cosin("),
-    Mistake("a missing setting", "MLM0310", "train {\n  data = text(\"corpus/*.txt\")\n", "▸train {\n"),
+    Mistake("a missing setting", "MLM0310", 'train {\n  data = text("corpus/*.txt")\n', "▸train {\n"),
     Mistake("a number out of range", "MLM0312", "devices_per_node = 4", "devices_per_node = ▸0"),
     Mistake("a setting given twice", "MLM0315", "nodes = 1\n", "nodes = 1\n  ▸nodes = 2\n"),
     # shapes
-    Mistake("another width", "MLM0501", "h = tok + Position(tokens, max = 64, dim = width)", "h = ▸tok + Position(tokens, max = 64, dim = 96)"),
+    Mistake(
+        "another width",
+        "MLM0501",
+        "tok + Position(tokens, max = 64, dim = width)",
+        "▸tok + Position(tokens, max = 64, dim = 96)",
+    ),
     Mistake("tokens for values", "MLM0502", "last = RMSNorm(h)", "last = RMSNorm(▸tokens)"),
     Mistake("heads that do not divide", "MLM0410", "heads = heads, causal", "heads = ▸2 * heads + 1, causal"),
     Mistake("a failing expectation", "MLM0520", "expect params < 1_000_000", "expect ▸params < 1_000"),
