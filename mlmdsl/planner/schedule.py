@@ -1,18 +1,17 @@
-"""Time of the micro-batches of one step through the pipeline: closed forms for the search, an event simulation for the plan.
+"""Time of the micro-batches of one step through the pipeline, and how many a stage holds: closed forms.
 
-Both take each virtual stage's forward and backward seconds, sends included: a stage sends before it goes on, as torch's
+They take each virtual stage's forward and backward seconds, sends included: a stage sends before it goes on, as torch's
 schedules do, so that its neighbour starts when the stage is done.
 
-    gpipe              all forward passes, then all backward passes (Huang et al. 2019, arXiv:1811.06965) 1f1b               one
-    forward, one backward after a warm-up (Narayanan et al. 2019, PipeDream) interleaved_1f1b   the same over several virtual
-    stages per rank (Narayanan et al. 2021, arXiv:2104.04473, section 2.2), with torch's
-                       rounds for numbers of micro-batches that the pipeline does not divide
+    gpipe: all forward passes, then all backward passes (Huang et al. 2019, arXiv:1811.06965)
+    1f1b: one forward, one backward after a warm-up (Narayanan et al. 2019, PipeDream)
+    interleaved_1f1b: the same over several virtual stages per rank (Narayanan et al. 2021, arXiv:2104.04473, section 2.2),
+        with torch's rounds for numbers of micro-batches that the pipeline does not divide
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 
 from mlmdsl.planner.plan import Schedule
@@ -79,15 +78,28 @@ def pipeline_seconds(schedule: Schedule, runs: Runs, micro_batches: int, pipelin
 
 
 def _one_forward_one_backward(runs: Runs, micro_batches: int, pipeline: int) -> float:
-    """The first micro-batch goes down and up again; stage s is then busy with m - (p - s) more, after whose last forward pass
-    the way leads down and up once more from s: max over s of (m - p + s) c_s + the sum of c below s."""
-    total = sum(count * (f + b) for count, f, b in runs)
-    longest, stage, below = 0.0, 0, total
+    """The longest way through the schedule stays on one stage s for m - (p - s) micro-batches, c = f + b seconds each. It comes
+    there by way of the first micro-batch, down to some stage t and up again; the p - 1 - t micro-batches that t has not waited
+    for run ahead of it, one forward pass each, on the slowest stage so far. It leaves in the same way, with backward passes.
+
+        max over s of  c_0 + .. + c_s + (m - p + s) c_s + way(s, f) + way(s, b)
+        way(s, x) = max over t >= s of  c_(s+1) + .. + c_t + (p - 1 - t) max(x_0 .. x_t)
+
+    All are linear within a run of like stages: its two ends suffice."""
+    points: list[tuple[int, float, float, float, float]] = []  # stage, its c, the sum up to it, slowest forward and backward
+    stage, before, slow_f, slow_b = 0, 0.0, 0.0, 0.0
     for count, f, b in runs:
+        slow_f, slow_b = max(slow_f, f), max(slow_b, b)
+        for nth in (1, count) if count > 1 else (1,):
+            points.append((stage + nth - 1, f + b, before + nth * (f + b), slow_f, slow_b))
         stage += count
-        below -= count * (f + b)
-        longest = max(longest, (micro_batches - pipeline + stage - 1) * (f + b) + below)
-    return total + longest
+        before += count * (f + b)
+    longest = way_f = way_b = 0.0
+    for stage, c, upto, slow_f, slow_b in reversed(points):
+        way_f = max(way_f, upto + (pipeline - 1 - stage) * slow_f)
+        way_b = max(way_b, upto + (pipeline - 1 - stage) * slow_b)
+        longest = max(longest, (micro_batches - pipeline + stage) * c + way_f + way_b - upto)
+    return longest
 
 
 def _interleaved(runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
@@ -103,104 +115,3 @@ def _interleaved(runs: Runs, micro_batches: int, pipeline: int, interleave: int)
         longest = max(longest, ahead + own + behind)
         ahead += costs[rank]
     return longest
-
-
-# ---- simulation -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One pass of one micro-batch through one virtual stage."""
-
-    backward: bool
-    stage: int
-    micro_batch: int
-
-
-def actions(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int, rank: int) -> list[Action]:
-    """What a rank does, in order."""
-    if schedule == "gpipe":
-        order = [(False, i) for i in range(micro_batches)] + [(True, i) for i in range(micro_batches)]
-        return [Action(backward, rank, i) for backward, i in order]
-    if schedule == "1f1b":
-        ahead = min(micro_batches, pipeline - rank)
-        return [Action(backward, rank, i) for backward, i in _alternating(ahead, micro_batches)]
-    return list(_interleaved_actions(pipeline, interleave, micro_batches, rank))
-
-
-def _alternating(ahead: int, micro_batches: int) -> Iterator[tuple[bool, int]]:
-    """`ahead` forward passes, then backward and forward in turn."""
-    yield from ((False, i) for i in range(ahead))
-    for i in range(micro_batches):
-        yield True, i
-        if ahead + i < micro_batches:
-            yield False, ahead + i
-
-
-def _interleaved_actions(pipeline: int, interleave: int, micro_batches: int, rank: int) -> Iterator[Action]:
-    each = micro_batches // rounds(pipeline, micro_batches)
-    total = micro_batches * interleave
-    ahead = warm_up(pipeline, interleave, micro_batches, rank)
-
-    def nth(n: int, backward: bool) -> Action:
-        local = n // each % interleave
-        turn, place = n // (each * interleave), n % each
-        stage = (interleave - 1 - local if backward else local) * pipeline + rank
-        return Action(backward, stage, turn * each + place)
-
-    for n in range(total + ahead):
-        if n < total:
-            yield nth(n, False)
-        if n >= ahead:
-            yield nth(n - ahead, True)
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """When each rank's actions start and end, in seconds from the step's beginning."""
-
-    ranks: tuple[tuple[tuple[Action, float, float], ...], ...]
-
-    @property
-    def seconds(self) -> float:
-        return max(rank[-1][2] for rank in self.ranks)
-
-    def busy_seconds(self, rank: int) -> float:
-        return sum(end - start for _, start, end in self.ranks[rank])
-
-
-def simulate(
-    schedule: Schedule, forward: Sequence[float], backward: Sequence[float], micro_batches: int, pipeline: int, interleave: int
-) -> Timeline:
-    """Every action starts when its rank is free and its input is there. `forward` and `backward` by virtual stage."""
-    orders = [actions(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline)]
-    last = len(forward) - 1
-    ends: dict[tuple[bool, int, int], float] = {}
-    done: list[list[tuple[Action, float, float]]] = [[] for _ in orders]
-    waiting = list(range(pipeline))
-    while waiting:
-        progress = False
-        for rank in waiting:
-            order, mine = orders[rank], done[rank]
-            clock = mine[-1][2] if mine else 0.0
-            while len(mine) < len(order):
-                action = order[len(mine)]
-                arrived = _arrival(action, last, ends)
-                if arrived is None:
-                    break
-                start = max(clock, arrived)
-                clock = start + (backward if action.backward else forward)[action.stage]
-                ends[action.backward, action.stage, action.micro_batch] = clock
-                mine.append((action, start, clock))
-                progress = True
-        assert progress, "the schedule waits for itself"
-        waiting = [rank for rank in waiting if len(done[rank]) < len(orders[rank])]
-    return Timeline(tuple(map(tuple, done)))
-
-
-def _arrival(action: Action, last: int, ends: dict[tuple[bool, int, int], float]) -> float | None:
-    """When its input is there; None while the pass that makes it has not run."""
-    stage, i = action.stage, action.micro_batch
-    if action.backward:
-        return ends.get((False, stage, i)) if stage == last else ends.get((True, stage + 1, i))
-    return 0.0 if stage == 0 else ends.get((False, stage - 1, i))
