@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 
 from mlmdsl.planner.plan import Schedule
+
+_ROUNDS = 4  # of an interleaved schedule, after which rounds are alike
 
 
 def executable(schedule: Schedule, pipeline: int, micro_batches: int) -> bool:
@@ -65,8 +68,8 @@ Runs = Sequence[tuple[int, float, float]]  # stages in a row that are alike: how
 
 
 def pipeline_seconds(schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
-    """From the first forward to the last backward pass. Exact for gpipe, and for equal stages; otherwise the longest of the
-    simple paths through the schedule, which the simulation exceeds by little."""
+    """From the first forward to the last backward pass. Exact; of interleaved schedules of more than a few rounds as far as
+    these are alike."""
     if pipeline == 1:
         return micro_batches * sum(count * (f + b) for count, f, b in runs)
     if schedule == "gpipe":
@@ -103,15 +106,44 @@ def _one_forward_one_backward(runs: Runs, micro_batches: int, pipeline: int) -> 
 
 
 def _interleaved(runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
-    """A rank's own work, and the way to it from the first rank and from it to the last; with fewer micro-batches than ranks
-    every virtual stage but the last waits for the round to come about."""
+    """The longest way through a few rounds, pass by pass; rounds after them take as long as the last of these, if none of the
+    ranks is busy for longer."""
+    turns = rounds(pipeline, micro_batches)
+    if turns > _ROUNDS:
+        each = micro_batches // turns
+        most, less = (_interleaved(runs, each * n, pipeline, interleave) for n in (_ROUNDS, _ROUNDS - 1))
+        return max(most + (turns - _ROUNDS) * (most - less), _busiest(runs, micro_batches, pipeline))
+    seconds = [f for count, f, _ in runs for _ in range(count)] + [b for count, _, b in runs for _ in range(count)]
+    ends = [0.0]
+    for cost, one, other in _passes_in_order(pipeline, interleave, micro_batches):
+        free, arrived = ends[one], ends[other]
+        ends.append((free if free > arrived else arrived) + seconds[cost])
+    return max(ends)
+
+
+def _busiest(runs: Runs, micro_batches: int, pipeline: int) -> float:
+    """Of the ranks the longest time from the step's beginning to its end: the way to it and from it, and its own work."""
     costs = [f + b for count, f, b in runs for _ in range(count)]
-    ahead, longest = 0.0, 0.0
-    behind = sum(costs[-pipeline:])
-    held = max(micro_batches, pipeline)
-    for rank in range(pipeline):
-        behind -= costs[rank - pipeline]
-        own = held * sum(costs[rank:-pipeline:pipeline]) + micro_batches * costs[rank - pipeline]
-        longest = max(longest, ahead + own + behind)
-        ahead += costs[rank]
-    return longest
+    return max(sum(costs[:rank]) + micro_batches * sum(costs[rank::pipeline]) for rank in range(pipeline))
+
+
+@cache
+def _passes_in_order(pipeline: int, interleave: int, micro_batches: int) -> list[tuple[int, int, int]]:
+    """The passes of an interleaved schedule in an order in which none waits for a later one: (stage, counted on for backward
+    passes; the rank's pass before; the pass that its input comes from), these two numbered from one, 0 for none."""
+    stages, turns = pipeline * interleave, rounds(pipeline, micro_batches)
+    each = micro_batches // turns
+    period = max(each, pipeline)  # from a rank's virtual stage to its next
+    last = (interleave - 1) * period + 2 * (pipeline - 1)  # from a forward pass on the first rank to the backward pass there
+    slots: list[tuple[int, int, int, int]] = []
+    for turn, place, nth, rank in product(range(turns), range(each), range(interleave), range(pipeline)):
+        i, slot = turn * each + place, (turn * interleave + nth) * period + place
+        slots.append((2 * (slot + rank), nth * pipeline + rank, rank, i))
+        slots.append((2 * (slot + last - rank) + 1, stages + (interleave - 1 - nth) * pipeline + rank, rank, i))
+    slots.sort()
+    before, numbers, found = [0] * pipeline, {}, list[tuple[int, int, int]]()
+    for number, (_, cost, rank, i) in enumerate(slots, 1):
+        source = cost - 1 if cost < stages else stages - 1 if cost == 2 * stages - 1 else cost + 1
+        found.append((cost, before[rank], numbers[source, i] if source >= 0 else 0))
+        before[rank] = numbers[cost, i] = number
+    return found

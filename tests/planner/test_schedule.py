@@ -1,0 +1,185 @@
+"""The closed forms of schedules against the simulation, and the simulation's order against torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.pipelining import schedules as torch_schedules
+
+from mlmdsl.planner.plan import Schedule
+from mlmdsl.planner.schedule import cannot_run, executable, in_flight, pipeline_seconds, rounds
+from tests.planner.simulation import Action, actions, simulate
+
+Case = tuple[Schedule, int, int, int]  # schedule, pipeline, interleave, micro-batches
+
+
+def cases(pipelines: Sequence[int] = (1, 2, 3, 4, 5, 8), most: int = 17) -> Iterator[Case]:
+    for pipeline, micro_batches in product(pipelines, range(1, most)):
+        choices: list[tuple[Schedule, int]] = [("gpipe", 1), ("1f1b", 1), *(("interleaved_1f1b", v) for v in (2, 3, 4))]
+        for schedule, interleave in choices:
+            if executable(schedule, pipeline, micro_batches) and not (pipeline == 1 and interleave > 1):
+                yield schedule, pipeline, interleave, micro_batches
+
+
+CASES = tuple(cases())
+SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved_1f1b")
+
+
+def of(schedule: Schedule) -> list[Case]:
+    return [case for case in CASES if case[0] == schedule]
+
+
+def closed(schedule: Schedule, forward: Sequence[float], backward: Sequence[float], m: int, p: int, v: int) -> float:
+    return pipeline_seconds(schedule, [(1, f, b) for f, b in zip(forward, backward, strict=True)], m, p, v)
+
+
+# ---- the order ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_pass_runs_once(schedule: Schedule) -> None:
+    for (_, p, v, m), rank in ((case, rank) for case in of(schedule) for rank in range(case[1])):
+        found = actions(schedule, p, v, m, rank)
+        expected = {Action(back, stage, i) for back, stage, i in product((False, True), range(rank, p * v, p), range(m))}
+        assert len(found) == len(expected) and set(found) == expected
+
+
+def torch_order(schedule: Schedule, p: int, v: int, m: int, rank: int) -> list[Action]:
+    """What torch's schedule computes, without a process group: the methods ask for these attributes alone."""
+    if schedule == "1f1b":
+        fake = SimpleNamespace(_num_stages=p, _n_microbatches=m)
+        order = torch_schedules.Schedule1F1B._get_pipeline_order(fake)[rank]
+    else:
+        turns = max(1, m // p)
+        fake = SimpleNamespace(n_local_stages=v, microbatches_per_round=m // turns, pp_group_size=p, _n_microbatches=m)
+        order = torch_schedules.ScheduleInterleaved1F1B._calculate_single_rank_operations(fake, rank)
+    passes = {torch_schedules.FORWARD: False, torch_schedules.FULL_BACKWARD: True}
+    return [
+        Action(passes[action.computation_type], action.stage_index, action.microbatch_index)
+        for action in order
+        if action is not None and action.computation_type in passes
+    ]
+
+
+def test_the_interleaved_order_is_torchs() -> None:
+    for (schedule, p, v, m), rank in ((case, rank) for case in of("interleaved_1f1b") for rank in range(case[1])):
+        assert actions(schedule, p, v, m, rank) == torch_order(schedule, p, v, m, rank)
+
+
+def test_the_order_of_1f1b_is_torchs() -> None:
+    """torch's drawing of the order misnumbers the last rank's forward passes; what is forward and what is backward it has
+    right."""
+    for (schedule, p, v, m), rank in ((case, rank) for case in of("1f1b") for rank in range(case[1])):
+        mine, theirs = actions(schedule, p, v, m, rank), torch_order(schedule, p, v, m, rank)
+        assert [action.backward for action in mine] == [action.backward for action in theirs]
+        assert [a.micro_batch for a in mine if a.backward] == [a.micro_batch for a in theirs if a.backward]
+
+
+def test_torch_refuses_what_is_not_executable() -> None:
+    """The two conditions as torch states them."""
+    for p, m in product(range(1, 9), range(1, 33)):
+        assert executable("interleaved_1f1b", p, m) == (m % max(1, m // p) == 0)
+        assert executable("1f1b", p, m) == (m >= p or p == 1)
+        assert executable("gpipe", p, m)
+    assert cannot_run("1f1b", 4, 1) == "1f1b over 4 stages cannot run 1 micro-batch"
+    assert cannot_run("1f1b", 4, 3) == "1f1b over 4 stages cannot run 3 micro-batches"
+    assert (rounds(4, 12), rounds(4, 3), rounds(4, 10)) == (3, 1, 2)
+
+
+# ---- micro-batches held ---------------------------------------------------------------------------------------------
+
+
+def most_held(found: Sequence[Action], stages: Sequence[int]) -> tuple[int, ...]:
+    """Of each stage the most micro-batches between forward and backward pass."""
+    held, most = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
+    for action in found:
+        held[action.stage] += -1 if action.backward else 1
+        most[action.stage] = max(most[action.stage], held[action.stage])
+    return tuple(most[stage] for stage in stages)
+
+
+def most_at_once(found: Sequence[Action]) -> int:
+    held = most = 0
+    for action in found:
+        held += -1 if action.backward else 1
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_micro_batches_in_flight(schedule: Schedule) -> None:
+    """The sum is the most that a rank holds at once; no virtual stage is said to hold more than it does."""
+    for (_, p, v, m), rank in ((case, rank) for case in of(schedule) for rank in range(case[1])):
+        found, counts = actions(schedule, p, v, m, rank), in_flight(schedule, p, v, m, rank)
+        assert sum(counts) == most_at_once(found)
+        most = most_held(found, range(rank, p * v, p))
+        assert len(counts) == v and all(count <= limit for count, limit in zip(counts, most, strict=True))
+        if v == 1:
+            assert counts == most
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_equal_stages(schedule: Schedule, ratio: float) -> None:
+    for _, p, v, m in of(schedule):
+        forward, backward = [1.0] * (p * v), [ratio] * (p * v)
+        found = closed(schedule, forward, backward, m, p, v)
+        assert found == pytest.approx(simulate(schedule, forward, backward, m, p, v).seconds, rel=1e-12)
+        if m % p == 0:  # the textbook's bubble: (p - 1) / v passes (arXiv:2104.04473, section 2.2)
+            assert found == pytest.approx((m * v + p - 1) * (1 + ratio), rel=1e-12)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_stages_of_any_cost(data: st.DataObject) -> None:
+    """Exact; of interleaved schedules up to four rounds."""
+    schedule, p, v, m = data.draw(st.sampled_from(CASES))
+    seconds = st.lists(st.integers(1, 40).map(float), min_size=p * v, max_size=p * v)
+    forward, backward = data.draw(seconds), data.draw(seconds)
+    found, simulated = closed(schedule, forward, backward, m, p, v), simulate(schedule, forward, backward, m, p, v).seconds
+    if schedule == "interleaved_1f1b" and rounds(p, m) > 4:
+        assert 0.9 * simulated <= found <= simulated * (1 + 1e-12)
+    else:
+        assert found == pytest.approx(simulated, rel=1e-12)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_many_rounds_of_interleaved_stages(data: st.DataObject) -> None:
+    """Never above the simulation, and less than a twentieth below it where stages differ as balanced ones do."""
+    p, v, turns = data.draw(st.sampled_from([2, 4, 8])), data.draw(st.sampled_from([2, 3, 4])), data.draw(st.integers(5, 24))
+    layers = data.draw(st.lists(st.integers(2, 3).map(float), min_size=p * v, max_size=p * v))
+    layers[0] += data.draw(st.floats(0, 0.5))
+    layers[-1] += data.draw(st.floats(0, 1))
+    backward = [2 * seconds for seconds in layers]
+    found = closed("interleaved_1f1b", layers, backward, p * turns, p, v)
+    simulated = simulate("interleaved_1f1b", layers, backward, p * turns, p, v).seconds
+    assert 0.95 * simulated <= found <= simulated * (1 + 1e-12)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_alike_stages_may_be_given_together(data: st.DataObject) -> None:
+    runs = data.draw(st.lists(st.tuples(st.integers(1, 4), *(st.integers(1, 9).map(float),) * 2), min_size=1, max_size=4))
+    p = sum(count for count, _, _ in runs)
+    forward = [f for count, f, _ in runs for _ in range(count)]
+    backward = [b for count, _, b in runs for _ in range(count)]
+    m = data.draw(st.integers(p, 3 * p))
+    for schedule in ("gpipe", "1f1b"):
+        assert pipeline_seconds(schedule, runs, m, p, 1) == pytest.approx(
+            closed(schedule, forward, backward, m, p, 1), rel=1e-12
+        )
+
+
+def test_busy_ranks_and_their_bubble() -> None:
+    timeline = simulate("1f1b", [1.0] * 4, [2.0] * 4, 8, 4, 1)
+    assert timeline.seconds == (8 + 3) * 3.0
+    assert [timeline.busy_seconds(rank) for rank in range(4)] == [24.0] * 4
