@@ -22,6 +22,8 @@ from mlmdsl.diagnostics import Diagnostic, MlmError, UsageError
 
 if TYPE_CHECKING:
     from mlmdsl.compile import Compilation, Pass
+    from mlmdsl.grammar.spec import Cluster
+    from mlmdsl.planner.plan import Plan
 
 FORMATS = ("text", "json", "sarif")
 PASSES = ("syntax", "spec", "graph", "plan", "program")
@@ -80,15 +82,19 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     done = _compile_to_run(options)
-    plan, program = done.plan, done.program
-    assert plan is not None and program is not None
+    plan, program, spec = done.plan, done.program, done.spec
+    assert plan is not None and program is not None and spec is not None
     _show(done.diagnostics, done.sources, "text")
+    if options.procs is None and plan.cluster.nodes == 1:
+        _check_gpus(spec.cluster)
     from mlmdsl.report.terminal import render_summary
 
     out = Path(options.out or Path("runs") / f"{plan.model.name}-{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{render_summary(plan, color=_color(sys.stdout))}\neverything goes to {out}", flush=True)
     _make_room(out, program.files, resuming=options.resume is not None)
     program.write(out)
+    if plan.cluster.nodes > 1:
+        raise _several_nodes(plan, out)
     from mlmdsl.runtime.launch import launch
 
     return launch(out / "program.py", plan.plan.world_size, _program_arguments(options, out), out / "logs")
@@ -106,6 +112,29 @@ def _compile_to_run(options: argparse.Namespace) -> Compilation:
     plan = load_plan(_read(options.spec), options.spec)
     path = str(Path(options.spec).parent / plan.spec)
     return compile_spec(_read(path), path=path, overrides=plan.overrides, folder=plan.folder, plan=plan)
+
+
+def _check_gpus(cluster: Cluster) -> None:
+    """Whether this machine has what the plan is for; with --procs a user has chosen to run on what there is."""
+    device = cluster.pools[0].device
+    if device.kind == "cpu":
+        return
+    from mlmdsl.runtime.launch import gpus
+
+    found = gpus()
+    if found < cluster.world_size:
+        here = f"{found} GPU{'s' * (found != 1)}" if found else "no GPU"
+        help = "take the GPUs of this machine with --here, or train on N processes of its CPU with --procs N"
+        raise _usage(f"the plan is for {cluster.world_size} x {device.name}, and this machine has {here}", help, "MLM0752")
+
+
+def _several_nodes(plan: Plan, out: Path) -> UsageError:
+    cluster = plan.cluster
+    start = f"torchrun --nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node}"
+    command = f"{start} --rdzv-backend c10d --rdzv-endpoint HOST:29500 {out / 'program.py'} --out {out}"
+    message = f"the plan is for {cluster.nodes:,} nodes, and `mlmdsl run` starts the processes of one machine"
+    help = f"the program is written: on every node start {command}, in a folder that all nodes share; or plan for this machine"
+    return _usage(message, help + " with --here", "MLM0753")
 
 
 def _program_arguments(options: argparse.Namespace, out: Path) -> list[str]:
@@ -205,8 +234,8 @@ def _read(name: str) -> str:
         raise _usage(f"cannot read {name}: {problem.strerror}") from None
 
 
-def _usage(message: str, help: str = "") -> UsageError:
-    return UsageError([Diagnostic("MLM0750", message, help=help)])
+def _usage(message: str, help: str = "", code: str = "MLM0750") -> UsageError:
+    return UsageError([Diagnostic(code, message, help=help)])
 
 
 def _show(diagnostics: Sequence[Diagnostic], sources: Mapping[str, str], format: str) -> None:

@@ -259,4 +259,6 @@ CODES: Mapping[str, str] = {
     "MLM0747": "the batch does not divide over ranks and micro-batches",
     "MLM0750": "the command cannot be carried out as written",
     "MLM0751": "no GPU of a known kind here",
+    "MLM0752": "fewer GPUs here than the plan is for",
+    "MLM0753": "a plan for several nodes",
 }

@@ -152,6 +152,13 @@ def _run_agent(job: Job, procs: int) -> Death | None:
 FRESH_WORKER = "import pickle, sys; from mlmdsl.runtime import launch; launch.work(pickle.load(open(sys.argv[1], 'rb')))"
 
 
+def gpus() -> int:
+    """How many this machine has for a run."""
+    import torch
+
+    return torch.cuda.device_count() if _has_cuda() else 0
+
+
 def _has_cuda() -> bool:
     import torch
 

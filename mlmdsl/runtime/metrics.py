@@ -52,6 +52,7 @@ class Metrics:
         training: Training,
         world_size: int,
         *,
+        device: str = "cpu",
         steps: int | None = None,
         resumed: int = 0,
         predicted: Mapping[str, Any] | None = None,
@@ -70,7 +71,7 @@ class Metrics:
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(out / "logs"), purge_step=resumed + 1 if resumed else None)
         self.progress = Progress(stream or sys.stdout, steps or training.steps, clock)
-        self.progress.note(_peak_named(training, world_size))
+        self.progress.note(_peak_named(training, world_size, device))
 
     def step(
         self,
@@ -223,8 +224,8 @@ def progress_text(line: Mapping[str, Any], steps: int, step_time_s: float) -> st
     return "  ".join(filter(None, parts))
 
 
-def _peak_named(training: Training, world_size: int) -> str:
-    start = f"{world_size} {'process' if world_size == 1 else 'processes'}"
+def _peak_named(training: Training, world_size: int, device: str) -> str:
+    start = f"{world_size} {'process' if world_size == 1 else 'processes'} on {device}"
     if not training.peak_flops_per_second:
         return start
     peak = f"{_scaled(training.peak_flops_per_second)}FLOP/s"

@@ -219,6 +219,7 @@ def _run(
             out,
             training,
             mesh.world_size,
+            device=mesh.device.type,
             steps=steps,
             resumed=trainer.done,
             predicted=metrics.predicted(Path(sys.argv[0]).resolve().parent),

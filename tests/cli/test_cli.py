@@ -182,3 +182,14 @@ def test_local_gpus_are_matched_with_the_device_library() -> None:
     assert "cluster.devices_per_node=2" in local_gpus("NVIDIA A100-SXM4-40GB, 40960\nNVIDIA A100-SXM4-40GB, 40960\n")
     with pytest.raises(UsageError):
         local_gpus("Imaginary 9000, 1234\n")
+
+
+def test_a_run_wants_the_machine_that_its_plan_is_for(tmp_path: Path) -> None:
+    """One node of GPUs that are not here, and several nodes: said before any process is started."""
+    done = run("run", LLAMA, "--out", str(tmp_path / "many"))
+    assert done.returncode == 2 and "MLM0753" in done.stderr and "torchrun --nnodes 8 --nproc-per-node 8" in done.stderr
+    assert (tmp_path / "many" / "program.py").exists()
+    gpt = str(ROOT / "specs" / "models" / "gpt2_124m.mlm")
+    done = run("run", gpt, "--set", "cluster.devices_per_node=512", "--set", "train.batch=512 seq", "--out", str(tmp_path / "one"))
+    assert done.returncode == 2 and "MLM0752" in done.stderr and "--here" in done.stderr
+    assert not (tmp_path / "one").exists()

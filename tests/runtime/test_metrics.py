@@ -114,7 +114,7 @@ def test_piped_output_is_plain_lines_now_and_then(tmp_path: Path) -> None:
         record(to, step, **({"validation_loss": 2.5} if step == 2 else {}))
     to.close()
     assert stream.getvalue().splitlines() == [
-        "4 processes; MFU: matrix products (causal attention half) over 4 x 1 GFLOP/s peak in fp32",
+        "4 processes on cpu; MFU: matrix products (causal attention half) over 4 x 1 GFLOP/s peak in fp32",
         "step 1/6  loss 3.0000  1,600 tok/s  MFU 40.0 %  1.00 GiB  0:02 left",
         "step 2/6  loss 3.0000  validation 2.5000  1,600 tok/s  MFU 40.0 %  1.00 GiB  0:02 left",
         "step 6/6  loss 3.0000  1,600 tok/s  MFU 40.0 %  1.00 GiB",
