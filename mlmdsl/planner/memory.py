@@ -64,12 +64,11 @@ class State(NamedTuple):
 @dataclass(frozen=True)
 class Holding:
     """Local weight elements of one part: all, those of its largest layer and of what stands around the layers (FSDP2's units),
-    those whose gradients are partial sums, and the largest single one. `keys`: how many of each weight."""
+    and the largest single one. `keys`: how many of each weight."""
 
     elements: int
     layer: int
     root: int
-    partial: int
     largest: int
     layers: int
     keys: Mapping[str, int]
@@ -117,9 +116,8 @@ class Holdings:
             keys |= dict.fromkeys(self._used(straight, own=False), 1)
         elements = sum(prod(self.local_shapes[key]) * count for key, count in keys.items())
         root = self._sum(key for key, count in keys.items() if not self.graph.weights[key].region and count)
-        partial = sum(prod(self.local_shapes[k]) * n for k, n in keys.items() if self.sharding.weights[k].partial_gradient)
         largest = max((prod(self.local_shapes[key]) for key in keys), default=0)
-        return Holding(elements, layer, root, partial, largest, sum(part.layers), keys)
+        return Holding(elements, layer, root, largest, sum(part.layers), keys)
 
     def _used(self, regions: Iterable[int], *, own: bool) -> tuple[str, ...]:
         """Weights of the regions: those of each pass, or those that all passes share."""
@@ -139,9 +137,17 @@ class Holdings:
         """Elements that FSDP2 leaves the first of `data` ranks."""
         key = (part, data)
         if key not in self._shards:
-            shapes = ((self.local_shapes[name], count) for name, count in self.of(part).keys.items())
-            self._shards[key] = sum(count * -(-shape[0] // data) * prod(shape[1:]) for shape, count in shapes)
+            self._shards[key] = self._cut(self.of(part).keys, data)
         return self._shards[key]
+
+    def partial(self, part: Part, data: int) -> int:
+        """Elements whose gradients are partial sums, as far as the first of `data` ranks has them."""
+        keys = self.of(part).keys
+        return self._cut({key: n for key, n in keys.items() if self.sharding.weights[key].partial_gradient}, data)
+
+    def _cut(self, keys: Mapping[str, int], data: int) -> int:
+        shapes = ((self.local_shapes[key], count) for key, count in keys.items())
+        return sum(count * -(-shape[0] // data) * prod(shape[1:]) for shape, count in shapes)
 
     def state(self, parts: Iterable[Part], zero: int, data: int, width: int, pipeline: int, micro_batches: int) -> State:
         """Of a rank that runs `parts`."""

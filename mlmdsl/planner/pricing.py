@@ -362,10 +362,14 @@ class Place:
             gather = sum(n * collective_seconds("all_gather", setting.width * size, data) for n, size in units if size)
             reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, data) for n, size in units if size)
             unit = max(size for _, size in units) / max(1, elements)
-        partial = collective_seconds("all_reduce", 4 * sum(h.partial for h in held), self.bench.group)
+        partial = collective_seconds("all_reduce", 4 * self.partial_elements(parts, zero), self.bench.group)
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(parts, zero), self._pair)
         optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * owned)
         return Exchange(gather, reduce, unit, tied, partial, optimizer)
+
+    def partial_elements(self, parts: tuple[Part, ...], zero: int) -> int:
+        """Local elements whose gradients the tensor axis still has to add up, as far as ZeRO leaves them here."""
+        return sum(self.bench.holdings.partial(part, self.data if zero else 1) for part in parts)
 
     def tied_elements(self, parts: tuple[Part, ...], zero: int) -> int:
         """Local elements of weights that other ranks of the pipeline hold too, as far as ZeRO leaves them here."""

@@ -40,9 +40,8 @@ def _of_rank(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Ca
         yield from _over_tensor(place, c, part)
         yield from _over_pipeline(place, c, part)
     yield from _over_data(place, c, parts)
-    held = [place.bench.holdings.of(part) for part in parts]
-    yield "all_reduce", "tensor", 4 * sum(h.partial for h in held), 1, "gradients that are partial sums"
-    tied = place.tied_elements(parts, c.zero)
+    partial, tied = place.partial_elements(parts, c.zero), place.tied_elements(parts, c.zero)
+    yield "all_reduce", "tensor", 4 * partial, int(partial > 0), "gradients that are partial sums"
     yield "all_reduce", "pipeline", 4 * tied, int(tied > 0), "gradients of tied weights"
     yield "all_reduce", "data", 8, 1, "valid tokens of the step"
     yield "all_reduce", "world", place.norm_bytes, 1, "norm of the gradients, loss"
