@@ -18,12 +18,17 @@ def render(diagnostics: Iterable[Diagnostic], sources: Mapping[str, str], *, for
     """All problems in the order of the source, the first MAX_DIAGNOSTICS of them in text; formats: text, json, sarif."""
     ordered = sorted(diagnostics, key=_order)
     if format == "json":
-        return json.dumps([_record(d) for d in ordered], indent=1, ensure_ascii=False)
+        return _json([_record(d) for d in ordered])
     if format == "sarif":
-        return json.dumps(_sarif(ordered), indent=1, ensure_ascii=False)
+        return _json(_sarif(ordered))
     shown = [_text(d, sources, color) for d in ordered[:MAX_DIAGNOSTICS]]
     rest = len(ordered) - len(shown)
     return "\n\n".join([*shown, *([f"and {rest} more"] if rest else [])])
+
+
+def _json(value: Any) -> str:
+    """As UTF-8 can hold it: half a surrogate pair, which a command line can bring, becomes `?`."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
 
 
 def _order(diagnostic: Diagnostic) -> tuple[str, int, int]:
@@ -39,14 +44,14 @@ def _text(diagnostic: Diagnostic, sources: Mapping[str, str], color: bool) -> st
         return f"{code}{text}{_OFF}" if color else text
 
     tone = _RED if diagnostic.severity == "error" else _YELLOW
-    head = paint(tone + _BOLD, f"{diagnostic.severity}[{diagnostic.code}]") + paint(_BOLD, f": {diagnostic.message}")
+    head = paint(tone + _BOLD, f"{diagnostic.severity}[{diagnostic.code}]") + paint(_BOLD, f": {_safe(diagnostic.message)}")
     lines = [head]
     if diagnostic.span is not None:
         labels = [(diagnostic.span, "^", diagnostic.label, tone)]
         labels += [(label.span, "-", label.text, _BLUE) for label in diagnostic.secondary]
         lines += _excerpts(labels, sources, paint)
     if diagnostic.help:
-        lines.append(paint(_GREEN, "help") + f": {diagnostic.help}")
+        lines.append(paint(_GREEN, "help") + f": {_safe(diagnostic.help)}")
     return "\n".join(lines)
 
 
@@ -85,11 +90,13 @@ def _expanded(text: str) -> str:
     """Tabs as spaces, control characters as `?`, so that carets stand under what they mean."""
     shown = ""
     for character in text:
-        if character == "\t":
-            shown += " " * (_TAB - _columns(shown) % _TAB)
-        else:
-            shown += "?" if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") else character
+        shown += " " * (_TAB - _columns(shown) % _TAB) if character == "\t" else _safe(character)
     return shown
+
+
+def _safe(text: str) -> str:
+    """Without characters that a terminal acts on instead of showing them."""
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n" else c for c in text)
 
 
 def _columns(text: str) -> int:

@@ -81,6 +81,8 @@ def kind_of(value: object) -> str:
     }
     if isinstance(value, CallValue):
         return f"`{value.name}(...)`"
+    if isinstance(value, Mapping):
+        return "an imported file"
     return "none" if value is None else names.get(type(value), type(value).__name__)
 
 
@@ -260,7 +262,7 @@ class Evaluator:
         operator = expr.operator
         if operator == "in":
             if isinstance(right, frozenset | tuple):
-                return left in right
+                return any(left == item for item in cast(Iterable[object], right))
         elif operator in ("==", "!="):
             return self._equal(expr, left, right)
         elif operator in _COMPARE:
@@ -300,9 +302,14 @@ class Evaluator:
 
     def sequence(self, expr: s.Sequence) -> Any:
         items = tuple(self.value(item) for item in expr.items)
-        if POISON in items:
+        if any(item is POISON for item in items):
             return POISON
-        return frozenset(items) if expr.kind == "set" else items
+        if expr.kind != "set":
+            return items
+        for value, item in zip(items, expr.items, strict=True):
+            if not _plain(value):
+                return self.poison("MLM0257", f"a set cannot hold {kind_of(value)}", item.span)
+        return frozenset(items)
 
 
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -324,6 +331,13 @@ _ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain(value: object) -> bool:
+    """Can be an element of a set."""
+    if isinstance(value, tuple | frozenset):
+        return all(_plain(item) for item in cast(Iterable[object], value))
+    return value is None or isinstance(value, int | float | str | Quantity)
 
 
 def number_of(value: Any) -> Any:

@@ -189,4 +189,4 @@ class Spec(Frozen):
 
 def fingerprint(texts: Iterable[str], overrides: Iterable[str]) -> str:
     """`Spec.sha256` of the files read, in the order of reading."""
-    return hashlib.sha256("\0".join([*texts, *overrides]).encode()).hexdigest()
+    return hashlib.sha256("\0".join([*texts, *overrides]).encode("utf-8", "surrogatepass")).hexdigest()
