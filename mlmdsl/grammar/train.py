@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from mlmdsl.grammar.evaluate import CallValue
+from mlmdsl.grammar.evaluate import POISON, CallValue, Poison
 from mlmdsl.grammar.settings import Settings
 from mlmdsl.grammar.spec import Data, LearningRateSchedule, Objective, Optimizer, Tokenizer, Train
 from mlmdsl.units import Quantity
@@ -60,7 +60,9 @@ def _data(settings: Settings, folder: str) -> Data | None:
     field = inner.text(field_name, "text", example='"text"') if field_name else None
     validation = inner.number("validation", 0.05, most=0.5, example="0.05")
     paths = tuple(p for p in call.positional if isinstance(p, str))
-    if len(paths) < len(call.positional) or not paths:
+    if POISON in call.positional:
+        inner.failed = True
+    elif len(paths) < len(call.positional) or not paths:
         inner.problem("MLM0311", f"{inner.what} takes one or more strings first", help=f'write {kind}("corpus/*.txt")')
     if not inner.finish():
         settings.failed = True
@@ -144,6 +146,9 @@ def _betas(inner: Settings) -> tuple[float, float]:
     match value:
         case (int() | float() as first, int() | float() as second) if 0 <= first < 1 and 0 <= second < 1:
             return float(first), float(second)
+        case Poison():
+            inner.failed = True
+            return 0.9, 0.95
         case _:
             inner.problem("MLM0311", "`betas` is a pair of numbers from 0 up to 1", "betas", help="write betas = (0.9, 0.95)")
             return 0.9, 0.95

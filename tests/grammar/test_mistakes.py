@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from mlmdsl.diagnostics import Diagnostics
+from mlmdsl.grammar import syntax as s
+from mlmdsl.grammar.parser import parse
+from mlmdsl.graph.walk import nodes_in
 from mlmdsl.rendering import render
 from tests.grammar.mistakes import MISTAKES, PATH, SOUND, Mistake, front_end, places, seeded
 
@@ -20,6 +26,9 @@ TEN = (
     "an unknown precision",
     "an unknown plan variable",
 )
+
+LEAVES = s.Number | s.QuantityLiteral | s.String | s.Name | s.Bool
+NO_VALUES = ("import", "block", "  input", "  precision")  # names that are defined there, and words
 
 
 def check(mistakes: tuple[Mistake, ...]) -> None:
@@ -60,6 +69,23 @@ def test_ten_at_once() -> None:
     mistakes = tuple(m for m in MISTAKES if m.name in TEN)
     assert len(mistakes) == 10 and len({m.code for m in mistakes}) == 10
     check(mistakes)
+
+
+VALUES = [node for item in parse(SOUND, PATH, Diagnostics()).items for node in nodes_in(item) if isinstance(node, LEAVES)]
+FUNCTIONS = re.compile(r"\w+(?=\()")
+
+
+@pytest.mark.parametrize(("wrong", "code"), [("nowhere", "MLM0201"), ("4 nowhere", "MLM0301"), ("(1 / 0)", "MLM0207")])
+def test_any_value_is_judged_once(wrong: str, code: str) -> None:
+    """Every number, quantity, string and name of the text replaced by something that is already wrong by itself."""
+    lines = SOUND.split("\n")
+    for span in (node.span for node in VALUES):
+        line = lines[span.line - 1]
+        if FUNCTIONS.match(line, span.column - 1) or line.startswith(NO_VALUES):
+            continue
+        changed = line[: span.column - 1] + wrong + line[span.end_column - 1 :]
+        items = front_end("\n".join([*lines[: span.line - 1], changed, *lines[span.line :]]))
+        assert [(d.code, d.span and d.span.line) for d in items] == [(code, span.line)], f"{changed}: {items}"
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=NAMES)
