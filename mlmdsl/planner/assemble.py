@@ -73,7 +73,7 @@ def ledger(place: Place, c: Candidate) -> tuple[StageMemory, ...]:
 
 
 def predicted(place: Place, c: Candidate) -> Predicted:
-    setting, times = place.bench.setting, place.times(c, place.runs(c))
+    setting, times = place.bench.setting, place.times(c)
     train, world = setting.spec.train, setting.spec.cluster.world_size
     rate = setting.step_flops / times.total / place.mesh.world_size
     hours = times.total * train.steps / 3600
@@ -149,7 +149,7 @@ def _passes(place: Place, c: Candidate, parts: tuple[Part, ...]) -> tuple[float,
 
 
 def _timeline(place: Place, c: Candidate) -> tuple[StageTime, ...]:
-    times, m = place.times(c, place.runs(c)), place.micro_batches(c.micro_batch)
+    times, m = place.times(c), place.micro_batches(c.micro_batch)
     found: list[StageTime] = []
     starts = 0.0
     for rank in range(place.pipeline):

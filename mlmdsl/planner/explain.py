@@ -46,9 +46,14 @@ def _wish(outcome: Outcome, index: int) -> SoftConstraint:
     bit, best = 1 << index, outcome.found[0]
     without = min(outcome.found, key=lambda found: found.order(ignored=bit))
     keeping = [found for found in outcome.found if not found.broken & bit]
-    price = min(keeping, key=Found.order).times.total - without.times.total if keeping else None
+    price = _seconds(min(keeping, key=Found.order)) - _seconds(without) if keeping else None
     text = " ".join(outcome.wishes[index].rule.text.split())
     return SoftConstraint(text=text, kept=not best.broken & bit, price_s=price if price is None else max(0.0, price))
+
+
+def _seconds(found: Found) -> float:
+    """Exact: the search may have kept a bound."""
+    return found.place.times(found.candidate).total
 
 
 def notes(setting: Setting, plan: Plan) -> tuple[str, ...]:
@@ -87,7 +92,7 @@ def _closest(outcome: Outcome, key: tuple[str, str], tally: Tally) -> str:
     described = variables(tally.closest).described
     if key[0] == "memory":
         return f"{described} needs {_shortage(outcome.setting, tally.place, tally.closest)}"
-    times = tally.place.times(tally.closest, tally.place.runs(tally.closest))
+    times = tally.place.times(tally.closest)
     return f"{described} breaks it, at {words.seconds(times.total)} a step"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, NamedTuple
 
 from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
@@ -39,7 +40,7 @@ class Tally:
     """Candidates that fell out for one reason, and the one that was closest to passing (least `distance`)."""
 
     count: int = 0
-    distance: float = float("inf")
+    distance: float = inf
     closest: Candidate | None = None
     place: Place | None = None
     words: str = ""
@@ -59,6 +60,7 @@ class Outcome:
     found: list[Found] = field(default_factory=list[Found])
     rejected: dict[tuple[str, str], Tally] = field(default_factory=dict[tuple[str, str], Tally])
     candidates: int = 0
+    best: float = inf  # the least objective, wishes counted in
 
     def reject(self, reason: str, text: str = "") -> Tally:
         return self.rejected.setdefault((reason, text), Tally())

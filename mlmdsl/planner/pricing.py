@@ -298,13 +298,11 @@ class Place:
             found.append((count, forward, backward))
         return found
 
-    def times(self, c: Candidate, runs: Sequence[tuple[int, float, float]], pipeline: float | None = None) -> Times:
-        """`pipeline`: its seconds where they are known (they depend on ZeRO only where weights are gathered for every pass)."""
+    def times(self, c: Candidate, clock: schedule.Clock = schedule.pipeline_seconds) -> Times:
+        """`clock`: what tells the time of all micro-batches through the pipeline; another one is a bound."""
         m = self.micro_batches(c.micro_batch)
-        exchange = self.exchange(c)
-        if c.zero == 3 and self.data > 1:
-            runs, pipeline = self.with_gathers(c, runs), None
-        passes = schedule.pipeline_seconds(c.schedule, runs, m, self.pipeline, c.interleave) if pipeline is None else pipeline
+        exchange, runs = self.exchange(c), tuple(self.with_gathers(c, self.runs(c)))
+        passes = clock(c.schedule, runs, m, self.pipeline, c.interleave)
         busy = m * sum(count * (f + b) for count, f, b in runs) / self.pipeline
         gathered, reduced = self._exposed(c, exchange, runs)
         summed = reduced + exchange.tied + exchange.partial

@@ -11,9 +11,9 @@ schedules do, so that its neighbour starts when the stage is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
+from typing import Protocol
 
 from mlmdsl.planner.plan import Schedule
 
@@ -64,7 +64,20 @@ def warm_up(pipeline: int, interleave: int, micro_batches: int, rank: int) -> in
 
 # ---- closed forms ---------------------------------------------------------------------------------------------------
 
-Runs = Sequence[tuple[int, float, float]]  # stages in a row that are alike: how many, forward seconds, backward seconds
+Runs = tuple[tuple[int, float, float], ...]  # stages in a row that are alike: how many, forward seconds, backward seconds
+
+
+class Clock(Protocol):
+    """Seconds of all micro-batches of one step through the pipeline."""
+
+    def __call__(self, schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float: ...
+
+
+def pipeline_bound(schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
+    """At least this much, quickly told."""
+    if schedule == "interleaved_1f1b" and pipeline > 1:
+        return _busiest(runs, micro_batches, pipeline)
+    return pipeline_seconds(schedule, runs, micro_batches, pipeline, interleave)
 
 
 def pipeline_seconds(schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
@@ -105,6 +118,7 @@ def _one_forward_one_backward(runs: Runs, micro_batches: int, pipeline: int) -> 
     return longest
 
 
+@lru_cache(maxsize=4096)
 def _interleaved(runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
     """The longest way through a few rounds, pass by pass; rounds after them take as long as the last of these, if none of the
     ranks is busy for longer."""
@@ -141,7 +155,8 @@ def _passes_in_order(pipeline: int, interleave: int, micro_batches: int) -> list
         slots.append((2 * (slot + rank), nth * pipeline + rank, rank, i))
         slots.append((2 * (slot + last - rank) + 1, stages + (interleave - 1 - nth) * pipeline + rank, rank, i))
     slots.sort()
-    before, numbers, found = [0] * pipeline, {}, list[tuple[int, int, int]]()
+    before, found = [0] * pipeline, list[tuple[int, int, int]]()
+    numbers: dict[tuple[int, int], int] = {}
     for number, (_, cost, rank, i) in enumerate(slots, 1):
         source = cost - 1 if cost < stages else stages - 1 if cost == 2 * stages - 1 else cost + 1
         found.append((cost, before[rank], numbers[source, i] if source >= 0 else 0))

@@ -20,10 +20,11 @@ from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
 from mlmdsl.planner.rules import CompiledRule, compile_rule
-from mlmdsl.planner.schedule import cannot_run, executable, pipeline_seconds
+from mlmdsl.planner.schedule import cannot_run, executable, pipeline_bound
 from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.planner.stages import Cut
 
+_FAR = 1.25  # times the best plan's objective
 _PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b")  # simplest first
 
 
@@ -205,11 +206,14 @@ class Judge:
                 outcome.reject("memory").add(over, candidate, place)
             else:
                 fitting.append((candidate, peak))
-        if fitting:
-            runs, m = place.runs(candidates[0]), place.micro_batches(group.micro_batch)
-            passes = pipeline_seconds(group.schedule, runs, m, place.pipeline, group.interleave)
-            for candidate, peak in fitting:
-                self._weigh(candidate, place, place.times(candidate, runs, passes), peak)
+        for candidate, peak in fitting:
+            self._weigh(candidate, place, self._times(candidate, place), peak)
+
+    def _times(self, candidate: Candidate, place: Place) -> Times:
+        """Exact, but for plans that a bound proves to be far behind the best one: these keep the bound."""
+        bound = place.times(candidate, pipeline_bound)
+        hopeless = self.minimize != "memory" and bound.total > _FAR * self.outcome.best
+        return bound if hopeless else place.times(candidate)
 
     def _weigh(self, candidate: Candidate, place: Place, times: Times, peak: int) -> None:
         facts = self.facts(candidate, place, times, peak) if self.rules or self.outcome.wishes else {}
@@ -222,7 +226,9 @@ class Judge:
         # all devices of the cluster are taken, so the cheapest plan is the fastest
         objective = float(peak) if self.minimize == "memory" else times.total
         simple = simplicity(candidate, peak)
-        self.outcome.found.append(Found(objective, times, peak, broken, candidate, place, simple))
+        found = Found(objective, times, peak, broken, candidate, place, simple)
+        self.outcome.found.append(found)
+        self.outcome.best = min(self.outcome.best, found.order()[0])
 
     def facts(self, c: Candidate, place: Place, times: Times, peak: int) -> dict[str, Any]:
         """What rules may speak of, as plain numbers."""

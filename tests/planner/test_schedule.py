@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.schedule import cannot_run, executable, in_flight, pipeline_seconds, rounds
+from mlmdsl.planner.schedule import cannot_run, executable, in_flight, pipeline_bound, pipeline_seconds, rounds
 from tests.planner.simulation import Action, actions, simulate
 
 Case = tuple[Schedule, int, int, int]  # schedule, pipeline, interleave, micro-batches
@@ -35,7 +35,11 @@ def of(schedule: Schedule) -> list[Case]:
 
 
 def closed(schedule: Schedule, forward: Sequence[float], backward: Sequence[float], m: int, p: int, v: int) -> float:
-    return pipeline_seconds(schedule, [(1, f, b) for f, b in zip(forward, backward, strict=True)], m, p, v)
+    return pipeline_seconds(schedule, each_alone(forward, backward), m, p, v)
+
+
+def each_alone(forward: Sequence[float], backward: Sequence[float]) -> tuple[tuple[int, float, float], ...]:
+    return tuple((1, f, b) for f, b in zip(forward, backward, strict=True))
 
 
 # ---- the order ------------------------------------------------------------------------------------------------------
@@ -149,6 +153,7 @@ def test_stages_of_any_cost(data: st.DataObject) -> None:
         assert 0.9 * simulated <= found <= simulated * (1 + 1e-12)
     else:
         assert found == pytest.approx(simulated, rel=1e-12)
+    assert pipeline_bound(schedule, each_alone(forward, backward), m, p, v) <= found * (1 + 1e-12)
 
 
 @given(st.data())
@@ -174,7 +179,7 @@ def test_alike_stages_may_be_given_together(data: st.DataObject) -> None:
     backward = [b for count, _, b in runs for _ in range(count)]
     m = data.draw(st.integers(p, 3 * p))
     for schedule in ("gpipe", "1f1b"):
-        assert pipeline_seconds(schedule, runs, m, p, 1) == pytest.approx(
+        assert pipeline_seconds(schedule, tuple(runs), m, p, 1) == pytest.approx(
             closed(schedule, forward, backward, m, p, 1), rel=1e-12
         )
 
