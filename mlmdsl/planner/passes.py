@@ -12,7 +12,7 @@ runtime calls it:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -26,6 +26,8 @@ from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.sharding import Move, Sharding
 
 MODES = ("none", "selective", "full")
+# Composed of simple operations on a CPU, where torch has no kernel: what is divided by the root mean square stays, too
+_COMPOSED = {"cpu": frozenset({"rms_norm"})}
 _COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 Key = tuple[str, str]  # a value and the placement it was brought to ("" as it was made): names a storage
@@ -182,21 +184,30 @@ class Passes:
         return value, ""
 
     def _kept(self, region: Region, moves: Iterable[Move]) -> Mapping[str, tuple[int, int, int]]:
-        """saved_bytes, entry_bytes and working_bytes by mode. Values made before the region count there."""
-        inside = {node.path for node in region.nodes}
-        plain = {key: size for key, size in self._saved_plain(region) if key[0] in inside}
+        """saved_bytes, entry_bytes and working_bytes by mode. Values made before the region count there, but for the last
+        pass's results: a repeat counts what its passes are given."""
+        made = self._made_in(region)
+        plain = {key: size for key, size in self._saved_plain(region) if made(key)}
         extra = sum(int(self._works[n.path].extra_saved_bytes) for n in region.nodes if n.path != self.graph.loss)
         if not region.repeated:
             whole = sum(plain.values()) + extra
             return {"saved_bytes": (whole, whole, whole), "entry_bytes": (0, 0, 0), "working_bytes": (0, 0, 0)}
         entries = {self._storage(c.entry): self.boundary_bytes(c.entry) for c in region.carried}
-        dear = entries | {key: size for key, size in self._saved_dear(region, moves) if key[0] in inside}
+        dear = entries | {key: size for key, size in self._saved_dear(region, moves) if made(key)}
         lse = sum(int(self._works[n.path].extra_saved_bytes) for n in region.nodes if not CATALOGUE[n.op].cheap)
         saved = (sum(plain.values()) + extra, sum(dear.values()) + lse, sum(entries.values()))
         cheap = sum(size for key, size in plain.items() if key not in dear) + extra - lse
         back = sum(size for key, size in plain.items() if key not in entries) + extra
         came = sum(size for key, size in plain.items() if key in entries)
         return {"saved_bytes": saved, "entry_bytes": (came, saved[2], saved[2]), "working_bytes": (0, cheap, back)}
+
+    def _made_in(self, region: Region) -> Callable[[Key], bool]:
+        index = self.graph.regions.index(region)
+        inside = {node.path for node in region.nodes}
+        if not region.repeated:
+            inside |= {name for r in self.graph.regions[:index] for c in r.carried for name in (c.entry, c.next)}
+        brought = {(m.value, str(m.target)): m.region for m in self.sharding.moves}
+        return lambda key: brought[key] == index if key in brought else key[0] in inside
 
     def _saved_plain(self, region: Region) -> Iterator[tuple[Key, int]]:
         for node in region.nodes:
@@ -207,6 +218,8 @@ class Passes:
                 else:
                     value, target = node.inputs[int(name[2:])], strategy.inputs[int(name[2:])]
                     yield self._storage(value, target), self._bytes(value, target)
+            if node.op in _COMPOSED.get(self.kernels.device.kind, ()):
+                yield (node.path, "inside"), self._bytes(node.path, strategy.output)
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
         for node in region.nodes:
