@@ -35,6 +35,18 @@ _COUNTED = {
     "epochs": "epochs",
 }
 
+_OTHER_WORDS = {
+    "s": ("sec", "secs", "second", "seconds"),
+    "min": ("mins", "minute", "minutes"),
+    "hours": ("h", "hr", "hrs"),
+    "ms": ("msec", "millisecond", "milliseconds"),
+    "us": ("usec", "microsecond", "microseconds"),
+    "B": ("byte", "bytes"),
+    "seq": ("sample", "samples"),
+    "steps": ("iteration", "iterations", "iters"),
+    "USD/gpu/hour": ("USD/hour", "$/hour"),
+}  # how other tools write a unit
+
 
 def _table() -> dict[str, tuple[str, float]]:
     """Every unit as written -> (dimension, factor)."""
@@ -100,6 +112,9 @@ def quantity(number: float, unit: str, per: str | None = None) -> Quantity | Non
 def nearest_unit(unit: str) -> str | None:
     """The spelling that was probably meant."""
     squeezed = re.sub(r"\s+", " ", unit)
+    other = next((name for name, words in _OTHER_WORDS.items() if squeezed in words), None)
+    if other is not None:
+        return other
     by_lower = {name.lower(): name for name in sorted(UNITS, reverse=True)}  # bytes before bits
     if squeezed.lower() in by_lower:
         return by_lower[squeezed.lower()]
