@@ -99,8 +99,8 @@ def modelled(done: Compilation, plan: Plan) -> Passing:
 @pytest.mark.parametrize("axes", AXES, ids=["one", "tensor+sp", "tensor"])
 @pytest.mark.parametrize("model", MODELS)
 def test_what_stays_until_the_backward_pass(model: str, axes: dict[str, Any], recompute: str) -> None:
-    """Within one in a hundred; and the most until the backward pass is done, within a fifth: what operations need for a moment is
-    taken as the largest need of any one."""
+    """Within one in a hundred; and the most until the backward pass is done, within a fifth: what operations need in passing is
+    taken as the most that any one does."""
     done, plan, text = compiled(model, {"recompute": recompute, **axes})
     expected = modelled(done, plan)
     held, peak = min(run_ranks(held_by_rank, plan.plan.world_size, text))

@@ -4,7 +4,7 @@ Plan: data 256, ZeRO 3, micro-batch 1, recompute full.
 Written by mlmdsl from llama3_70b.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nnodes 32 --nproc-per-node 8 program.py --out runs/llama3_70b
 Predicted: 14 s a step, 1,168 tokens/s and 525 TFLOP/s per device (MFU 53.1 % of 989 TFLOP/s, counting matrix products only,
-causal attention half); peak memory 58.91 GiB.
+causal attention half); peak memory 59.04 GiB.
 
 Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens).
 Ranks: torch.arange(256).view(1, 256, 1), the axes pipeline, data and tensor. Collectives over data and pipeline are the
