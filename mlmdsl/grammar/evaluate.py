@@ -33,7 +33,7 @@ class Poison:
 
 POISON: Final = Poison()
 _OUT_OF_REACH = "this number is out of reach"
-_LIMIT = 1e300  # a power beyond this is refused before it is computed
+_LIMIT = 1e300  # of what arithmetic may give; a power beyond it is refused before it is computed
 
 
 @dataclass(frozen=True)
@@ -272,17 +272,26 @@ class Evaluator:
             return self._arithmetic(expr, left, right)
         elif isinstance(left, Quantity) or isinstance(right, Quantity):
             found = _with_units(operator, left, right)
+            if found is not None and not abs(number_of(found)) <= _LIMIT:
+                return self.poison("MLM0208", _OUT_OF_REACH, expr.span)
             if found is not None:
                 return found
         elif operator == "+" and isinstance(left, str) and isinstance(right, str):
             return left + right
-        return self.poison("MLM0206", f"`{operator}` does not apply to {kind_of(left)} and {kind_of(right)}", expr.span)
+        return self._unlike(expr, left, right)
+
+    def _unlike(self, expr: s.Binary, left: Any, right: Any) -> Any:
+        """Two values that the operator does not take; `70 B` beside a number is a count that reads as bytes."""
+        for side, value, other in ((expr.left, left, right), (expr.right, right, left)):
+            if isinstance(side, s.QuantityLiteral) and side.unit == "B" and _is_number(other):
+                return self.poison("MLM0304", f"`{value}` is {side.number:g} bytes", side.span, help=_spelled_out(side))
+        message = f"`{expr.operator}` does not apply to {kind_of(left)} and {kind_of(right)}"
+        return self.poison("MLM0206", message, expr.span)
 
     def _equal(self, expr: s.Binary, left: Any, right: Any) -> Any:
-        if not comparable(left, right) and type(left) is not type(right) and None not in (left, right):
-            return self.poison(
-                "MLM0206", f"`{expr.operator}` does not apply to {kind_of(left)} and {kind_of(right)}", expr.span
-            )
+        alike = type(left) is type(right) and not isinstance(left, Quantity)
+        if not comparable(left, right) and not alike and left is not None and right is not None:
+            return self._unlike(expr, left, right)
         same = number_of(left) == number_of(right) if comparable(left, right) else left == right
         return same if expr.operator == "==" else not same
 
@@ -295,6 +304,8 @@ class Evaluator:
         try:
             value = _ARITHMETIC[operator](left, right)
         except (OverflowError, ValueError, ZeroDivisionError):
+            return self.poison("MLM0208", _OUT_OF_REACH, expr.span)
+        if isinstance(value, complex) or not abs(value) <= _LIMIT:
             return self.poison("MLM0208", _OUT_OF_REACH, expr.span)
         if operator == "/" and isinstance(left, int) and isinstance(right, int) and left % right == 0:
             return left // right

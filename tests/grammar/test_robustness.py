@@ -224,7 +224,7 @@ HOSTILE = {
     "a repeat of nothing": (SOUND.replace("layers = 4", "layers = 0"), "MLM0518"),
     "a repeat of less": (SOUND.replace("layers = 4", "layers = -4"), "MLM0518"),
     "a power tower": (with_param("9 ** 9 ** 9 ** 9"), "MLM0208"),
-    "products out of reach": (with_param("1e308 * 10 + 0 * layers").replace("odd = ", "odd: int = "), "MLM0257"),
+    "products out of reach": (with_param("1e308 * 10 + 0 * layers"), "MLM0208"),
     "a set of calls": (SOUND.replace("weight_decay = 0.1", "weight_decay = {adamw(lr = 1), 2}"), "MLM0257"),
     "a set of modules": (SOUND.replace("weight_decay = 0.1", "weight_decay = {(1, devices)}"), "MLM0257"),
     "a block that calls itself": (SOUND.replace("output a +", "output Layer(a, heads = heads, ff = ff) +"), "MLM0107"),
