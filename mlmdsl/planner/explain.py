@@ -9,7 +9,7 @@ from mlmdsl import words
 from mlmdsl.diagnostics import Diagnostic, Label, PlanError, Span
 from mlmdsl.grammar.spec import Pin, PlanConstraints, Spec
 from mlmdsl.planner.assemble import ledger, predicted, variables
-from mlmdsl.planner.outcome import Found, Outcome, Tally
+from mlmdsl.planner.outcome import Found, Outcome, Tally, best_first
 from mlmdsl.planner.plan import Alternative, Plan, Rejection, SoftConstraint, StageMemory
 from mlmdsl.planner.pricing import Candidate, Place, Setting
 
@@ -26,16 +26,17 @@ Explore = Callable[[Setting, PlanConstraints], Outcome]
 def runners_up(outcome: Outcome) -> tuple[Alternative, ...]:
     """The best plan of each other mesh; where there are few meshes, the next best plans of any."""
     best, *others = outcome.found
-    meshes = {best.mesh}
-    chosen: list[Found] = []
+    meshes: dict[tuple[int, int, int], list[Found]] = {}
     for found in others:
-        if found.mesh not in meshes and len(chosen) < _RUNNERS_UP:
-            meshes.add(found.mesh)
-            chosen.append(found)
-    rest = (found for found in others[:_RUNNERS_UP] if found not in chosen)
-    chosen += [found for found, _ in zip(rest, range(_RUNNERS_UP - len(chosen)), strict=False)]
-    chosen.sort(key=lambda found: (found.objective, found.order()))
-    return tuple(Alternative(plan=variables(f.candidate), predicted=predicted(f.place, f.candidate)) for f in chosen)
+        meshes.setdefault(found.mesh, []).append(found)
+    firsts = sorted((next(best_first(found)) for mesh, found in meshes.items() if mesh != best.mesh), key=Found.order)
+    chosen = {found.candidate: found for found in firsts[:_RUNNERS_UP]}
+    for found in best_first(others):
+        if len(chosen) >= _RUNNERS_UP:
+            break
+        chosen.setdefault(found.candidate, found)
+    shown = sorted(chosen.values(), key=lambda found: (found.objective, found.order()))
+    return tuple(Alternative(plan=variables(f.candidate), predicted=predicted(f.place, f.candidate)) for f in shown)
 
 
 def wishes(outcome: Outcome) -> tuple[SoftConstraint, ...]:
@@ -44,16 +45,11 @@ def wishes(outcome: Outcome) -> tuple[SoftConstraint, ...]:
 
 def _wish(outcome: Outcome, index: int) -> SoftConstraint:
     bit, best = 1 << index, outcome.found[0]
-    without = min(outcome.found, key=lambda found: found.order(ignored=bit))
-    keeping = [found for found in outcome.found if not found.broken & bit]
-    price = _seconds(min(keeping, key=Found.order)) - _seconds(without) if keeping else None
+    without = next(best_first(outcome.found, ignored=bit))
+    keeping = next(best_first(found for found in outcome.found if not found.broken & bit), None)
+    price = max(0.0, keeping.times.total - without.times.total) if keeping else None
     text = " ".join(outcome.wishes[index].rule.text.split())
-    return SoftConstraint(text=text, kept=not best.broken & bit, price_s=price if price is None else max(0.0, price))
-
-
-def _seconds(found: Found) -> float:
-    """Exact: the search may have kept a bound."""
-    return found.place.times(found.candidate).total
+    return SoftConstraint(text=text, kept=not best.broken & bit, price_s=price)
 
 
 def notes(setting: Setting, plan: Plan) -> tuple[str, ...]:

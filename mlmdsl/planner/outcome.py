@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ WISH = 0.10
 
 class Found(NamedTuple):
     """A plan that fits. objective: seconds, or bytes where memory is minimised; `broken`: a bit for each wish that it does not
-    keep; `simplicity`: smaller is simpler."""
+    keep; `simplicity`: smaller is simpler; `exact`: or times and objective are bounds, which the plan does not fall below."""
 
     objective: float
     times: Times
@@ -24,6 +26,7 @@ class Found(NamedTuple):
     candidate: Candidate
     place: Place
     simplicity: tuple[int, ...]
+    exact: bool
 
     @property
     def mesh(self) -> tuple[int, int, int]:
@@ -33,6 +36,20 @@ class Found(NamedTuple):
         """Sorts the best first; `ignored`: wishes that do not count. Ties are seen through rounding."""
         unkept = (self.broken & ~ignored).bit_count()
         return float(f"{self.objective * (1 + WISH * unkept):.9g}"), float(f"{self.times.total:.9g}"), self.simplicity
+
+
+def best_first(found: Iterable[Found], ignored: int = 0) -> Iterator[Found]:
+    """In their exact order; of bounds as many are made exact as it takes."""
+    waiting = [(each.order(ignored), number, each) for number, each in enumerate(found)]
+    heapify(waiting)
+    while waiting:
+        _, number, each = waiting[0]
+        if each.exact:
+            yield heappop(waiting)[2]
+        else:
+            times = each.place.times(each.candidate)
+            each = each._replace(objective=times.total, times=times, exact=True)
+            heapreplace(waiting, (each.order(ignored), number, each))
 
 
 @dataclass

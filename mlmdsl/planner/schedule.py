@@ -76,7 +76,7 @@ class Clock(Protocol):
 def pipeline_bound(schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
     """At least this much, quickly told."""
     if schedule == "interleaved_1f1b" and pipeline > 1:
-        return _busiest(runs, micro_batches, pipeline)
+        return max(_busiest(runs, micro_batches, pipeline), sum(count * (f + b) for count, f, b in runs))
     return pipeline_seconds(schedule, runs, micro_batches, pipeline, interleave)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from mlmdsl.grammar.spec import PlanConstraints, Spec
@@ -25,6 +26,7 @@ from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.planner.stages import Cut
 
 _FAR = 1.25  # times the best plan's objective
+_TIMES = frozenset({"step_time", "bubble", "mfu", "cost"})  # facts that follow from times
 _PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b")  # simplest first
 
 
@@ -207,15 +209,17 @@ class Judge:
             else:
                 fitting.append((candidate, peak))
         for candidate, peak in fitting:
-            self._weigh(candidate, place, self._times(candidate, place), peak)
+            times = place.times(candidate, pipeline_bound)
+            exact = self._asks_for_times or times.total <= _FAR * outcome.best
+            self._weigh(candidate, place, place.times(candidate) if exact else times, peak, exact)
 
-    def _times(self, candidate: Candidate, place: Place) -> Times:
-        """Exact, but for plans that a bound proves to be far behind the best one: these keep the bound."""
-        bound = place.times(candidate, pipeline_bound)
-        hopeless = self.minimize != "memory" and bound.total > _FAR * self.outcome.best
-        return bound if hopeless else place.times(candidate)
+    @cached_property
+    def _asks_for_times(self) -> bool:
+        """Otherwise plans that a bound proves to be far behind the best one may keep the bound."""
+        names = {name for rule in (*self.rules, *self.outcome.wishes) for name in rule.names}
+        return self.minimize == "memory" or not names.isdisjoint(_TIMES)
 
-    def _weigh(self, candidate: Candidate, place: Place, times: Times, peak: int) -> None:
+    def _weigh(self, candidate: Candidate, place: Place, times: Times, peak: int, exact: bool) -> None:
         facts = self.facts(candidate, place, times, peak) if self.rules or self.outcome.wishes else {}
         for rule in self.rules:
             if not rule.kept(facts):
@@ -226,7 +230,7 @@ class Judge:
         # all devices of the cluster are taken, so the cheapest plan is the fastest
         objective = float(peak) if self.minimize == "memory" else times.total
         simple = simplicity(candidate, peak)
-        found = Found(objective, times, peak, broken, candidate, place, simple)
+        found = Found(objective, times, peak, broken, candidate, place, simple, exact)
         self.outcome.found.append(found)
         self.outcome.best = min(self.outcome.best, found.order()[0])
 
