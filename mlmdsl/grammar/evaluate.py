@@ -58,6 +58,7 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     """The name that `word` is probably meant to be."""
     by_lower = {name.lower(): name for name in sorted(set(names))}
     found = get_close_matches(word.lower(), by_lower, 1, 0.6)
+    found = found or [name for name in by_lower if len(word) >= 3 and name.startswith(word.lower())]  # H100, for one
     return by_lower[found[0]] if found else None
 
 

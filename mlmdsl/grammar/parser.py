@@ -47,6 +47,7 @@ def _lark() -> Lark:
 
 def parse(text: str, path: str, diagnostics: Diagnostics) -> syntax.File:
     """The file's items; statements that cannot be parsed are reported and left out."""
+    text = text.removeprefix("\ufeff")  # which takes no column
     diagnostics.sources[path] = text
     tree: Tree[Token] = _tree(text, path, "start", diagnostics) or Tree("start", [])
     for edition in tree.find_data("edition"):

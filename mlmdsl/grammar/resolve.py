@@ -371,7 +371,7 @@ def _same_item(whole: Span, one: Span, other: Span) -> bool:
 
 def _text(sources: Mapping[str, str], span: Span) -> str:
     """The source text of a span, on one line."""
-    lines = sources[span.file].splitlines()[span.line - 1 : span.end_line]
+    lines = sources[span.file].split("\n")[span.line - 1 : span.end_line]
     if not lines:
         return ""
     if len(lines) == 1:
