@@ -1,0 +1,257 @@
+"""The search against every legal plan by plain loops; constraints, and what a plan says of itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlmdsl.planner.plan import Plan, PlanVariables
+from mlmdsl.planner.pricing import Setting
+from mlmdsl.planner.search import explore, search, single_device
+from mlmdsl.planner.verify_layout import verify_layout
+from tests.planner.small import fits, legal, planned, problem
+
+ROOT = Path(__file__).resolve().parents[2]
+WISH = 1.1  # what a plan's time is multiplied with for each wish that it does not keep
+
+# name: how the cluster and the batch differ
+CASES: dict[str, dict[str, int | str]] = {
+    "plain": {},
+    "tight": {"memory": "1000 MiB"},
+    "roomy": {"memory": "8 GiB", "batch": 64},
+    "slow links": {"bandwidth": 1, "batch": 8},
+    "one node": {"nodes": 1, "per_node": 8, "memory": "1100 MiB"},
+    "a few rows": {"nodes": 1, "per_node": 8, "batch": 2, "memory": "4 GiB"},
+    "six devices": {"nodes": 1, "per_node": 6, "batch": 12},
+    "odd batch": {"nodes": 1, "per_node": 4, "batch": 9, "memory": "4 GiB"},
+}
+
+
+def shortest(plan: Plan) -> float:
+    return plan.predicted.step_time_s
+
+
+# ---- the best of all ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_best_of_all_plans(name: str) -> None:
+    spec, graph = problem(**CASES[name])
+    every = list(legal(spec, graph))
+    fitting = [(place.times(c).total, place, c) for place, c in every if fits(place, c)]
+    plan = search(spec, graph)
+    assert shortest(plan) == pytest.approx(min(seconds for seconds, _, _ in fitting), rel=1e-8)
+    assert any(shortest(plan) == seconds and plan.plan.described == _described(c) for seconds, _, c in fitting)
+    refused = {r.reason: r.count for r in plan.search.rejected}
+    assert plan.search.feasible == len(fitting)
+    assert refused.pop("memory", 0) == len(every) - len(fitting)
+    assert plan.search.candidates == len(every) + sum(refused.values())
+    assert all(r.closest for r in plan.search.rejected)
+
+
+def _described(c: Any) -> str:
+    return PlanVariables(
+        tensor=c.tensor, sequence_parallel=c.sequence_parallel, pipeline=c.pipeline, data=c.data, micro_batch=c.micro_batch,
+        schedule=c.schedule, interleave=c.interleave, recompute=("none", "selective", "full")[c.recompute], zero=c.zero,
+        stages=c.cut.stages,
+    ).described  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["plain", "slow links", "a few rows"])
+def test_minimize_memory(name: str) -> None:
+    spec, graph = problem("minimize memory", **CASES[name])
+    least = min(place.peak_bytes(c, place.held_bytes(c)) for place, c in legal(spec, graph))
+    assert max(search(spec, graph).predicted.peak_memory_bytes) == least
+
+
+def test_minimize_cost_is_time_on_a_given_cluster() -> None:
+    assert planned("minimize cost").plan == planned().plan
+
+
+@pytest.mark.parametrize("bandwidth", [1, 100])
+@pytest.mark.parametrize("layers", [9, 12, 17, 24])
+def test_degrees_of_interleaving_that_are_left_out_gain_little(layers: int, bandwidth: int) -> None:
+    """Of those whose largest virtual stage has as many layers only the least is tried."""
+    spec, graph = problem("pin pipeline = 2", "pin tensor = 2", memory="8 GiB", bandwidth=bandwidth)
+    regions = tuple(replace(region, count=layers) if region.repeated else region for region in graph.regions)
+    longer = replace(graph, regions=regions)
+    every = [(p.times(c).total, c) for p, c in legal(spec, longer) if (c.pipeline, c.tensor) == (2, 2) and fits(p, c)]
+    best = min(seconds for seconds, _ in every)
+    assert best * (1 - 1e-9) <= shortest(search(spec, longer)) <= 1.03 * best
+
+
+# ---- pins and rules -------------------------------------------------------------------------------------------------
+
+Keeps = Callable[[PlanVariables], bool]
+PINS: dict[str, Keeps] = {
+    "pin tensor = 2": lambda v: v.tensor == 2,
+    "pin pipeline = 2": lambda v: v.pipeline == 2,
+    "pin data = 4": lambda v: v.data == 4,
+    "pin zero = 3": lambda v: v.zero == 3,
+    "pin micro_batch = 1": lambda v: v.micro_batch == 1,
+    "pin schedule = interleaved_1f1b": lambda v: v.schedule == "interleaved_1f1b" and v.interleave > 1 and v.pipeline > 1,
+    "pin interleave = 3": lambda v: v.interleave == 3,
+    "pin recompute = full": lambda v: v.recompute == "full",
+    "pin sequence_parallel = true": lambda v: v.sequence_parallel,
+    "pin stages = [2, 4]": lambda v: v.stages == (2, 4),
+}
+RULES: dict[str, Keeps] = {
+    "require pipeline >= 2 and zero in {0, 1}": lambda v: v.pipeline >= 2 and v.zero in (0, 1),
+    "forbid data == 8 or micro_batch > 1": lambda v: v.data != 8 and v.micro_batch <= 1,
+    "require tensor * pipeline == 4": lambda v: v.tensor * v.pipeline == 4,
+    "require recompute in [selective, full]": lambda v: v.recompute in ("selective", "full"),
+    "require not sequence_parallel and tensor > 1": lambda v: not v.sequence_parallel and v.tensor > 1,
+    "forbid schedule != gpipe": lambda v: v.schedule == "gpipe",
+}
+
+
+@pytest.mark.parametrize("line", [*PINS, *RULES])
+def test_constraints_hold_and_the_plan_is_the_best_of_those_that_keep_them(line: str) -> None:
+    """Also of every runner-up."""
+    keeps = (PINS | RULES)[line]
+    plan = planned(line)
+    assert all(keeps(v) for v in (plan.plan, *(a.plan for a in plan.alternatives)))
+    if "stages" not in line:
+        spec, graph = problem()
+        found = [p.times(c).total for p, c in legal(spec, graph) if fits(p, c) and keeps(_variables(c))]
+        assert shortest(plan) == pytest.approx(min(found), rel=1e-8)
+        if line in RULES:
+            assert plan.search.feasible == len(found)
+
+
+def _variables(c: Any) -> PlanVariables:
+    words = c._asdict()
+    cut = words.pop("cut")
+    return PlanVariables(**{**words, "recompute": ("none", "selective", "full")[c.recompute]}, stages=cut.stages)
+
+
+def test_rules_over_what_plans_cost() -> None:
+    free = planned()
+    limit = max(free.predicted.peak_memory_bytes) - 1
+    small = planned(f"require memory <= {limit} B")
+    assert max(small.predicted.peak_memory_bytes) <= limit and shortest(small) >= shortest(free)
+    busy = planned("require bubble >= 0.1")
+    assert busy.predicted.bubble_fraction >= 0.1 and busy.plan.pipeline > 1
+    slow = planned(f"require step_time >= {shortest(free) * 2} s")
+    assert all(p.predicted.step_time_s >= shortest(free) * 2 for p in (slow, *slow.alternatives))
+    idle = planned(f"forbid mfu > {free.predicted.mfu / 2}")
+    assert all(p.predicted.mfu <= free.predicted.mfu / 2 for p in (idle, *idle.alternatives))
+
+
+# ---- wishes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "keeps"),
+    [
+        ("prefer zero == 3", lambda v: v.zero == 3),
+        ("prefer tensor == 2", lambda v: v.tensor == 2),
+        ("avoid data == 8", lambda v: v.data != 8),
+        ("prefer recompute == full", lambda v: v.recompute == "full"),
+        ("prefer schedule == gpipe", lambda v: v.schedule == "gpipe"),
+    ],
+)
+def test_a_wish_is_granted_where_it_costs_a_tenth_at_most(line: str, keeps: Keeps) -> None:
+    plan = planned(line)
+    spec, graph = problem()
+    found = [(p.times(c).total, keeps(_variables(c))) for p, c in legal(spec, graph) if fits(p, c)]
+    best = min(seconds for seconds, _ in found)
+    keeping = min(seconds for seconds, kept in found if kept)
+    (wish,) = plan.soft
+    assert wish.text == line and wish.price_s == pytest.approx(keeping - best, abs=1e-9)
+    assert wish.kept == keeps(plan.plan) == (keeping <= best * WISH)
+    assert shortest(plan) == pytest.approx(keeping if wish.kept else best, rel=1e-8)
+
+
+def test_a_wish_that_no_plan_keeps_has_no_price() -> None:
+    (wish,) = planned("prefer pipeline == 5").soft
+    assert (wish.kept, wish.price_s) == (False, None)
+
+
+def test_wishes_are_weighed_together() -> None:
+    spec, graph = problem("prefer zero == 3", "avoid recompute == none", "prefer micro_batch == 1")
+    outcome = explore(Setting(spec, graph), spec.plan)
+    best = outcome.found[0]
+    assert best.order() == min(found.order() for found in outcome.found)
+    assert [wish.kept for wish in search(spec, graph).soft] == [not best.broken & 1, not best.broken & 2, not best.broken & 4]
+
+
+# ---- the same every time --------------------------------------------------------------------------------------------
+
+_WISHES = ("prefer zero == 3", "avoid tensor.crosses_nodes")
+_PRINTED = f"from tests.planner.small import planned; print(planned(*{_WISHES!r}).saved().to_json())"
+
+
+def test_the_same_text_gives_the_same_bytes() -> None:
+    mine = planned(*_WISHES).saved().to_json() + "\n"
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", _PRINTED]
+        assert subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout == mine
+
+
+# ---- what a plan says of itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("line", ["", "pin pipeline = 2", "pin zero = 3", "pin recompute = full"])
+def test_a_plan_adds_up(name: str, line: str) -> None:
+    spec, graph = problem(*filter(None, [line]), **CASES[name] | {"memory": "8 GiB"})
+    plan = search(spec, graph)
+    verify_layout(graph, plan)
+    v, p = plan.plan, plan.predicted
+    assert v.world_size == spec.cluster.world_size and sum(v.stages) == graph.layers
+    assert sum(p.breakdown_s.values()) == pytest.approx(p.step_time_s, rel=1e-9)
+    assert min(p.breakdown_s.values()) >= -1e-12
+    assert p.peak_memory_bytes == tuple(entry.total_bytes for entry in plan.memory) and len(plan.memory) == v.pipeline
+    assert 0 <= p.bubble_fraction < 1 and (v.pipeline > 1 or p.bubble_fraction == 0)
+    assert p.tokens_per_s_per_device == pytest.approx(plan.batch * plan.seq_len / p.step_time_s / v.world_size)
+    assert len(plan.timeline) == v.pipeline and sum(stage.layers for stage in plan.timeline) == graph.layers
+
+
+def _pins(v: PlanVariables) -> list[str]:
+    names = ("context", "replicate", "expert")
+    return [f"{name}={list(x) if isinstance(x, tuple) else str(x).lower()}" for name, x in v if name not in names]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_runners_up_are_what_pinning_them_gives(name: str) -> None:
+    plan = planned(**CASES[name])
+    times = [a.predicted.step_time_s for a in plan.alternatives]
+    assert times == sorted(times) and len(times) == min(5, plan.search.feasible - 1)
+    assert all(seconds >= shortest(plan) for seconds in times)
+    for alternative in plan.alternatives:
+        pinned = planned(pins=_pins(alternative.plan), **CASES[name])
+        assert pinned.plan == alternative.plan and pinned.predicted == alternative.predicted
+    meshes = {(v.tensor, v.pipeline, v.data) for v in (plan.plan, *(a.plan for a in plan.alternatives))}
+    spec, graph = problem(**CASES[name])
+    every = {(c.tensor, c.pipeline, c.data) for p, c in legal(spec, graph) if fits(p, c)}
+    assert len(meshes) == min(6, len(every))
+
+
+def test_runners_up_are_the_best_of_their_mesh() -> None:
+    spec, graph = problem()
+    plan = search(spec, graph)
+    for alternative in plan.alternatives:
+        mesh = (alternative.plan.tensor, alternative.plan.pipeline, alternative.plan.data)
+        times = [p.times(c).total for p, c in legal(spec, graph) if (c.tensor, c.pipeline, c.data) == mesh and fits(p, c)]
+        assert alternative.predicted.step_time_s == pytest.approx(min(times), rel=1e-8)
+
+
+def test_more_memory_is_never_slower() -> None:
+    times = [shortest(planned(memory=f"{size} MiB")) for size in (1000, 1100, 1200, 1500, 4000, 16000)]
+    assert times == sorted(times, reverse=True) and times[0] > times[-1]
+
+
+def test_a_single_device_ignores_cluster_and_memory() -> None:
+    spec, graph = problem(memory="100 MiB")
+    plan = single_device(spec, graph)
+    assert plan.plan.world_size == 1 and plan.collectives == () and plan.plan.stages == (6,)
+    verify_layout(graph, plan)
