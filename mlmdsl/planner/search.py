@@ -1,8 +1,8 @@
 """The search: every legal plan is priced and put against the ledger; the best one is assembled into a Plan.
 
 Exhaustive over tensor x sequence_parallel x pipeline x data x micro_batch x recompute x schedule x interleave x ZeRO, but for
-degrees of interleaving that differ little (`Space._interleaves`). "Legal" is what divides and what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that
-cost the same the simpler one is taken.
+degrees of interleaving that differ little (`Space._interleaves`). "Legal" is what divides and what torch's schedules can run;
+everything else has its price (pricing.py). Deterministic: of plans that cost the same the simpler one is taken.
 """
 
 from __future__ import annotations
