@@ -226,7 +226,7 @@ def _rules(c: _Checker) -> None:
         if names <= set(c.pins):
             if not _holds(rule, {name: c.pins[name].value for name in names}):
                 c.report("MLM0422", f"`{rule.text}` contradicts a pin", rule, "change one of the two", c.others(*sorted(names)))
-        elif len(names) == 1 and not names & set(c.pins):
+        elif len(names) == 1 and names != {"stages"} and not names & set(c.pins):  # ways to cut are too many to try
             free.setdefault(next(iter(names)), []).append(rule)
     for name, rules in free.items():
         _leaves_a_value(c, name, rules)
@@ -249,8 +249,6 @@ def _domain(c: _Checker, name: str) -> list[Any]:
         return words[name]
     if name == "sequence_parallel":
         return [False, True]
-    if name == "stages":
-        return []
     most = {"micro_batch": c.spec.train.batch, "interleave": c.graph.layers}.get(name, c.spec.cluster.world_size)
     whole = c.spec.train.batch if name == "micro_batch" else c.spec.cluster.world_size
     return [n for n in range(1, most + 1) if name == "interleave" or whole % n == 0]

@@ -57,7 +57,7 @@ def test_more_nodes_help() -> None:
     """Where state is what does not fit, and more ranks divide it: the fewest of twice, four times and so on as many."""
 
     def compiled(nodes: int) -> Plan:
-        text = text_of(nodes=nodes, per_node=1, memory="2 GiB")
+        text = text_of(nodes=nodes, per_node=1, memory="2800 MiB")
         found = compile_spec(text, path="/specs/x.mlm", overrides=["small.d=2048"], until="plan").plan
         assert found is not None
         return found

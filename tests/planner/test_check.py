@@ -1,0 +1,140 @@
+"""Constraints that contradict the model, the batch, the cluster or each other: what the table of diagnostics does not show."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlmdsl.compile import compile_spec
+from mlmdsl.diagnostics import Diagnostic, MlmError
+from tests.planner.small import text_of
+
+
+def checked(*plan: str, text: str | None = None, **changes: int | str) -> tuple[Diagnostic, ...]:
+    """Everything that the passes before the search say."""
+    source = text or text_of(*plan, **changes)  # pyright: ignore[reportArgumentType]
+    try:
+        return compile_spec(source, path="/specs/x.mlm", until="graph").diagnostics
+    except MlmError as problem:
+        return tuple(problem.diagnostics)
+
+
+def one(*plan: str, **changes: int | str) -> Diagnostic:
+    (found,) = checked(*plan, **changes)
+    return found
+
+
+CONTRADICTIONS = {
+    # heads: the model has 8, of them 4 for keys and values
+    ("pin tensor = 8",): ("MLM0412", "tensor = 8 cannot split kv_heads = 4", "pin tensor = 4, or less"),
+    # layers: the model has 6
+    ("pin pipeline = 4", "pin interleave = 2"): ("MLM0414", "6 layers cannot fill 4 x 2 virtual stages", "6 is the most"),
+    ("pin interleave = 8",): ("MLM0414", "6 layers cannot fill 1 x 8 virtual stages", "6 is the most"),
+    ("pin pipeline = 8",): ("MLM0414", "6 layers cannot fill 8 stages", "a stage has a layer at least"),
+    ("pin stages = [1, 2]",): ("MLM0417", "the stages hold 3 layers, the model has 6", "they have to add up to 6"),
+    ("pin stages = [1, 2, 3]", "pin interleave = 2"): ("MLM0417", "3 stages are given for 2", "there is one number for"),
+    ("pin stages = [1, 2, 3]", "pin pipeline = 2"): ("MLM0417", "3 stages are given for 2", "there is one number for"),
+    # devices: 8, in two nodes
+    ("pin pipeline = 3",): ("MLM0415", "pipeline 3 does not fit 8 devices", "multiply to 8"),
+    ("pin data = 16",): ("MLM0415", "data 16 does not fit 8 devices", "multiply to 8"),
+    ("pin tensor = 2", "pin pipeline = 2", "pin data = 1"): (
+        "MLM0415", "tensor 2 x pipeline 2 x data 1 does not fit 8 devices", "multiply to 8",
+    ),
+    # batch: 16
+    ("pin micro_batch = 3",): ("MLM0416", "a batch of 16 cannot be split into 1 x 3 sequences", "divide the batch"),
+    ("pin data = 8", "pin micro_batch = 4"): ("MLM0416", "a batch of 16 cannot be split into 8 x 4 sequences", "divide"),
+    # schedules
+    ("pin pipeline = 4", "pin data = 2", "pin micro_batch = 4", "pin schedule = 1f1b"): (
+        "MLM0419", "1f1b over 4 stages cannot run 2 micro-batches", "a multiple of 4",
+    ),
+    ("pin schedule = gpipe", "pin interleave = 2"): (
+        "MLM0420", "schedule = gpipe does not go with interleave = 2", "the others 1",
+    ),
+    ("pin schedule = interleaved_1f1b", "pin interleave = 1"): (
+        "MLM0420", "schedule = interleaved_1f1b does not go with interleave = 1", "2 or more",
+    ),
+    # axes that are not laid out
+    ("pin context = 2",): ("MLM0424", "context = 2: this axis is not laid out yet", "pin context = 1"),
+    ("pin replicate = 2",): ("MLM0424", "replicate = 2: this axis is not laid out yet", "pin replicate = 1"),
+    ("pin expert = 4",): ("MLM0424", "expert = 4: this axis is not laid out yet", "pin expert = 1"),
+    # rules
+    ("pin zero = 3", "forbid zero == 3"): ("MLM0422", "`forbid zero == 3` contradicts a pin", "change one of the two"),
+    ("pin tensor = 2", "pin data = 4", "require tensor * data <= 4"): (
+        "MLM0422", "`require tensor * data <= 4` contradicts a pin", "change one of the two",
+    ),
+    ("require recompute == full", "forbid recompute in [full, selective]"): (
+        "MLM0422", "`forbid recompute in [full, selective]` leaves no value for recompute", "change one of the rules",
+    ),
+    ("require tensor == 3",): ("MLM0422", "`require tensor == 3` leaves no value for tensor", "change one of the rules"),
+    ("require micro_batch > 16",): ("MLM0422", "`require micro_batch > 16` leaves no value for micro_batch", ""),
+    ("require interleave > 6",): ("MLM0422", "`require interleave > 6` leaves no value for interleave", ""),
+    ("require sequence_parallel", "forbid sequence_parallel"): (
+        "MLM0422", "`forbid sequence_parallel` leaves no value for sequence_parallel", "",
+    ),
+    ("require schedule == gpipe", "require schedule != gpipe"): (
+        "MLM0422", "`require schedule != gpipe` leaves no value for schedule", "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", CONTRADICTIONS, ids=" | ".join)
+def test_a_contradiction_is_said_once(plan: tuple[str, ...]) -> None:
+    code, message, help = CONTRADICTIONS[plan]
+    found = [item for item in checked(*plan) if item.code == code]
+    assert [item.message for item in found] == [message]
+    assert help in found[0].help and found[0].span is not None
+    if len(plan) > 1:
+        assert len({item.code for item in checked(*plan)}) == 1
+
+
+HARMLESS = (
+    ("pin tensor = 4",),
+    ("pin pipeline = 2", "pin interleave = 3"),
+    ("pin stages = [1, 2, 3]", "pin interleave = 3"),
+    ("pin stages = [2, 4]", "pin pipeline = 2"),
+    ("pin data = 8", "pin micro_batch = 2"),
+    ("pin pipeline = 4", "pin data = 2", "pin micro_batch = 4", "pin schedule = gpipe"),
+    ("pin pipeline = 4", "pin data = 2", "pin micro_batch = 8", "pin schedule = interleaved_1f1b"),
+    ("pin context = 1", "pin expert = 1"),
+    ("pin zero = 3", "require zero == 3 and memory < 1 KiB"),  # what it costs is not judged here
+    ("pin tensor = 2", "require tensor == 2 or data == 3"),
+    ("require pipeline <= 4", "require pipeline > 2"),
+    ("require stages == [3, 3]",),
+    ("prefer tensor == 3", "avoid tensor in {1, 2, 4, 8}"),  # wishes may be vain
+)
+
+
+@pytest.mark.parametrize("plan", HARMLESS, ids=" | ".join)
+def test_nothing_is_said_of_what_may_hold(plan: tuple[str, ...]) -> None:
+    assert checked(*plan) == ()
+
+
+def test_where_a_pin_and_a_batch_were_written() -> None:
+    found = one("pin data = 8", "pin micro_batch = 4")
+    assert [label.text for label in found.secondary] == ["data is pinned here", "the batch"]
+    found = one("pin pipeline = 4", "pin data = 2", "pin micro_batch = 4", "pin schedule = 1f1b")
+    assert [label.text for label in found.secondary] == [
+        "pipeline is pinned here",
+        "data is pinned here",
+        "micro_batch is pinned here",
+        "the batch",
+    ]
+
+
+def test_a_sequence_that_tensor_ranks_cannot_split() -> None:
+    """512 tokens in the small spec; here one less."""
+    text = text_of("pin tensor = 2", "pin sequence_parallel = true").replace("seq_len = 512 tok", "seq_len = 511 tok")
+    (found,) = checked(text=text)
+    assert (found.code, found.message) == ("MLM0418", "tensor = 2 cannot split a sequence of 511")
+    assert [label.text for label in found.secondary] == ["tensor is pinned here", "the sequence"]
+
+
+def test_an_odd_vocabulary_is_a_warning() -> None:
+    text = text_of("pin tensor = 4").replace("2048", "2050")
+    (found,) = checked(text=text)
+    assert (found.code, found.severity) == ("MLM0413", "warning")
+    assert "vocab = 2_052 would be split" in found.help
+
+
+def test_every_contradiction_is_said_at_once() -> None:
+    found = checked("pin tensor = 8", "pin pipeline = 8", "pin micro_batch = 3", "pin context = 2", "require zero == 2")
+    assert {item.code for item in found} == {"MLM0424", "MLM0412", "MLM0414", "MLM0415", "MLM0416", "MLM0422"}
