@@ -114,6 +114,10 @@ def _too_deep(tree: Tree[Token]) -> Meta | None:
     return next((node.meta for node in level if not node.meta.empty), None)
 
 
+# Tokens that a body's brace can follow: the end of a value, or a word
+BEFORE_BODY = frozenset(
+    "NAME NUMBER QUANTITY STRING SCHEDULE TRUE FALSE NONE BROKEN RPAR RSQB RBRACE ELSE CLUSTER TRAIN PLAN POOL".split()  # noqa: SIM905
+)
 _OPEN = {"LPAR": "(", "LSQB": "[", "LBRACE": "{"}
 _CLOSE = {"RPAR": ")", "RSQB": "]", "RBRACE": "}"}
 
@@ -147,7 +151,7 @@ class _Feeder:
     def _step(self, tokens: list[Token], position: int) -> int:
         """Feeds one token; the position to go on from. Newlines inside () and [] do not count."""
         token = tokens[position]
-        if token.type == "_NL" and self.opened and self.opened[-1].type != "LBRACE":
+        if token.type == "_NL" and self.opened and self.opened[-1].type in ("LPAR", "LSQB"):
             return position + 1
         try:
             self.parser.feed_token(token)
@@ -165,8 +169,9 @@ class _Feeder:
             after = tokens[position + 1] if position + 1 < len(tokens) else None
             ended = report(problem, self.statement, after, self.opened, self.path, self.diagnostics)
             return self._skip(tokens, position, ended=ended)
+        before = self.statement[-1].type if self.statement else ""
         self.statement.append(token)
-        self._mark(token)
+        self._mark(token, before)
         return position + 1
 
     def _mended(self, tokens: list[Token], position: int) -> int | None:
@@ -199,16 +204,18 @@ class _Feeder:
         self.opened.clear()
         self.marks[-1] = _copy(self.parser)
 
-    def _mark(self, token: Token) -> None:
-        """Keeps the brackets, and the state where a statement starts."""
+    def _mark(self, token: Token, before: str) -> None:
+        """Keeps the brackets, and the state where a statement starts. A brace that opens no body opens a set."""
+        body = before in BEFORE_BODY and not (self.opened and self.opened[-1].type != "LBRACE")
+        closed = ""
         if token.type in _OPEN:
-            self.opened.append(token)
+            self.opened.append(Token.new_borrow_pos("SET", "{", token) if token.type == "LBRACE" and not body else token)
         elif token.type in _CLOSE and self.opened:
-            self.opened.pop()
-        if token.type == "LBRACE":
+            closed = self.opened.pop().type
+        if token.type == "LBRACE" and body:
             self.marks.append(_copy(self.parser))
             self.statement = []
-        elif token.type == "RBRACE" and len(self.marks) > 1:
+        elif closed == "LBRACE" and len(self.marks) > 1:
             self.marks.pop()
         elif token.type == "_NL":
             self.marks[-1] = _copy(self.parser)
@@ -224,13 +231,16 @@ class _Feeder:
         self.opened = [t for t in self.opened if (t.start_pos or 0) < (started.start_pos or 0)]
         self.parser = _copy(self.marks[-1])
         depth = sum((t.type == "LBRACE") - (t.type == "RBRACE") for t in self.statement)
+        sets, depth = max(0, depth), min(0, depth)  # a set ends with its line
         self.statement = []
         while position < len(tokens) and not ended:
             token = tokens[position]
             if token.type == "_NL" and depth <= 0:
                 position += 1
                 break
-            if token.type == "RBRACE" and depth <= 0 and len(self.marks) > 1:
+            if token.type == "RBRACE" and sets and depth <= 0:
+                sets, depth = sets - 1, depth + 1
+            elif token.type == "RBRACE" and depth <= 0 and len(self.marks) > 1:
                 break
             depth += (token.type == "LBRACE") - (token.type == "RBRACE")
             position += 1

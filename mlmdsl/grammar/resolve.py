@@ -277,9 +277,7 @@ class _Resolver:
 
     def cluster(self) -> Cluster | None:
         is_cluster: Callable[[s.Config], bool] = lambda item: item.kind == "cluster"  # noqa: E731
-        found = self._one(
-            s.Config, "cluster", is_cluster, "cluster name { nodes = 1; devices_per_node = 8; device = ... }".replace(";", "")
-        )
+        found = self._one(s.Config, "cluster", is_cluster, "cluster name { nodes = 1  devices_per_node = 8  device = ... }")
         settings = found and self._settings(found, "cluster")
         if found is None or settings is None:
             return None

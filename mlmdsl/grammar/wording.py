@@ -33,7 +33,7 @@ _STATEMENTS = {
     "AVOID": "in a plan",
     "FORBID": "in a plan",
 }
-_CLOSING = {"LPAR": ")", "LSQB": "]", "LBRACE": "}"}
+_CLOSING = {"LPAR": ")", "LSQB": "]", "LBRACE": "}", "SET": "}"}
 _SHOWN = {
     "_NL": "the end of the line", "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`", "RSQB": "`]`", "LBRACE": "`{`", "RBRACE": "`}`",
     "COMMA": "`,`", "EQUAL": "`=`", "COLON": "`:`", "DOT": "`.`", "NAME": "a name", "NUMBER": "a number", "STRING": "a string",
@@ -94,7 +94,9 @@ def report(
             )
         return say("MLM0006", f"the character {text!r} means nothing here", help="take it away")
     if bracket is not None and (
-        token.type in ("RBRACE", *ITEM_KEYWORDS) or (last is not None and _on_new_statement(token, last, after))
+        (token.type == "RBRACE" and bracket.type != "SET")
+        or token.type in ITEM_KEYWORDS
+        or (last is not None and _on_new_statement(token, last, after))
     ):
         unclosed(bracket, path, diagnostics, Label(where, "this does not belong inside"))
         return token.type not in ITEM_KEYWORDS

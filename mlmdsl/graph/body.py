@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from mlmdsl.diagnostics import Label, Span
 from mlmdsl.grammar import syntax as s
-from mlmdsl.grammar.evaluate import POISON, Evaluator, argument_names, did_you_mean, kind_of
+from mlmdsl.grammar.evaluate import POISON, Evaluator, Poison, argument_names, did_you_mean, kind_of
 from mlmdsl.grammar.spec import BlockSource
 from mlmdsl.graph.arguments import Given, bind_tensors, check_scalar, match_dims, undivided
 from mlmdsl.graph.calls import OPERATORS, SIGNATURES, Signature
@@ -38,6 +38,10 @@ class Body(Evaluator):
         self._expected: list[s.Expect] = []
         self._target: str | None = None  # what the call being evaluated is assigned to
         self._transparent = False  # the block call being evaluated adds no name
+
+    def poison(self, code: str, message: str, span: Span, **more: Any) -> Poison:
+        self.state.mistakes += 1
+        return super().poison(code, message, span, **more)
 
     # ---- statements -------------------------------------------------------------------------------------------------
 
@@ -185,8 +189,9 @@ class Body(Evaluator):
             )
             return
         outer = self.names
+        before = self.state.mistakes
         for index in range(count):
-            if self.state.spent:
+            if self.state.spent or self.state.mistakes > before:  # the next pass has the same mistakes
                 break
             self.names = Scope(f"{outer.prefix}{name}.{index}.", outer.region, outer.calls)
             self._pass(statement)

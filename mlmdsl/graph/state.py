@@ -25,6 +25,7 @@ class State:
     first_nodes: list[Node] = field(default_factory=list[Node])  # inputs that the objective adds
     called: set[str] = field(default_factory=set[str])  # blocks whose bodies were run
     statements: int = 0  # that were run
+    mistakes: int = 0  # that were met, those reported before among them
 
     @property
     def spent(self) -> bool:

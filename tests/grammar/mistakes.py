@@ -125,6 +125,7 @@ MISTAKES = (
         "a bracket too many", "MLM0008", "output a + Linear(gelu(gate), out = d)", "output a + Linear(gelu(gate), out = d)▸)"
     ),
     Mistake("a missing equals sign", "MLM0009", "stop = 200 steps", "stop ▸200 steps"),
+    Mistake("a set without a comma", "MLM0002", "require pipeline <= 2", "require pipeline in {1 ▸2}"),
     Mistake("a pin in train", "MLM0007", "  precision = bf16", "  precision = bf16\n  ▸pin zero = 1"),
     # names and arguments
     Mistake("an unknown function", "MLM0250", "gelu(gate)", "▸gleu(gate)"),

@@ -225,6 +225,8 @@ HOSTILE = {
     "a repeat of less": (SOUND.replace("layers = 4", "layers = -4"), "MLM0518"),
     "a power tower": (with_param("9 ** 9 ** 9 ** 9"), "MLM0208"),
     "products out of reach": (with_param("1e308 * 10 + 0 * layers"), "MLM0208"),
+    "a set that is not closed in a call": (SOUND.replace("lr = 2e-3", "lr = {"), "MLM0001"),
+    "a mistake in repeats in repeats": (blocks(1, "repeat 1000 { repeat 1000 { x = 4 nowhere } }\n  output x"), "MLM0301"),
     "a set of calls": (SOUND.replace("weight_decay = 0.1", "weight_decay = {adamw(lr = 1), 2}"), "MLM0257"),
     "a set of modules": (SOUND.replace("weight_decay = 0.1", "weight_decay = {(1, devices)}"), "MLM0257"),
     "a block that calls itself": (SOUND.replace("output a +", "output Layer(a, heads = heads, ff = ff) +"), "MLM0107"),
