@@ -150,12 +150,12 @@ class Holdings:
         return sum(count * -(-shape[0] // data) * prod(shape[1:]) for shape, count in shapes)
 
     def state(self, parts: Iterable[Part], zero: int, data: int, width: int, pipeline: int, micro_batches: int) -> State:
-        """Of a rank that runs `parts`."""
+        """Of a rank that runs `parts`. A weight's gradient is made before it is added to the sum, or sent."""
         held = [self.of(part) for part in parts]
         p = sum(h.elements for h in held)
         if not zero or data == 1:
             master = 4 * p if width < 4 else 0
-            return State(width * p, master, 4 * p, 8 * p, 0, width * max(h.largest for h in held) if width < 4 else 0)
+            return State(width * p, master, 4 * p, 8 * p, 0, width * max(h.largest for h in held))
         shard = sum(self.shard(part, data) for part in parts)
         unit = max(max(h.layer, h.root) for h in held)
         sums = p * (4 if micro_batches > 1 else width)
