@@ -2,10 +2,9 @@
 
 State, per local weight element (p of them on this rank of the tensor axis, d data ranks; w = 2 bytes in bf16, 4 in fp32):
 
-    zero  weights       master      gradients                        AdamW 0     w             4 (bf16)    4
-    8         Rajbhandari et al. 2020 (arXiv:1910.02054), table 1 1     w             4 / d       4 / d + unsharded sums
-    8 / d     FSDP2 that keeps what it has gathered 3     gathered      4 / d       4 / d + those of two layers      8 / d
-    FSDP2; with a pipeline torch gathers and sums as for 1
+    0: w of weights, 4 of masters in bf16, 4 of gradients, 8 of AdamW (Rajbhandari et al. 2020, arXiv:1910.02054, table 1)
+    1: w of weights, that FSDP2 keeps gathered; 4 / d of masters; 4 / d of gradients, and their unsharded sums; 8 / d of AdamW
+    3: of weights and unsharded gradients those of two layers, the rest as 1; with a pipeline torch gathers and sums as for 1
 
 Shards are counted as FSDP2 cuts them: dim 0 in chunks of ceil(rows / d). Passes: what one micro-batch leaves on a stage, times
 the micro-batches that the schedule holds there, and what recomputing brings back for one layer. torch's pipeline stages keep a

@@ -224,6 +224,31 @@ def test_state(model: str, pins: dict[str, Any]) -> None:
             assert entry.gradients_bytes == held["gradients"]
 
 
+def peak_of_rank(rank: int, text: str) -> int:
+    """The most that a step makes besides masters and optimizer state: weights that are gathered, gradients, activations."""
+    trainer = make_trainer(text)
+    kept = [held.master for held in trainer.state.held]
+    moments = [tensor for each in trainer.state.optimizer.moments for tensor in each.values()]
+    with Storages((*kept, *moments)) as found:
+        trainer.step()
+        found.peak = 0
+        trainer.step()
+    return found.peak
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("micro_batch", [2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sharded_step(model: str, micro_batch: int, zero: int) -> None:
+    """No more than the ledger says, and not far less: it adds what is largest at different moments, and buffers of a whole
+    layer, which are much where there are four."""
+    _, plan, text = compiled(model, {"data": 2, "zero": zero, "micro_batch": micro_batch}, f"{model}.d=128")
+    (entry,) = plan.memory
+    said = entry.total_bytes - entry.master_weights_bytes - entry.optimizer_bytes - entry.context_bytes
+    peak = max(run_ranks(peak_of_rank, 2, text))
+    assert 0.5 * said < peak < said
+
+
 def test_capacity_leaves_some_memory_free() -> None:
     done, _, _ = compiled("gpt", {})
     assert done.spec is not None
