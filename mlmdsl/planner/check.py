@@ -232,6 +232,16 @@ def _rules(c: _Checker) -> None:
         _leaves_a_value(c, name, rules)
 
 
+def _cost(c: _Checker) -> None:
+    """Without a price every plan would cost nothing."""
+    if c.spec.cluster.usd_per_device_hour is not None:
+        return
+    for rule in c.spec.plan.rules:
+        if "cost" in _names(rule.condition):
+            where = (Label(c.spec.cluster.span, "this cluster has no price"),)
+            c.report("MLM0425", "a rule on cost needs a price", rule, "add price = 2.50 USD/gpu/hour to the cluster", where)
+
+
 def _leaves_a_value(c: _Checker, name: str, rules: list[Rule]) -> None:
     values = _domain(c, name)
     for index, rule in enumerate(rules):
@@ -282,4 +292,5 @@ _CHECKS: tuple[Callable[[_Checker], None], ...] = (
     _sequence,
     _schedule,
     _rules,
+    _cost,
 )

@@ -190,6 +190,7 @@ def test_a_run_wants_the_machine_that_its_plan_is_for(tmp_path: Path) -> None:
     assert done.returncode == 2 and "MLM0753" in done.stderr and "torchrun --nnodes 8 --nproc-per-node 8" in done.stderr
     assert (tmp_path / "many" / "program.py").exists()
     gpt = str(ROOT / "specs" / "models" / "gpt2_124m.mlm")
-    done = run("run", gpt, "--set", "cluster.devices_per_node=512", "--set", "train.batch=512 seq", "--out", str(tmp_path / "one"))
+    sets = ("--set", "cluster.devices_per_node=512", "--set", "train.batch=512 seq")
+    done = run("run", gpt, *sets, "--out", str(tmp_path / "one"))
     assert done.returncode == 2 and "MLM0752" in done.stderr and "--here" in done.stderr
     assert not (tmp_path / "one").exists()
