@@ -2,7 +2,7 @@
 # make test   builds .venv and runs the tests
 # make check  formatter, linter and types
 # make golden rewrites the golden files: read the diff
-# make parity every plan of the lattice against one process (long)
+# make parity every plan of the lattice, and every architecture, against one process (long)
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -39,6 +39,7 @@ golden: $(STAMP)
 
 parity: $(STAMP)
 	$(BIN)/python -m tests.parity.lattice
+	$(BIN)/python -m tests.parity.families
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache

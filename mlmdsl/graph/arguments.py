@@ -97,6 +97,7 @@ _WANTED = {
     "int": "a positive integer",
     "float": "a number",
     "optional float": "a number",
+    "optional int": "an integer of 1 or more",
     "bool": "true or false",
     "weight": "a weight, such as `tok.weight`",
     "string": "a string",
@@ -107,7 +108,7 @@ _WANTED = {
 def _as_kind(kind: str, value: Any) -> Any:
     """The value in its Python type; POISON where it is of another kind."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "int":
+    if kind in ("int", "optional int"):
         return value if plain and isinstance(value, int) and value >= 1 else POISON
     if kind in ("float", "optional float"):
         return float(value) if plain else POISON

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["int", "float", "bool", "weight", "optional float"]
+Kind = Literal["int", "float", "bool", "weight", "optional float", "optional int"]
 REQUIRED: Any = object()
 
 
@@ -63,6 +63,7 @@ SIGNATURES: Mapping[str, Signature] = {
             Argument("low_freq_factor", "float", 1.0),
             Argument("high_freq_factor", "float", 4.0),
             Argument("original_max", "int", 8192),
+            Argument("dim", "optional int", None),
         ),
     ),
     "attend": Signature(

@@ -30,15 +30,24 @@ def rotary(
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
     original_max: int = 8192,
+    dim: int | None = None,
     offset: int = 0,
 ) -> Tensor:
     """Rotary positions (arXiv:2104.09864) on x [B, S, H, D], the halves of D paired as in Hugging Face checkpoints.
 
-    `factor` other than 1 stretches low frequencies as Llama 3.1 does; `offset` is the position of x's first row."""
+    `factor` other than 1 stretches low frequencies as Llama 3.1 does; of `dim` features the rest is left as it is (GPT-NeoX);
+    `offset` is the position of x's first row."""
+    if dim is not None and dim < x.size(-1):
+        scaling = (factor, low_freq_factor, high_freq_factor, original_max)
+        return torch.cat((_turned(x[..., :dim], theta, scaling, offset), x[..., dim:]), -1)
+    return _turned(x, theta, (factor, low_freq_factor, high_freq_factor, original_max), offset)
+
+
+def _turned(x: Tensor, theta: float, scaling: tuple[float, float, float, int], offset: int) -> Tensor:
     half = x.size(-1) // 2
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    if factor != 1.0:
-        frequencies = _stretched(frequencies, factor, low_freq_factor, high_freq_factor, original_max)
+    if scaling[0] != 1.0:
+        frequencies = _stretched(frequencies, *scaling)
     angles = torch.outer(torch.arange(offset, offset + x.size(1), device=x.device, dtype=torch.float32), frequencies)
     cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]  # [S, 1, D/2]
     a, b = x.float().chunk(2, -1)

@@ -29,7 +29,7 @@ _ASKED = {
     "divide": ((_X, _X), {}),
     "split_heads": ((_X,), {"heads": 4}),
     "merge_heads": ((_HEADS,), {}),
-    "rotary": ((_HEADS,), {}),
+    "rotary": ((_HEADS,), {"dim": None}),
     "attend": ((_HEADS,) * 3, {"causal": True, "scale": None}),
     "cross_entropy": ((_X, _TOKENS), {}),
 }

@@ -64,7 +64,7 @@ CASES = [
     *(Case(name, (floats("B", "S", 6),)) for name in ("relu", "silu", "sigmoid", "tanh", "softmax")),
     Case("split_heads", (floats("B", "S", 24),), (), (("heads", 4),)),
     Case("merge_heads", (HEADS,)),
-    *(Case("rotary", (HEADS,), (), (*ROTARY, ("factor", factor))) for factor in (1.0, 8.0)),
+    *(Case("rotary", (HEADS,), (), (*ROTARY, ("factor", f), ("dim", dim))) for f, dim in ((1.0, None), (8.0, None), (1.0, 4))),
     Case("attend", (HEADS, floats("B", "S", 2, 6), floats("B", "S", 2, 6)), (), (("causal", True), ("scale", None))),
     Case("attend", (HEADS, HEADS, HEADS), (), (("causal", False), ("scale", 0.3))),
     Case("cross_entropy", (floats("B", "S", 8), TOKENS)),

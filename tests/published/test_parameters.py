@@ -14,8 +14,8 @@ MODELS = Path(__file__).resolve().parents[2] / "specs" / "models"
 
 @dataclass(frozen=True)
 class Published:
-    """hidden, layers, heads, kv heads, feed-forward, vocabulary; `parameters` as counted in the checkpoint, or from its shapes
-    where no checkpoint was published (8.3B, 175B)."""
+    """hidden, layers, heads, kv heads, feed-forward, vocabulary, head dim (0: hidden / heads); `parameters` as counted in the
+    checkpoint, or from its shapes where no checkpoint was published (8.3B, 175B)."""
 
     parameters: int
     hidden: int
@@ -25,6 +25,7 @@ class Published:
     ffn: int
     vocab: int
     gated: bool = False
+    head_dim: int = 0
 
 
 TABLE = {
@@ -34,6 +35,14 @@ TABLE = {
     "gpt2_1p5b": Published(1_557_611_200, 1600, 48, 25, 25, 6400, 50257),
     "megatron_8p3b": Published(8_317_040_640, 3072, 72, 24, 24, 12288, 51200),
     "gpt3_175b": Published(174_615_846_912, 12288, 96, 96, 96, 49152, 51200),
+    "llama2_7b": Published(6_738_415_616, 4096, 32, 32, 32, 11008, 32000, True),
+    "llama2_13b": Published(13_015_864_320, 5120, 40, 40, 40, 13824, 32000, True),
+    "llama2_70b": Published(68_976_648_192, 8192, 80, 64, 8, 28672, 32000, True),
+    "olmo2_7b": Published(7_298_617_344, 4096, 32, 32, 32, 11008, 100352, True),
+    "pythia_6p9b": Published(6_857_302_016, 4096, 32, 32, 32, 16384, 50432),
+    "qwen3_0p6b": Published(596_049_920, 1024, 28, 16, 8, 3072, 151936, True, 128),
+    "qwen3_8b": Published(8_190_735_360, 4096, 36, 32, 8, 12288, 151936, True, 128),
+    "qwen3_32b": Published(32_762_123_264, 5120, 64, 64, 8, 25600, 151936, True, 128),
     "llama3_8b": Published(8_030_261_248, 4096, 32, 32, 8, 14336, 128256, True),
     "llama3_70b": Published(70_553_706_496, 8192, 80, 64, 8, 28672, 128256, True),
     "llama3_405b": Published(405_853_388_800, 16384, 126, 128, 8, 53248, 128256, True),
@@ -46,10 +55,12 @@ def compiled(name: str) -> Compilation:
 
 
 def flops_per_token(model: Published, seq_len: int) -> float:
-    """Forward and backward: 6 FLOPs for each weight that multiplies, and causal attention's 6 S d (half of 12 S d) a layer."""
-    kv = model.hidden * model.kv_heads // model.heads
-    products = 2 * model.hidden * model.hidden + 2 * model.hidden * kv + (3 if model.gated else 2) * model.hidden * model.ffn
-    attention = seq_len * model.hidden
+    """Forward and backward: 6 FLOPs for each weight that multiplies, and causal attention's 6 S d (half of 12 S d) a layer,
+    d being the width of all heads."""
+    head_dim = model.head_dim or model.hidden // model.heads
+    width, kv = model.heads * head_dim, model.kv_heads * head_dim
+    products = 2 * model.hidden * (width + kv) + (3 if model.gated else 2) * model.hidden * model.ffn
+    attention = seq_len * width
     return 6 * (model.layers * (products + attention) + model.vocab * model.hidden)
 
 

@@ -49,6 +49,13 @@ def test_rotary_turns_pairs_by_their_position():
     torch.testing.assert_close(rotary(x[:, 3:], 100.0, offset=3), y[:, 3:])
 
 
+def test_rotary_of_a_part_leaves_the_rest():
+    x = torch.randn(1, 7, 2, 8)
+    y = rotary(x, 100.0, dim=4)
+    torch.testing.assert_close(y[..., :4], rotary(x[..., :4].contiguous(), 100.0))
+    assert torch.equal(y[..., 4:], x[..., 4:]) and torch.equal(rotary(x, dim=8), rotary(x))
+
+
 def test_rotary_keeps_dot_products_of_distances():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
     products = [(rotary(q, offset=a) * rotary(k, offset=a + 5)).sum() for a in (0, 3, 40)]

@@ -68,6 +68,11 @@ def _rotary_type(types: Types, attrs: Attributes) -> TensorType:
     shape = types[0].shape
     if len(shape) != 4 or features(types[0]) % 2:
         raise ShapeProblem("MLM0503", f"this wants [B, S, heads, an even head dim], not {types[0]}", 0)
+    dim = attrs["dim"]
+    if dim is not None and (integer(attrs, "dim") % 2 or integer(attrs, "dim") > features(types[0])):
+        raise ShapeProblem(
+            "MLM0503", f"{dim} of {features(types[0])} features cannot be turned in pairs", 0, help="dim is even"
+        )
     return types[0]
 
 
@@ -77,6 +82,8 @@ def _rotary_emit(e: Emission) -> str:
         for name, default in _ROTARY_DEFAULTS
         if e.attrs["factor"] != 1.0 and e.attrs[name] != default
     ]
+    if e.attrs["dim"] not in (None, e.output_type.shape[-1]):
+        scaling.append(f"dim={e.attrs['dim']}")
     if e.strategy.name == "sequence":
         scaling.append(f"offset={e.axis}.rank * {e.inputs[0]}.size(1)")
     return f"rotary({', '.join([e.inputs[0], repr(e.attrs['theta']), *scaling])})"
@@ -158,7 +165,8 @@ OPS = (
     ),
     Op(
         name="rotary",
-        doc="Rotary positions (arXiv:2104.09864) of paired halves; `factor` > 1 scales the frequencies as Llama 3.1 does.",
+        doc="Rotary positions (arXiv:2104.09864) of paired halves, or of the first `dim` features only; `factor` > 1 scales the"
+        " frequencies as Llama 3.1 does.",
         infer=_rotary_type,
         strategies=lambda types, out, weights, attrs, n: pointwise(types, out, n, 0, besides=(3,)),
         work=lambda local: memory_bound(local, kernels=6, backward=1.0),

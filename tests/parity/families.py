@@ -1,0 +1,50 @@
+"""The shipped architectures, tiny: the models of specs/models with small sizes, under plans of every axis.
+
+`python -m tests.parity.families` prints the whole table; a part of it is in every test run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mlmdsl.planner.plan import PlanVariables
+from tests.parity.curve import compare, train_curve
+from tests.parity.lattice import TOLERANCE, one_process
+from tests.parity.models import FAMILIES, program_text
+from tests.parity.plans import Case
+
+PLANS = (
+    PlanVariables(tensor=2, sequence_parallel=True, micro_batch=4, stages=(4,)),
+    PlanVariables(pipeline=2, micro_batch=2, stages=(3, 1)),
+    PlanVariables(data=2, zero=3, micro_batch=2, recompute="full", stages=(4,)),
+    PlanVariables(tensor=2, pipeline=2, data=2, zero=1, micro_batch=2, recompute="selective", stages=(1, 3)),
+    PlanVariables(
+        tensor=4,
+        sequence_parallel=True,
+        pipeline=2,
+        interleave=2,
+        schedule="interleaved_1f1b",
+        micro_batch=2,
+        stages=(1, 1, 1, 1),
+    ),
+)
+
+
+def largest_difference(family: str, variables: PlanVariables) -> float:
+    """Of losses, norms and gradients from those of one process."""
+    found = train_curve(program_text(family, variables), variables.world_size)
+    return compare(one_process(family, sum(variables.stages)), found).largest
+
+
+def main() -> int:
+    failures = 0
+    for family in FAMILIES:
+        for variables in PLANS:
+            difference = largest_difference(family, variables)
+            failures += difference >= TOLERANCE
+            print(f"{Case(family, variables).name:90} {difference:.1e}{'  DIFFERS' * (difference >= TOLERANCE)}", flush=True)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
