@@ -18,6 +18,7 @@ operations, whose names are alike in torch 2.11 and 2.13. Sums in bfloat16 on th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,134 +76,64 @@ def _summable(x: Tensor) -> Tensor:
     return wide.contiguous()
 
 
-# ---- pairs ----------------------------------------------------------------------------------------------------------
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.arguments = (axis, dim)
-        return gathered(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return scattered(grad, *ctx.arguments), None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.arguments = (axis, dim)
-        return gathered(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return sliced(grad, *ctx.arguments), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.arguments = (axis, dim)
-        return scattered(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gathered(grad, *ctx.arguments), None, None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.arguments = (axis, dim)
-        return sliced(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gathered(grad, *ctx.arguments), None, None
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return reduced(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduced(grad, ctx.axis), None
-
-
-class _AllReduceBoth(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return reduced(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduced(grad, ctx.axis), None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, source_dim: int, target_dim: int) -> Tensor:
-        ctx.arguments = (axis, target_dim, source_dim)
-        return exchanged(x, axis, source_dim, target_dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchanged(grad, *ctx.arguments), None, None, None
-
-
 # ---- what programs call ---------------------------------------------------------------------------------------------
+
+Local = Callable[[Tensor], Tensor]
+
+
+class _Pair(torch.autograd.Function):
+    """One thing on the way forward, its dual on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Local, backward: Local) -> Tensor:
+        ctx.dual = backward
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.dual(grad), None, None
+
+
+def _paired(x: Tensor, tp: Axis, forward: Local, backward: Local) -> Tensor:
+    return x if tp.size == 1 else _Pair.apply(x, forward, backward)
 
 
 def all_gather(x: Tensor, tp: Axis, dim: int) -> Tensor:
     """The whole of a value cut along `dim`; its gradient comes as partial sums, which are added up and cut again."""
-    return x if tp.size == 1 else _AllGather.apply(x, tp, dim)
+    return _paired(x, tp, lambda x: gathered(x, tp, dim), lambda grad: scattered(grad, tp, dim))
 
 
 def gather(x: Tensor, tp: Axis, dim: int) -> Tensor:
     """The whole of a value cut along `dim`, where every rank computes the whole gradient."""
-    return x if tp.size == 1 else _Gather.apply(x, tp, dim)
+    return _paired(x, tp, lambda x: gathered(x, tp, dim), lambda grad: sliced(grad, tp, dim))
 
 
 def reduce_scatter(x: Tensor, tp: Axis, dim: int) -> Tensor:
     """This rank's slice along `dim` of the sum of partial sums."""
-    return x if tp.size == 1 else _ReduceScatter.apply(x, tp, dim)
+    return _paired(x, tp, lambda x: scattered(x, tp, dim), lambda grad: gathered(grad, tp, dim))
 
 
 def split(x: Tensor, tp: Axis, dim: int) -> Tensor:
     """This rank's slice along `dim` of a replicated value; the slices of the gradient are joined."""
-    return x if tp.size == 1 else _Split.apply(x, tp, dim)
+    return _paired(x, tp, lambda x: sliced(x, tp, dim), lambda grad: gathered(grad, tp, dim))
 
 
 def all_reduce(x: Tensor, tp: Axis) -> Tensor:
     """The sum of partial sums; every rank has the whole gradient already."""
-    return x if tp.size == 1 else _AllReduce.apply(x, tp)
+    return _paired(x, tp, lambda x: reduced(x, tp), lambda grad: grad)
 
 
 def copy_to(x: Tensor, tp: Axis) -> Tensor:
     """A replicated value whose consumers are spread over the ranks: their partial gradients are added up."""
-    return x if tp.size == 1 else _CopyTo.apply(x, tp)
+    return _paired(x, tp, lambda x: x.view_as(x), lambda grad: reduced(grad, tp))
 
 
 def all_reduce_both(x: Tensor, tp: Axis) -> Tensor:
     """The sum of partial sums, for consumers that are spread over the ranks."""
-    return x if tp.size == 1 else _AllReduceBoth.apply(x, tp)
+    return _paired(x, tp, lambda x: reduced(x, tp), lambda grad: reduced(grad, tp))
 
 
 def all_to_all(x: Tensor, tp: Axis, source_dim: int, target_dim: int) -> Tensor:
     """A value cut along `source_dim`, cut along `target_dim` instead."""
-    return x if tp.size == 1 else _AllToAll.apply(x, tp, source_dim, target_dim)
+    there, back = (source_dim, target_dim), (target_dim, source_dim)
+    return _paired(x, tp, lambda x: exchanged(x, tp, *there), lambda grad: exchanged(grad, tp, *back))
