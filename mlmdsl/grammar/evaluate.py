@@ -266,9 +266,9 @@ class Evaluator:
                 return any(left == item for item in cast(Iterable[object], right))
         elif operator in ("==", "!="):
             return self._equal(expr, left, right)
-        elif operator in _COMPARE:
+        elif operator in COMPARE:
             if comparable(left, right):
-                return _COMPARE[operator](number_of(left), number_of(right))
+                return COMPARE[operator](number_of(left), number_of(right))
         elif _is_number(left) and _is_number(right):
             return self._arithmetic(expr, left, right)
         elif isinstance(left, Quantity) or isinstance(right, Quantity):
@@ -303,7 +303,7 @@ class Evaluator:
         if operator == "**" and _too_large(left, right):
             return self.poison("MLM0208", "this power is out of reach", expr.span)
         try:
-            value = _ARITHMETIC[operator](left, right)
+            value = ARITHMETIC[operator](left, right)
         except (OverflowError, ValueError, ZeroDivisionError):
             return self.poison("MLM0208", _OUT_OF_REACH, expr.span)
         if isinstance(value, complex) or not abs(value) <= _LIMIT:
@@ -324,13 +324,13 @@ class Evaluator:
         return frozenset(items)
 
 
-_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
+COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": lambda a, b: a < b,
     "<=": lambda a, b: a <= b,
     ">": lambda a, b: a > b,
     ">=": lambda a, b: a >= b,
 }
-_ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
+ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
@@ -369,7 +369,7 @@ def _with_units(operator: str, left: Any, right: Any) -> Any:
         if left.dimension != right.dimension:
             return None
         if operator in ("+", "-"):
-            return Quantity(_ARITHMETIC[operator](left.value, right.value), left.dimension, left.per)
+            return Quantity(ARITHMETIC[operator](left.value, right.value), left.dimension, left.per)
         return left.value / right.value if operator == "/" and right.value else None
     if isinstance(left, Quantity) and _is_number(right):
         if operator == "*":

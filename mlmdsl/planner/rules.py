@@ -14,7 +14,7 @@ from typing import Any, cast
 from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.constraints import RECOMPUTE, SCHEDULES, RuleEvaluator
-from mlmdsl.grammar.evaluate import number_of
+from mlmdsl.grammar.evaluate import ARITHMETIC, COMPARE, number_of
 from mlmdsl.grammar.spec import Device, Rule
 from mlmdsl.units import Quantity
 
@@ -25,19 +25,10 @@ Term = Callable[[Facts], Any]
 _WORDS = (*SCHEDULES, *RECOMPUTE)  # stand for themselves
 
 _OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
-    "//": lambda a, b: a // b,
-    "%": lambda a, b: a % b,
-    "**": lambda a, b: a**b,
+    **ARITHMETIC,
+    **COMPARE,
     "==": lambda a, b: a == b,
     "!=": lambda a, b: a != b,
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
     "in": lambda a, b: a in b,
     "and": lambda a, b: a and b,
     "or": lambda a, b: a or b,
