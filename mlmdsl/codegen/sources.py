@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 
 from mlmdsl.codegen.text import literal
 from mlmdsl.diagnostics import Diagnostics, Span
+from mlmdsl.grammar.modules import shipped
 from mlmdsl.grammar.parser import parse
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.grammar.syntax import Import
 
-STANDARD = "std/"
 TAKEN = frozenset({"spec.mlm", "program.py", "plan.json", "metrics.jsonl"})
 
 
@@ -23,7 +23,7 @@ def spec_files(spec: Spec) -> dict[str, str]:
     """Text of spec.mlm and of every imported file but the standard library, by path inside the program's directory, in the
     order of reading."""
     entry = os.path.abspath(spec.path)
-    texts = {os.path.abspath(path): text for path, text in spec.sources.items() if not path.startswith(STANDARD)}
+    texts = {os.path.abspath(path): text for path, text in spec.sources.items() if not shipped(path)}
     places = _places(entry, sorted(texts))
     return {places[path]: _rewritten(path, text, places) for path, text in texts.items()}
 

@@ -15,6 +15,7 @@ from mlmdsl.grammar.parser import parse
 
 STD = Path(__file__).with_name("std")
 DEVICES = "std/devices.mlm"
+SHIPPED = frozenset(f"std/{path.name}" for path in STD.glob("*.mlm"))
 Reader = Callable[[str], str]
 
 
@@ -26,7 +27,12 @@ def read_file(path: str) -> str:
 
 def std_blocks() -> tuple[str, ...]:
     """Shipped files whose blocks are in scope everywhere."""
-    return tuple(f"std/{p.name}" for p in sorted(STD.glob("*.mlm")) if f"std/{p.name}" != DEVICES)
+    return tuple(sorted(SHIPPED - {DEVICES}))
+
+
+def shipped(name: str) -> bool:
+    """Whether a file, or a block by its qualified name, is of the shipped library."""
+    return name.partition(":")[0] in SHIPPED
 
 
 @dataclass

@@ -17,7 +17,7 @@ from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.cluster import read_cluster
 from mlmdsl.grammar.constraints import read_objective, read_pins, read_rules
 from mlmdsl.grammar.evaluate import POISON, Evaluator, did_you_mean, one_of
-from mlmdsl.grammar.modules import DEVICES, Loader, Module, read_file, std_blocks
+from mlmdsl.grammar.modules import DEVICES, Loader, Module, read_file, shipped, std_blocks
 from mlmdsl.grammar.overrides import Overrides
 from mlmdsl.grammar.settings import Settings
 from mlmdsl.grammar.spec import BlockSource, Cluster, ModelSource, PlanConstraints, Spec, Train, fingerprint
@@ -79,7 +79,7 @@ def resolve(
     train = resolver.train(start)
     plan = resolver.plan(pins)
     changes.report_unused()
-    files = {p: m.file.source for p, m in loader.modules.items() if not p.startswith("std/")}
+    files = {p: m.file.source for p, m in loader.modules.items() if not shipped(p)}
     digest = fingerprint(files.values(), overrides)
     return Resolved(path, start, files, digest, tuple(overrides), model, cluster, train, plan)
 

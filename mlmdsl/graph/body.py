@@ -9,6 +9,7 @@ from typing import Any, cast
 from mlmdsl.diagnostics import Label, Span
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.evaluate import POISON, Evaluator, Poison, argument_names, did_you_mean, kind_of
+from mlmdsl.grammar.modules import shipped
 from mlmdsl.grammar.spec import BlockSource
 from mlmdsl.graph.arguments import Given, bind_tensors, check_scalar, match_dims, undivided
 from mlmdsl.graph.calls import OPERATORS, SIGNATURES, Signature
@@ -40,7 +41,12 @@ class Body(Evaluator):
         self._transparent = False  # the block call being evaluated adds no name
 
     def poison(self, code: str, message: str, span: Span, **more: Any) -> Poison:
+        """What is wrong inside a shipped block is shown at the call of it, with the place inside as the other half."""
         self.state.mistakes += 1
+        if self.origin is not None and shipped(span.file):
+            others = [label for label in more.pop("secondary", ()) if not shipped(label.span.file)]
+            inside = Label(span, more.pop("label", "") or "inside the shipped block")
+            return super().poison(code, message, self.origin, secondary=(inside, *others), **more)
         return super().poison(code, message, span, **more)
 
     # ---- statements -------------------------------------------------------------------------------------------------
@@ -149,14 +155,12 @@ class Body(Evaluator):
     # ---- repeat -----------------------------------------------------------------------------------------------------
 
     def _repeat(self, statement: s.Repeat) -> None:
-        count = self.value(statement.count)
-        if count is POISON:
-            self._poison_assigned(statement.body)
-            return
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        count: Any = self.value(statement.count)
+        if count is not POISON and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             self.poison("MLM0518", f"a repeat runs a positive number of times, not {_shown(count)}", statement.count.span)
-            self._poison_assigned(statement.body)
-            return
+            count = POISON
+        if count is POISON:
+            count = 1  # for the mistakes of its body
         name = self.names.owner(statement.name or "layers").removeprefix(self.names.prefix)
         if self.top and not self.names.region:
             self._folded(statement, name, count)
@@ -284,7 +288,7 @@ class Body(Evaluator):
         names = self._inner_names(source.block.name, target, transparent)
         inner = Body(self.state, dict(source.values), source.blocks, names)
         inner.chain = (*self.chain, source.qualified)
-        if source.qualified.startswith("std/"):
+        if shipped(source.qualified):
             inner.origin = self.origin or expr.span
         sound = inner.formals(source.block.formals, given.positional, given.keywords, expr.span, given)
         if not sound:

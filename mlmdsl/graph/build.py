@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar.evaluate import POISON
+from mlmdsl.grammar.modules import shipped
 from mlmdsl.grammar.spec import ModelSource
 from mlmdsl.graph.arguments import describe
 from mlmdsl.graph.body import Body
@@ -48,7 +49,7 @@ def build(model: ModelSource, diagnostics: Diagnostics) -> Graph | None:
 def _check_uncalled(state: State) -> None:
     """Blocks of the user's files that no sound call reaches are read for their own mistakes."""
     for key, source in state.model.blocks.items():
-        if key == source.qualified and not key.startswith("std/") and key not in state.called:
+        if key == source.qualified and not shipped(key) and key not in state.called:
             body = Body(State(state.model, state.diagnostics), dict(source.values), source.blocks, Scope("", ""))
             body.chain = (key,)
             body.unbound(source.block)
@@ -56,7 +57,7 @@ def _check_uncalled(state: State) -> None:
 
 def _warn_of_unused(model: ModelSource, diagnostics: Diagnostics) -> None:
     """Of the model and of every block of the user's files."""
-    blocks = [b.block for key, b in model.blocks.items() if key == b.qualified and not key.startswith("std/")]
+    blocks = [b.block for key, b in model.blocks.items() if key == b.qualified and not shipped(key)]
     for body in (model.model.body, *(block.body for block in blocks)):
         for name, span in unused(body):
             help = "take the statement away"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlmdsl.diagnostics import Diagnostics
+from mlmdsl.diagnostics import Diagnostic, Diagnostics
 from mlmdsl.grammar.resolve import resolve
 from mlmdsl.graph.build import build
 from mlmdsl.graph.graph import Graph
@@ -117,3 +117,29 @@ def test_grouped_heads_shrink_keys_and_values(heads: int) -> None:
     graph = graph_of(MODEL.replace("heads = heads, causal", f"heads = 4, kv_heads = {heads}, causal"))
     assert graph.weights["blocks.attn.key.weight"].shape == (4 * heads, 16)
     assert graph.weights["blocks.attn.query.weight"].shape == (16, 16)
+
+
+# ---- where mistakes are shown ---------------------------------------------------------------------------------------
+
+
+def mistakes(model: str) -> list[Diagnostic]:
+    found = Diagnostics()
+    resolved = resolve("test.mlm", model + REST, found)
+    assert resolved.model is None or build(resolved.model, found) is None
+    return list(found.errors)
+
+
+def test_a_mistake_that_shows_inside_a_shipped_block_is_the_calls() -> None:
+    """The user's call first, the place inside as the other half."""
+    text = MODEL.replace("heads = heads, causal", "heads = 4, kv_heads = 3, causal")
+    (mistake,) = mistakes(text)
+    assert mistake.code == "MLM0411" and mistake.span is not None and mistake.span.file == "test.mlm"
+    line = text.splitlines()[mistake.span.line - 1]
+    assert line[mistake.span.column - 1 :].startswith("Attention(")
+    assert [label.span.file for label in mistake.secondary] == ["std/attention.mlm"]
+
+
+@pytest.mark.parametrize(("count", "code"), [("several", "MLM0201"), ("0", "MLM0518")])
+def test_the_body_of_a_repeat_is_read_whatever_its_count(count: str, code: str) -> None:
+    text = MODEL.replace("repeat 3 as", f"repeat {count} as").replace("Layer(h, heads = 2)", "Layer(h, heads = 2, deep = 1)")
+    assert [mistake.code for mistake in mistakes(text)] == [code, "MLM0251"]
