@@ -68,6 +68,16 @@ class Storages(TorchDispatchMode):
         self.made = {key: (reference, size) for key, (reference, size) in self.made.items() if not reference.expired()}
         return sum(size for _, size in self.made.values())
 
+    @property
+    def settled_bytes(self) -> int:
+        """What stays: gloo's threads hold what they have sent a moment longer."""
+        gc.collect()
+        least = self.bytes
+        for _ in range(20):
+            time.sleep(0.01)
+            least = min(least, self.bytes)
+        return least
+
 
 def held_by_rank(rank: int, text: str) -> tuple[int, int]:
     """Bytes that stay after one micro-batch's forward pass and loss, and the most until its backward pass is done."""
@@ -79,9 +89,7 @@ def held_by_rank(rank: int, text: str) -> tuple[int, int]:
     weights = [held.parameter for held in trainer.state.held]
     with Storages((*weights, *trainer.state.gradients, tokens, targets)) as found:
         value = engine.loss(engine.module(tokens), targets, engine.mesh)
-        gc.collect()
-        time.sleep(0.05)  # gloo's threads hold what they have sent a moment longer
-        held = found.bytes
+        held = found.settled_bytes
         value.backward()
     return held, found.peak
 
@@ -133,8 +141,7 @@ def pipelined_rank(rank: int, text: str) -> tuple[int, int, int, int]:
     weights = [held.parameter for held in trainer.state.held]
     with Storages((*weights, *trainer.state.gradients)) as found:
         trainer.step()
-        gc.collect()
-        between, found.peak = found.bytes, 0
+        between, found.peak = found.settled_bytes, 0
         trainer.step()
     return trainer.mesh.pipeline.rank, max(map(Tensor.numel, weights)) * 4, between, found.peak
 
