@@ -2,6 +2,7 @@
 # make test   builds .venv and runs the tests
 # make check  formatter, linter and types
 # make golden rewrites the golden files: read the diff
+# make fuzz   property tests with examples that no run has seen
 # make parity every plan of the lattice, and every architecture, against one process (long)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check golden parity clean
+.PHONY: demo test check golden fuzz parity clean
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("mlmdsl needs Python 3.11 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -36,6 +37,9 @@ check: $(STAMP)
 golden: $(STAMP)
 	$(BIN)/python -m pytest --update-golden
 	git --no-pager diff --stat -- tests/golden
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest --hypothesis-profile fuzz $$(grep -rl '@given' tests)
 
 parity: $(STAMP)
 	$(BIN)/python -m tests.parity.lattice

@@ -2,6 +2,8 @@
 
 `golden(name, text)` compares `text` with tests/golden/<name>; `pytest --update-golden` (or `make golden`) rewrites them, and
 the diff is the review.
+
+Property tests take the same examples in every run; `make fuzz` (`--hypothesis-profile fuzz`) takes new ones.
 """
 
 from __future__ import annotations
@@ -10,9 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+settings.register_profile("fuzz")
+settings.register_profile("steady", derandomize=True)
+settings.load_profile("steady")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -81,8 +81,8 @@ def pipeline_bound(schedule: Schedule, runs: Runs, micro_batches: int, pipeline:
 
 
 def pipeline_seconds(schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
-    """From the first forward to the last backward pass. Exact; of interleaved schedules of more than a few rounds as far as
-    these are alike."""
+    """From the first forward to the last backward pass. Exact; of interleaved schedules of more than a few rounds within a
+    twentieth, where stages are balanced."""
     if pipeline == 1:
         return micro_batches * sum(count * (f + b) for count, f, b in runs)
     if schedule == "gpipe":
