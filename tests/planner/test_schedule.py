@@ -159,8 +159,8 @@ def test_stages_of_any_cost(data: st.DataObject) -> None:
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_many_rounds_of_interleaved_stages(data: st.DataObject) -> None:
-    """Within a twentieth of the simulation where stages differ as balanced ones do: the fifth round may take less than the fourth,
-    or more."""
+    """Within a twentieth of the simulation where stages differ as balanced ones do: the fifth round may take less than the
+    fourth, or more."""
     p, v, turns = data.draw(st.sampled_from([2, 4, 8])), data.draw(st.sampled_from([2, 3, 4])), data.draw(st.integers(5, 24))
     layers = data.draw(st.lists(st.integers(2, 3).map(float), min_size=p * v, max_size=p * v))
     layers[0] += data.draw(st.floats(0, 0.5))
