@@ -18,6 +18,7 @@ RANGES = {
     "MLM05": "Shapes and the graph",
     "MLM06": "Planning and saved plans",
     "MLM07": "The run and the command line",
+    "MLM08": "Checkpoints of transformers",
 }
 INTRODUCTION = """# Diagnostics
 
@@ -27,8 +28,8 @@ Each problem has a stable code. The first line names what is wrong, the excerpt 
 contradiction, and the help line what to write instead. All problems of a spec come in one run, twenty at most. The same records
 are printed by `--format json` and `--format sarif`.
 
-Exit status: 0 ok, 1 the spec is wrong (MLM00 to MLM05), 2 usage (MLM0731, MLM0750 to MLM0753), 3 no plan fits (MLM06), 4 the
-run failed (the rest of MLM07).
+Exit status: 0 ok, 1 the spec is wrong (MLM00 to MLM05, MLM0810), 2 usage (MLM0731, MLM0750 to MLM0753), 3 no plan fits (MLM06),
+4 the run, the import or the export failed (the rest of MLM07 and MLM08).
 """
 
 

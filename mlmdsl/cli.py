@@ -1,8 +1,9 @@
-"""The command line: `mlmdsl check | plan | run | generate | fmt`.
+"""The command line: `mlmdsl check | plan | run | generate | import | export | fmt`.
 
     exit status   0 ok   1 the spec is wrong   2 usage   3 no plan fits   4 the run failed
 
-Only `run` and `generate` load torch; everything before them is planning and starts in a fraction of a second.
+Only `run`, `generate`, `import` and `export` load torch; everything before them is planning and starts in a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -177,6 +178,47 @@ def _generate(options: argparse.Namespace) -> int:
         )
 
 
+def _import(options: argparse.Namespace) -> int:
+    from mlmdsl.huggingface.importing import import_checkpoint
+
+    if options.procs < 1:
+        raise _usage(f"--procs {options.procs}: there must be one process at least")
+    if options.set and options.spec is None:
+        raise _usage("--set belongs to a SPEC: without one, the spec is written from config.json")
+    folder = Path(options.folder)
+    out = Path(options.out or Path("runs") / f"{folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}")
+    spec = (options.spec, _read(options.spec)) if options.spec else None
+    done = import_checkpoint(folder, out, spec, options.set, options.procs)
+    _show(done.warnings, {}, "text")
+    print(f"{done.model}  {done.parameters:,} parameters from {done.tensors:,} weights ({done.family}), in {out}")
+    print(f"sample from it:  mlmdsl generate {out} --prompt TEXT")
+    print(f"train on it:     mlmdsl run {options.spec or out / 'spec.mlm'} --out {out} --resume")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from mlmdsl.huggingface.exporting import export_checkpoint
+
+    done = export_checkpoint(Path(options.run), Path(options.out), options.dtype, options.shard_size, options.family)
+    files = f"{done.files} file{'s' * (done.files != 1)}"
+    print(f"{done.checkpoint}: {done.parameters:,} parameters as {done.family} in {done.out} ({files} of safetensors)")
+    return 0
+
+
+def _bytes(text: str) -> int:
+    """`5 GB`, `500MiB`."""
+    from mlmdsl.units import quantity
+
+    number = text.rstrip("BGKMTi ")
+    try:
+        found = quantity(float(number), text[len(number) :].strip())
+    except ValueError:
+        found = None
+    if found is None or found.dimension != "bytes" or found.value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB, or 500MiB")
+    return int(found.value)
+
+
 def _fmt(options: argparse.Namespace) -> int:
     changed = [name for name in options.specs if _format_one(name, options.check)]
     return int(bool(changed) and options.check)
@@ -313,6 +355,8 @@ describe a transformer and a cluster; preview the partitioning; train
   mlmdsl run gpt.mlm --out runs/gpt           train; runs/gpt/program.py is the program, readable
   mlmdsl run gpt.mlm --out runs/gpt --resume  go on from the last whole checkpoint
   mlmdsl generate runs/gpt --prompt "Once"    sample from what was trained
+  mlmdsl import DIR --out runs/llama          a checkpoint of transformers, to train on or sample from
+  mlmdsl export runs/gpt --out DIR            what was trained, for transformers to load
 """
 
 _STATUS = "exit status: 0 ok, 1 the spec is wrong, 2 usage, 3 no plan fits, 4 the run failed"
@@ -328,6 +372,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_run(commands)
     _add_generate(commands)
+    _add_import(commands)
+    _add_export(commands)
     _add_fmt(commands)
     return parser
 
@@ -388,6 +434,22 @@ Sample text from a run's newest whole checkpoint, in this process.
   mlmdsl generate runs/gpt --prompt "Once upon a time" --tokens 200 --temperature 0.8
 """
 
+_IMPORT = """\
+Make a run of step 0 out of a checkpoint of transformers: a folder with config.json and safetensors, in one file or many. OUT
+then holds a spec, the tokenizer and the weights; `generate` samples from it, `run --resume` trains on from it under any plan.
+
+  mlmdsl import ~/models/Llama-3.1-8B --out runs/llama    the spec is written from config.json
+  mlmdsl import ~/models/gpt2 gpt.mlm --out runs/gpt      for a spec of your own that computes the same, under its names
+  mlmdsl import ~/models/Llama-3.1-70B --procs 8          eight processes share the work
+"""
+
+_EXPORT = """\
+Write a run's newest whole checkpoint, or the named one, as a folder that transformers' AutoModel classes load.
+
+  mlmdsl export runs/gpt --out exported
+  mlmdsl export runs/gpt/checkpoints/step-00000400 --out exported --dtype bf16 --shard-size 2GB
+"""
+
 _FMT = """\
 Rewrite specs in the one canonical layout; comments stay.
 
@@ -435,6 +497,24 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that make up probability P")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", metavar="DIR", help="another than the newest whole one")
+
+
+def _add_import(commands: Any) -> None:
+    parser = _command(commands, "import", _import, "read a checkpoint of transformers", _IMPORT)
+    parser.add_argument("folder", metavar="DIR", help="the checkpoint's folder: config.json and *.safetensors")
+    parser.add_argument("spec", metavar="SPEC", nargs="?", help="the .mlm file it is for (default: one is written)")
+    parser.add_argument("--out", metavar="RUN", help="a new folder (default runs/<DIR>-<time>)")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a param or setting of SPEC")
+    parser.add_argument("--procs", type=int, default=1, metavar="N", help="share the work among N processes")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(commands, "export", _export, "write a checkpoint for transformers", _EXPORT)
+    parser.add_argument("run", metavar="RUN", help="the run's folder, or one of its checkpoints")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: the spec's precision)")
+    parser.add_argument("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help="most of one file (default 5GB)")
+    parser.add_argument("--family", metavar="NAME", help="the family to write it as, where several fit")
 
 
 def _add_fmt(commands: Any) -> None:

@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter, SavePlanner
 
 from mlmdsl.diagnostics import Diagnostic, RunError
 from mlmdsl.runtime.parallel import public_name
@@ -129,8 +129,11 @@ def _incomplete(folder: Path) -> str | None:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def save(out: Path, step: int, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Writes and publishes a checkpoint; every rank calls it with its part of the state. Raises RunError."""
+def save(
+    out: Path, step: int, state: Mapping[str, Tensor], facts: Mapping[str, Any], planner: SavePlanner | None = None
+) -> Path:
+    """Writes and publishes a checkpoint; every rank calls it with its part of the state, or with a `planner` that knows it.
+    Raises RunError."""
     folder = out / "checkpoints" / f"step-{step:08d}"
     part = folder.with_name(f".{folder.name}.part")
     with _writing(folder):
@@ -140,7 +143,7 @@ def save(out: Path, step: int, state: Mapping[str, Tensor], facts: Mapping[str, 
         _barrier()
         writer = FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
         with _alone():
-            dcp.save(dict(state), storage_writer=writer, no_dist=_world() == 1)
+            dcp.save(dict(state), storage_writer=writer, planner=planner, no_dist=_world() == 1)
         written = _everyones({path.name: _facts(path) for path in _own_files(part)})
         if _rank() == 0:
             files = {name: found for files in written for name, found in files.items()}

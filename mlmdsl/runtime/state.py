@@ -202,14 +202,15 @@ class State(ABC):
             if held.stage == self.plan.holders[held.name][0]
         }
 
-    def stored(self, *, all_holders: bool) -> dict[str, Tensor]:
+    def stored(self, *, all_holders: bool, weights_only: bool = False) -> dict[str, Tensor]:
         """What a checkpoint holds: weights by name, optimizer state as optim.exp_avg.<name>. Saving leaves out second
         holders."""
         found: dict[str, Tensor] = {}
         for held, moments in zip(self.held, self.optimizer.moments, strict=True):
             if all_holders or held.stage == self.plan.holders[held.name][0]:
                 found[held.name] = self._as_global(held, held.master)
-                found |= {f"optim.{m}.{held.name}": self._as_global(held, moments[m]) for m in MOMENTS}
+                if not weights_only:
+                    found |= {f"optim.{m}.{held.name}": self._as_global(held, moments[m]) for m in MOMENTS}
         return found
 
     def loaded(self, step: int) -> None:

@@ -158,9 +158,10 @@ class Trainer:
         return checkpoint.save(out, self.done, self.state.stored(all_holders=False), facts)
 
     def load(self, folder: Path) -> None:
-        """Weights, optimizer and position, from a checkpoint that any plan has written."""
-        checkpoint.load(folder, self.state.stored(all_holders=True))
+        """Weights, optimizer and position, from a checkpoint that any plan has written; weights alone where it was imported."""
         manifest = checkpoint.read_manifest(folder)
+        weights_only = bool(manifest.facts.get("weights_only"))
+        checkpoint.load(folder, self.state.stored(all_holders=True, weights_only=weights_only))
         self.done, self.tokens = manifest.step, int(manifest.facts.get("tokens", 0))
         self.state.loaded(self.done)
 

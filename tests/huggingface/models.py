@@ -1,0 +1,175 @@
+"""Small models of transformers with random weights, and the same models as emitted programs."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from mlmdsl.compile import compile_spec
+from mlmdsl.huggingface.config import read_config, recognise
+from mlmdsl.huggingface.exporting import export_checkpoint
+from mlmdsl.huggingface.importing import import_checkpoint
+from mlmdsl.huggingface.layouts import Exchange, exchange
+from mlmdsl.runtime import checkpoint, mesh
+from mlmdsl.runtime.exchange import blocks_of
+from mlmdsl.runtime.parallel import public_name
+from mlmdsl.runtime.pieces import Piece
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+VOCAB, ROWS, LENGTH = 96, 3, 24
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`kind` names transformers' classes: <kind>Config, <kind>ForCausalLM."""
+
+    family: str
+    kind: str
+    settings: dict[str, Any]
+    head: str = "ForCausalLM"
+
+
+def _case(family: str, kind: str, **settings: Any) -> Case:
+    return Case(family, kind, _SMALL | settings)
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+
+CASES: dict[str, Case] = {
+    "gpt2": Case("gpt2", "GPT2", _GPT2, head="LMHeadModel"),
+    "gpt2 with another width": Case("gpt2", "GPT2", _GPT2 | {"n_inner": 80}, head="LMHeadModel"),
+    "llama2": _case("llama", "Llama"),
+    "llama2 grouped": _case("llama", "Llama", num_key_value_heads=2, rms_norm_eps=1e-5),
+    "llama3": _case("llama", "Llama", num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}),
+    "llama3.1": _case("llama", "Llama", num_key_value_heads=2, rope_parameters=_LLAMA3),
+    "llama3.2 tied": _case("llama", "Llama", num_key_value_heads=1, head_dim=16, tie_word_embeddings=True),
+    "qwen3": _case("qwen3", "Qwen3", num_key_value_heads=2, head_dim=16),
+    "qwen3 tied": _case("qwen3", "Qwen3", num_key_value_heads=4, head_dim=8, tie_word_embeddings=True),
+    "olmo2": _case("olmo2", "Olmo2", num_key_value_heads=2),
+    "pythia": _case("gpt_neox", "GPTNeoX"),
+    "pythia half": _case("gpt_neox", "GPTNeoX", rope_parameters={"rope_theta": 5000.0, "partial_rotary_factor": 0.5}),
+}
+
+
+def theirs(case: Case, seed: int = 0) -> nn.Module:
+    """The model of transformers, with weights large enough for logits that say something."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{case.kind}Config")(**case.settings, attn_implementation="eager")
+    model = getattr(transformers, f"{case.kind}{case.head}")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.15)
+    return model
+
+
+def saved(model: Any, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def loaded(folder: Path) -> Any:
+    """By the class that transformers picks itself."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@dataclass(frozen=True)
+class Ours:
+    """An emitted program's model on this process, its loss, and how its weights are those of transformers."""
+
+    model: nn.Module
+    loss: Callable[..., Tensor]
+    map: Exchange
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Under transformers' names, in its layouts."""
+        found = {public_name(path): parameter.grad for path, parameter in self.model.named_parameters()}
+        return turned(self.map, {name: gradient for name, gradient in found.items() if gradient is not None})
+
+
+def turned(map: Exchange, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under our names as tensors under theirs."""
+    pieces: dict[str, list[Piece]] = {}
+    for piece in map.pieces:
+        pieces.setdefault(piece.theirs, []).append(piece)
+
+    def take(piece: Piece) -> Tensor:
+        offsets, sizes = piece.ours_box()
+        return values[piece.ours][tuple(slice(low, low + size) for low, size in zip(offsets, sizes, strict=True))]
+
+    return {
+        name: torch.cat([block.reshape(-1) for block in blocks_of(pieces[name], shape, take)]).view(shape)
+        for name, shape in map.theirs.items()
+    }
+
+
+def ours(run: Path) -> Ours:
+    """From a run's folder, its newest checkpoint."""
+    names = runpy.run_path(str(run / "program.py"))
+    model = names["Stage"](0, mesh.single(torch.device("cpu")))
+    folder = checkpoint.latest(run)
+    assert folder is not None
+    checkpoint.load_weights(model, folder)
+    return Ours(model, names["loss"], map_of(run))
+
+
+def map_of(run: Path) -> Exchange:
+    path = run / "spec.mlm"
+    graph = compile_spec(path.read_text(encoding="utf-8"), path=str(path), until="graph").graph
+    assert graph is not None
+    family = read_config(run).family.name if (run / "config.json").exists() else None
+    return exchange(recognise(graph, family), graph)
+
+
+def imported(case: Case, folder: Path, **options: Any) -> tuple[nn.Module, Path]:
+    """A model of transformers, and the run that its checkpoint has become."""
+    model = theirs(case)
+    import_checkpoint(saved(model, folder / "theirs", **options), folder / "run", None)
+    return model, folder / "run"
+
+
+def exported(run: Path, folder: Path, shard_bytes: int = 10**9, dtype: str = "fp32") -> Path:
+    export_checkpoint(run, folder, dtype, shard_bytes, None)
+    return folder
+
+
+def tokens(seed: int = 1) -> Tensor:
+    return torch.randint(3, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def targets_of(rows: Tensor) -> Tensor:
+    """The next token of each; the last has none."""
+    return torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], -100)], dim=1)
