@@ -37,8 +37,8 @@ from mlmdsl.diagnostics import Diagnostic, RunError
 from mlmdsl.runtime import checkpoint
 from mlmdsl.runtime.pieces import Piece, Tensor
 
-BLOCK_ELEMENTS = 1 << 23  # of one read: 32 MiB in float32
-KEPT_BYTES = 1 << 28  # of stored parts that a writer keeps at hand
+BLOCK_ELEMENTS = 1 << 21  # of one read: 8 MiB in float32
+KEPT_BYTES = 1 << 26  # of stored parts that a writer keeps at hand
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
