@@ -19,7 +19,8 @@ from mlmdsl.codegen.emit import Program, emit
 from mlmdsl.compile import Compilation, compile_spec
 from mlmdsl.diagnostics import Diagnostic, SpecError
 from mlmdsl.graph.graph import Graph
-from mlmdsl.huggingface.config import CONFIG, Config, Recognised, fail, read_config
+from mlmdsl.huggingface.config import CONFIG, Config, Recognised, fail, read_config, recognised_as
+from mlmdsl.huggingface.expressions import literal
 from mlmdsl.huggingface.families import common
 from mlmdsl.huggingface.files import checked, tensors
 from mlmdsl.huggingface.layouts import exchange
@@ -92,9 +93,18 @@ def _matched(config: Config, reference: Graph, compiled: Compilation, graph: Gra
             f"the spec's model is not the one that the checkpoint's {CONFIG} describes: {difference.message}",
             span=node.span if node else None,
             label="another one in the checkpoint",
-            help="change the spec (--set where it is a param), or leave SPEC out: one that fits is then written",
+            help=f"{_other_params(config, graph)}leave SPEC out, and one that fits is written",
         )
         raise SpecError([problem], compiled.sources) from None
+
+
+def _other_params(config: Config, graph: Graph) -> str:
+    """What would have to change, where the two are of one family."""
+    found = recognised_as(config.family, graph)
+    if isinstance(found, Difference):
+        return ""
+    other = [f"{name} = {literal(value)}" for name, value in sorted(config.params.items()) if found.params.get(name) != value]
+    return f"the checkpoint has {', '.join(other)}; "
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------

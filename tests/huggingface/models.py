@@ -11,8 +11,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from mlmdsl.compile import compile_spec
@@ -25,6 +25,7 @@ from mlmdsl.runtime.exchange import blocks_of
 from mlmdsl.runtime.parallel import public_name
 from mlmdsl.runtime.pieces import Piece
 
+transformers: Any = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

@@ -1,4 +1,4 @@
-"""No process holds the model: an import and an export of a checkpoint of 400 MB, and what their processes had in memory at most.
+"""No process holds the model: an import and an export of 400 MB, and what their processes had in memory at most.
 
 `python -m tests.huggingface.test_memory 1200` does the same with a checkpoint of 1.2 GB and prints the figures.
 """
