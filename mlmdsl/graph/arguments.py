@@ -54,11 +54,12 @@ def bind_tensors(
     body: Evaluator, given: Given, signature: Signature
 ) -> tuple[tuple[TensorValue, ...] | None, dict[str, Any] | None]:
     """The tensors and the other arguments of a primitive; None for either where something is wrong (reported)."""
-    names = [*signature.tensors, *(a.name for a in signature.arguments)]
+    names = [*signature.tensors, *signature.optional, *(a.name for a in signature.arguments)]
     bound = given.bind(names, body)
     if bound is None:
         return None, None
-    tensors = [_tensor(body, given, bound, name) for name in signature.tensors]
+    present = [name for name in signature.optional if bound.get(name) is not None]
+    tensors = [_tensor(body, given, bound, name) for name in (*signature.tensors, *present)]
     others = {a.name: _argument(body, given, bound, a) for a in signature.arguments}
     if POISON in tensors or any(value is POISON for value in others.values()):
         return None, None
@@ -154,8 +155,11 @@ def undivided(body: Evaluator, formal: s.Formal, value: Any, given: Given) -> bo
 
 
 def match_dims(body: Any, formal: s.Formal, value: Any, where: Span) -> Any:
-    """A formal such as `x: [B, S, d]`: names not known yet are bound to the tensor's sizes, the others have to agree."""
+    """A formal such as `x: [B, S, d]`: names not known yet are bound to the tensor's sizes, the others have to agree. A
+    tensor whose default is `none` may be `none`."""
     assert formal.type is not None and formal.type.dims is not None
+    if value is None and isinstance(formal.default, s.NoneLiteral):
+        return value
     declared = (Label(formal.type.span, "declared here"),)
     if not isinstance(value, TensorValue):
         return body.poison("MLM0256", f"`{formal.name}` is a tensor, not {describe(value)}", where, secondary=declared)

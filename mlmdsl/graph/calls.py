@@ -24,11 +24,13 @@ class Argument:
 
 @dataclass(frozen=True)
 class Signature:
-    """`tensors` are the leading positional arguments; `bias` says that a bias operation may follow (argument `bias`)."""
+    """`tensors` are the leading positional arguments, `optional` those after them that may be left out or `none`; `bias` says
+    that a bias operation may follow (argument `bias`)."""
 
     op: str
     tensors: tuple[str, ...]
     arguments: tuple[Argument, ...] = ()
+    optional: tuple[str, ...] = ()
     owns: bool = False
     bias: bool = False
 
@@ -67,8 +69,30 @@ SIGNATURES: Mapping[str, Signature] = {
         ),
     ),
     "attend": Signature(
-        "attend", ("q", "k", "v"), (Argument("causal", "bool", False), Argument("scale", "optional float", None))
+        "attend",
+        ("q", "k", "v"),
+        (
+            Argument("causal", "bool", False),
+            Argument("scale", "optional float", None),
+            Argument("window", "optional int", None),
+            Argument("softcap", "optional float", None),
+        ),
+        optional=("bias",),
     ),
+    "RelativePosition": Signature(
+        "relative_position",
+        ("x",),
+        (
+            Argument("heads", "int"),
+            Argument("buckets", "int", 32),
+            Argument("max_distance", "int", 128),
+            Argument("bidirectional", "bool", True),
+            _WEIGHT,
+            _STD,
+        ),
+        owns=True,
+    ),
+    "alibi": Signature("alibi", ("x",), (Argument("heads", "int"), Argument("bidirectional", "bool", False))),
 }
 
 OPERATORS: Mapping[str, str] = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}

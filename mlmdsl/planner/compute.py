@@ -125,7 +125,7 @@ class Kernels:
         if work.matmul is not None:
             return self._product(work.flops_forward, work.bytes_forward, work.matmul[1])
         if work.attention is not None:
-            return self._attend(work, work.flops_forward, work.bytes_forward, self.curves.attention_forward)
+            return self._attend(work, work.flops_forward * work.computed, work.bytes_forward, self.curves.attention_forward)
         return work.bytes_forward / self.bytes_per_second
 
     def _backward(self, work: Work) -> float:
@@ -134,7 +134,7 @@ class Kernels:
             flops, moved = work.flops_backward / 2, work.bytes_backward / 2
             return self._product(flops, moved, n) + self._product(flops, moved, m)
         if work.attention is not None:
-            flops = work.flops_backward * _ATTENTION_AGAIN
+            flops = work.flops_backward * work.computed * _ATTENTION_AGAIN
             return self._attend(work, flops, work.bytes_backward, self.curves.attention_backward)
         return work.bytes_backward / self.bytes_per_second
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlmdsl.runtime.attend import attention
     from mlmdsl.runtime.collectives import (
         all_gather,
         all_reduce,
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
         split,
     )
     from mlmdsl.runtime.config import AdamW, Data, Parallel, Schedule, Tokenizer, Training
+    from mlmdsl.runtime.distances import alibi, relative_positions
     from mlmdsl.runtime.functions import (
-        attention,
         cross_entropy,
         positions,
         rotary,
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from mlmdsl.runtime.train import main
 
 _HOMES = {
+    "attend": "attention",
     "collectives": "all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split",
     "config": "AdamW Data Parallel Schedule Tokenizer Training",
-    "functions": "attention cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
+    "distances": "alibi relative_positions",
+    "functions": "cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
     "initial": "Init normal ones zeros",
     "mesh": "Axis Mesh",
     "parallel": "Scope recomputed weight",
@@ -52,6 +55,7 @@ __all__ = [
     "Scope",
     "Tokenizer",
     "Training",
+    "alibi",
     "all_gather",
     "all_reduce",
     "all_reduce_both",
@@ -66,6 +70,7 @@ __all__ = [
     "positions",
     "recomputed",
     "reduce_scatter",
+    "relative_positions",
     "rotary",
     "split",
     "vocab_parallel_cross_entropy",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+QUERY_BLOCK = 256  # queries whose scores are in memory at one time where attention is computed without a fused kernel
+
 
 @dataclass(frozen=True)
 class Parallel:

@@ -15,13 +15,6 @@ from mlmdsl.runtime.mesh import Axis
 IGNORE = -100  # a target that does not count
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> Tensor:
-    """q [B, S, H, D], k and v [B, T, K, D] with K a divisor of H -> [B, S, H, D]. `scale` defaults to D ** -0.5."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    return y.transpose(1, 2)
-
-
 def rotary(
     x: Tensor,
     theta: float = 10000.0,

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mlmdsl.runtime import attend
 from mlmdsl.runtime.config import Parallel
 from mlmdsl.runtime.initial import Init
 from mlmdsl.runtime.mesh import Axis, Mesh
@@ -151,7 +152,7 @@ _KEPT = {
     )
     for name in names.split()
     if (packet := getattr(namespace, name, None)) is not None
-}
+} | {attend.BLOCKWISE}
 
 
 def _policy(context: Any, op: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:

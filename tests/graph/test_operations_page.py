@@ -30,7 +30,15 @@ _ASKED = {
     "split_heads": ((_X,), {"heads": 4}),
     "merge_heads": ((_HEADS,), {}),
     "rotary": ((_HEADS,), {"dim": None}),
-    "attend": ((_HEADS,) * 3, {"causal": True, "scale": None}),
+    "attend": (
+        (*(_HEADS,) * 3, TensorType("float", (4, "S", "S"))),
+        {"causal": True, "scale": None, "window": None, "softcap": None},
+    ),
+    "relative_position": (
+        (_X,),
+        {"heads": 4, "buckets": 32, "max_distance": 128, "bidirectional": True, "std": 0.02},
+    ),
+    "alibi": ((_X,), {"heads": 4, "bidirectional": False}),
     "cross_entropy": ((_X, _TOKENS), {}),
 }
 
@@ -38,7 +46,8 @@ _ASKED = {
 def called(name: str, signature: Signature) -> str:
     """`Linear(x, out = none, bias = none, ...)`."""
     arguments = [f"{a.name}" if a.default is REQUIRED else f"{a.name} = {shown(a.default)}" for a in signature.arguments]
-    return f"{name}({', '.join([*signature.tensors, *arguments])})"
+    optional = [f"{tensor} = none" for tensor in signature.optional]
+    return f"{name}({', '.join([*signature.tensors, *optional, *arguments])})"
 
 
 def shown(value: object) -> str:

@@ -23,6 +23,8 @@ from mlmdsl.graph.ops.base import Emission
 from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
 from mlmdsl.graph.tensor import TensorType
 from mlmdsl.runtime import functions
+from mlmdsl.runtime.attend import attention
+from mlmdsl.runtime.distances import alibi, relative_positions
 
 B, S, RANKS = 2, 4, 2
 SIZES = {"B": B, "S": S}
@@ -41,8 +43,15 @@ class Case:
     attrs: tuple[tuple[str, Scalar], ...] = ()
 
 
+def attend(
+    causal: bool = False, scale: float | None = None, window: int | None = None, softcap: float | None = None
+) -> tuple[tuple[str, Scalar], ...]:
+    return (("causal", causal), ("scale", scale), ("window", window), ("softcap", softcap))
+
+
 HEADS = floats("B", "S", 4, 6)
 ROTARY = (("theta", 1e4), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max", 8192))
+RELATIVE = (("heads", 4), ("buckets", 8), ("max_distance", 6))
 CASES = [
     Case("embedding", (TOKENS,), ((8, 6),), (("vocab", 8), ("dim", 6))),
     Case("position", (TOKENS,), ((5, 6),), (("max", 5), ("dim", 6))),
@@ -65,8 +74,16 @@ CASES = [
     Case("split_heads", (floats("B", "S", 24),), (), (("heads", 4),)),
     Case("merge_heads", (HEADS,)),
     *(Case("rotary", (HEADS,), (), (*ROTARY, ("factor", f), ("dim", dim))) for f, dim in ((1.0, None), (8.0, None), (1.0, 4))),
-    Case("attend", (HEADS, floats("B", "S", 2, 6), floats("B", "S", 2, 6)), (), (("causal", True), ("scale", None))),
-    Case("attend", (HEADS, HEADS, HEADS), (), (("causal", False), ("scale", 0.3))),
+    Case("attend", (HEADS, floats("B", "S", 2, 6), floats("B", "S", 2, 6)), (), attend(causal=True)),
+    Case("attend", (HEADS, HEADS, HEADS), (), attend(scale=0.3)),
+    Case("attend", (HEADS, floats("B", "S", 2, 6), floats("B", "S", 2, 6)), (), attend(causal=True, window=2, softcap=3.0)),
+    Case("attend", (HEADS, HEADS, HEADS, floats(4, "S", "S")), (), attend(causal=True)),
+    Case("attend", (HEADS, HEADS, HEADS, floats(4, 1, "S")), (), attend(window=2)),
+    Case("attend", (HEADS, HEADS, HEADS, floats(1, "S", "S")), (), attend(softcap=3.0)),
+    Case("relative_position", (TOKENS,), ((8, 4),), (*RELATIVE, ("bidirectional", True))),
+    Case("relative_position", (floats("B", "S", 6),), ((8, 4),), (*RELATIVE, ("bidirectional", False))),
+    Case("alibi", (TOKENS,), (), (("heads", 4), ("bidirectional", True))),
+    Case("alibi", (floats("B", "S", 6),), (), (("heads", 6), ("bidirectional", False))),
     Case("cross_entropy", (floats("B", "S", 8), TOKENS)),
 ]  # fmt: skip
 
@@ -173,13 +190,17 @@ def emitted(case: Case, strategy: Strategy, axis: str | None, size: int) -> str:
 
 def run(text: str, inputs: list[Tensor], weights: list[Tensor], extra: dict[str, Any]) -> Tensor:
     names = {name: getattr(functions, name) for name in dir(functions) if not name.startswith("__")}
-    names |= {"torch": torch, "F": F, **extra}
+    names |= {"torch": torch, "F": F, "attention": attention, "alibi": alibi, "relative_positions": relative_positions, **extra}
     names |= {f"x{i}": x for i, x in enumerate(inputs)} | {f"w{i}": w for i, w in enumerate(weights)}
     return eval(text, names)
 
 
 def leaf(x: Tensor) -> Tensor:
     return x.requires_grad_() if x.is_floating_point() else x
+
+
+def gradient(x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if x.grad is None else x.grad
 
 
 @pytest.mark.parametrize(("case", "strategy"), ALL, ids=[f"{c.op}-{s.name}-{i}" for i, (c, s) in enumerate(ALL)])
@@ -191,7 +212,8 @@ def test_a_strategy_equals_the_replicated_computation(case: Case, strategy: Stra
     reference = [leaf(x.clone()) for x in inputs], [leaf(w.clone()) for w in weights]
     expected = run(emitted(case, whole, None, 1), *reference, {})
     upstream = torch.randn(expected.shape, generator=generator, dtype=expected.dtype)
-    expected.backward(upstream)
+    if expected.requires_grad:
+        expected.backward(upstream)
     sums = [partial_sums(x, generator) for x in inputs]
     upstream_sums = partial_sums(upstream, generator)
     exchange = Exchange()
@@ -206,10 +228,11 @@ def test_a_strategy_equals_the_replicated_computation(case: Case, strategy: Stra
         text = emitted(case, strategy, "tp", RANKS)
         out = run(text, mine, held, {"tp": FakeAxis(rank), "all_reduce": exchange.all_reduce})
         if strategy.output.is_shard:
-            gradient = upstream.chunk(RANKS, strategy.output.dim)[rank]
+            given = upstream.chunk(RANKS, strategy.output.dim)[rank]
         else:
-            gradient = upstream_sums[rank] if strategy.output == BROADCAST else upstream
-        out.backward(gradient)
+            given = upstream_sums[rank] if strategy.output == BROADCAST else upstream
+        if out.requires_grad:
+            out.backward(given)
         return out.detach(), mine, held
 
     with ThreadPoolExecutor(RANKS) as pool:
@@ -218,10 +241,10 @@ def test_a_strategy_equals_the_replicated_computation(case: Case, strategy: Stra
     assert_close(joined([f[0] for f in found], value_kind(strategy.output), dim), expected.detach())
     for i, placement in enumerate(strategy.inputs):
         if inputs[i].is_floating_point():
-            grads = [f[1][i].grad for f in found]
-            assert_close(joined(grads, gradient_kind(placement), placement.dim), reference[0][i].grad)
+            grads = [gradient(f[1][i]) for f in found]
+            assert_close(joined(grads, gradient_kind(placement), placement.dim), gradient(reference[0][i]))
     for i, held in enumerate(strategy.weights):
-        grads = [f[2][i].grad if f[2][i].grad is not None else torch.zeros_like(f[2][i]) for f in found]
+        grads = [gradient(f[2][i]) for f in found]
         assert_close(joined(grads, weight_kind(held), held.dim or 0), reference[1][i].grad)
 
 

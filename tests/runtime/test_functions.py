@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from mlmdsl.runtime.functions import attention, positions, rotary
+from mlmdsl.runtime import attend
+from mlmdsl.runtime.attend import attention
+from mlmdsl.runtime.functions import positions, rotary
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     group = q.size(2) // k.size(2)
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bshd,bthd->bhst", q, k) * scale
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if bias is not None:
+        scores = scores + bias
+    for i in range(q.size(1)):
+        for j in range(k.size(1)):
+            if (causal and j > i) or (window is not None and abs(i - j) >= window):
+                scores[:, :, i, j] = -torch.inf
     return torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v)
+
+
+def assert_same(found: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Values and gradients."""
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    for one, other in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -25,16 +52,61 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float)
 def test_attention_with_grouped_heads(kv_heads: int, causal: bool):
     q = torch.randn(2, 6, 4, 8, requires_grad=True)
     k, v = (torch.randn(2, 6, kv_heads, 8, requires_grad=True) for _ in range(2))
-    found, expected = attention(q, k, v, causal=causal), plain_attention(q, k, v, causal, 8**-0.5)
-    torch.testing.assert_close(found, expected)
-    weights = torch.randn_like(found)
-    for one, other in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (found, expected)), strict=True):
-        torch.testing.assert_close(one, other)
+    expected = plain_attention(q, k, v, causal=causal, scale=8**-0.5)
+    assert_same(attention(q, k, v, causal=causal), expected, (q, k, v))
 
 
 def test_attention_takes_a_scale():
     q, k, v = (torch.randn(1, 5, 2, 4) for _ in range(3))
-    torch.testing.assert_close(attention(q, k, v, causal=True, scale=0.3), plain_attention(q, k, v, True, 0.3))
+    expected = plain_attention(q, k, v, causal=True, scale=0.3)
+    torch.testing.assert_close(attention(q, k, v, causal=True, scale=0.3), expected)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("bias", [None, (4, 7, 7), (4, 1, 7), (1, 7, 1)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (True, 1), (True, 9), (False, None), (False, 2)])
+def test_attention_masked_biased_and_capped(
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    bias: tuple[int, ...] | None,
+    kv_heads: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Over blocks of queries that do not divide the sequence, with values of another size than the keys."""
+    monkeypatch.setattr(attend, "QUERY_BLOCK", 3)
+    q, k = (torch.randn(2, 7, heads, 8, requires_grad=True) for heads in (4, kv_heads))
+    v = torch.randn(2, 7, kv_heads, 6, requires_grad=True)
+    b = None if bias is None else torch.randn(bias, requires_grad=True)
+    found = attention(q, k, v, b, causal=causal, window=window, softcap=softcap)
+    expected = plain_attention(q, k, v, b, causal=causal, scale=8**-0.5, window=window, softcap=softcap)
+    assert_same(found, expected, (q, k, v) if b is None else (q, k, v, b))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_attention_over_another_sequence(softcap: float | None):
+    q, k, v = (torch.randn(2, n, 4, 8, requires_grad=True) for n in (5, 9, 9))
+    expected = plain_attention(q, k, v, causal=False, scale=8**-0.5, softcap=softcap)
+    assert_same(attention(q, k, v, softcap=softcap), expected, (q, k, v))
+
+
+def test_a_bias_in_fp32_keeps_its_precision_beside_bf16():
+    """Positions of a long sequence are not rounded: only differences from the largest of a row are."""
+    q, k, v = (torch.randn(1, 1024, 1, 16, dtype=torch.bfloat16) for _ in range(3))
+    bias = (0.5 * torch.arange(1024, dtype=torch.float32) + 0.3)[None, None]
+    found = attention(q, k, v, bias, causal=True)
+    distance = bias - bias.mT
+    expected = attention(q.float(), k.float(), v.float(), distance, causal=True)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_blockwise_attention_keeps_no_scores():
+    q, k, v = (torch.randn(1, 600, 2, 8, requires_grad=True) for _ in range(3))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        attention(q, k, v, causal=True, softcap=5.0)
+    assert sum(kept) == 4 * q.numel()
 
 
 def test_rotary_turns_pairs_by_their_position():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 
 from mlmdsl.graph.graph import Scalar
 from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, Work
 from mlmdsl.graph.ops.common import memory_bound, partial, pointwise, shard_name, shardable
-from mlmdsl.graph.ops.linear import features, integer
+from mlmdsl.graph.ops.linear import features, integer, number
 from mlmdsl.graph.placement import BROADCAST, REPLICATE, Strategy, shard
 from mlmdsl.graph.tensor import TensorType
+from mlmdsl.runtime.config import QUERY_BLOCK
 
 Types = tuple[TensorType, ...]
 Attributes = Mapping[str, Scalar]
@@ -93,8 +95,8 @@ def _rotary_emit(e: Emission) -> str:
 
 
 def _attend_type(types: Types, attrs: Attributes) -> TensorType:
-    query, key, value = types
-    for argument, type in enumerate(types):
+    query, key, value = types[:3]
+    for argument, type in enumerate(types[:3]):
         features(type, argument)
         if len(type.shape) != 4:
             raise ShapeProblem("MLM0503", f"this wants [B, S, heads, head dim], not {type}", argument)
@@ -105,29 +107,56 @@ def _attend_type(types: Types, attrs: Attributes) -> TensorType:
     if heads % kv_heads:
         message = f"{heads} heads cannot share {kv_heads} key and value heads"
         raise ShapeProblem("MLM0411", message, 1, help="kv_heads has to divide heads")
-    if attrs["causal"] and query.shape[1] != key.shape[1]:
-        raise ShapeProblem("MLM0501", f"causal attention wants as many queries as keys, not {query} and {key}", 1)
+    for asked, name in ((attrs["causal"], "causal attention"), (attrs["window"] is not None, "a window")):
+        if asked and query.shape[1] != key.shape[1]:
+            raise ShapeProblem("MLM0501", f"{name} wants as many queries as keys, not {query} and {key}", 1)
+    softcap = attrs["softcap"]
+    if softcap is not None and number(attrs, "softcap") <= 0:
+        raise ShapeProblem("MLM0503", f"softcap is a positive number, not {softcap}")
+    if len(types) > 3:
+        _fit_bias(types[3], (heads, query.shape[1], key.shape[1]))
     return TensorType("float", (*query.shape[:3], value.shape[3]))
 
 
+def _fit_bias(bias: TensorType, scores: tuple[int | str, ...]) -> None:
+    fits = len(bias.shape) == 3 and all(size in (1, whole) for size, whole in zip(bias.shape, scores, strict=True))
+    if bias.dtype == "int" or not fits:
+        wanted = ", ".join(map(str, scores))
+        raise ShapeProblem("MLM0501", f"a bias is [{wanted}], or 1 in place of a dim, not {bias}", 3)
+
+
 def _attend_strategies(types: Types, out: TensorType, weights: Shapes, attrs: Attributes, n: int) -> tuple[Strategy, ...]:
+    count = len(types)
     found = [
-        Strategy("replicated", (REPLICATE,) * 3, (), REPLICATE),
-        Strategy("broadcast", (BROADCAST,) * 3, (), BROADCAST),
+        Strategy("replicated", (REPLICATE,) * count, (), REPLICATE),
+        Strategy("broadcast", (BROADCAST,) * count, (), BROADCAST),
     ]
-    counts = [t.shape[2] for t in types]
-    if all(isinstance(c, int) and c % n == 0 for c in counts):
-        found.append(Strategy("heads", (shard(2),) * 3, (), shard(2)))
+    heads = [t.shape[2] for t in types[:3]]
+    if all(isinstance(c, int) and c % n == 0 for c in heads):
+        bias = tuple(BROADCAST if t.shape[0] == 1 else shard(0) for t in types[3:])
+        found.append(Strategy("heads", (*(shard(2),) * 3, *bias), (), shard(2)))
     return tuple(found)
 
 
+def _pairs(queries: int, keys: int, attrs: Attributes) -> float:
+    """Pairs of a query and a key that the mask leaves: the area that it leaves of the square, so that causal attention is half
+    of it, and a window that reaches everything changes nothing."""
+    window = queries if attrs["window"] is None else min(queries, integer(attrs, "window"))
+    if attrs["causal"]:
+        return queries * window - window * window / 2 if queries == keys else queries * keys / 2
+    return 2.0 * queries * window - window * window if window < queries else float(queries * keys)
+
+
 def _attend_work(local: Local) -> Work:
-    """Flash attention (arXiv:2205.14135): scores never reach memory; the output and the log-sum-exp are kept for backward."""
+    """By what the runtime calls (runtime/attend.py). Flash attention (arXiv:2205.14135): scores never reach memory; the output
+    and the log-sum-exp are kept for backward."""
     batch, queries, heads, size = local.inputs[0]
-    keys = local.inputs[1][1]
-    flops = 4.0 * batch * heads * queries * keys * size * (0.5 if local.attrs["causal"] else 1.0)
-    moved = float(sum(prod(s) for s in local.inputs) + prod(local.output)) * local.output_bytes
-    return Work(
+    keys, kv_heads = local.inputs[1][1:3]
+    attrs, width = local.attrs, local.output_bytes
+    pairs = _pairs(queries, keys, attrs)
+    flops = 2.0 * batch * heads * pairs * (size + local.output[3])
+    moved = float(sum(prod(s) for s in local.inputs[:3]) + prod(local.output)) * width
+    fused = Work(
         "attention",
         flops_forward=flops,
         flops_backward=2 * flops,
@@ -138,11 +167,62 @@ def _attend_work(local: Local) -> Work:
         kernels_backward=2,
         attention=(batch, heads, queries, keys, size),
     )
+    if attrs["softcap"] is not None:
+        return _blockwise_work(fused, local, pairs)
+    windowed = attrs["window"] is not None and integer(attrs, "window") < queries
+    if not windowed and len(local.inputs) == 3:
+        return fused
+    return _masked_work(fused, local, pairs, made=windowed or bool(attrs["causal"]), shared=kv_heads != heads)
+
+
+def _masked_work(fused: Work, local: Local, pairs: float, *, made: bool, shared: bool) -> Work:
+    """With an explicit mask every score is computed. `made`: the mask is a tensor of its own, which stays for the backward
+    pass, and not just the bias; `shared`: a copy of keys and values for every head stays, too."""
+    batch, queries, heads, size = local.inputs[0]
+    keys, width = local.inputs[1][1], local.output_bytes
+    bias = local.inputs[3:]
+    mask = float(queries * keys * (bias[0][0] if bias else 1) * width)
+    read = mask * (batch if bias else 1)
+    copies = float(batch * keys * heads * (size + local.output[3]) * width) if shared else 0.0
+    saved = ("in0", *(() if shared else ("in1", "in2")), *(() if made or not bias else ("in3",)), "out")
+    return replace(
+        fused,
+        bytes_forward=fused.bytes_forward + read + (3 * mask if made else 0.0) + 2 * copies,
+        bytes_backward=fused.bytes_backward + 2 * read + 2 * copies,
+        saved=saved,
+        extra_saved_bytes=fused.extra_saved_bytes + (mask if made else 0.0) + copies,
+        transient_bytes=mask if made else 0.0,
+        kernels_forward=1 + 2 * shared + 6 * made,
+        kernels_backward=2 + 2 * shared,
+        computed=queries * keys / pairs,
+    )
+
+
+def _blockwise_work(fused: Work, local: Local, pairs: float) -> Work:
+    """Blocks of queries over the keys that any of them sees: the scores of a block pass through memory once per elementwise
+    kernel, in fp32 and in the width of the inputs, and again in the backward pass."""
+    batch, queries, heads, _ = local.inputs[0]
+    keys, width = local.inputs[1][1], local.output_bytes
+    block, blocks = min(queries, QUERY_BLOCK), -(-queries // QUERY_BLOCK)
+    ragged = bool(local.attrs["causal"]) + (local.attrs["window"] is not None)
+    executed = min(float(queries * keys), pairs + ragged * queries * block / 2)
+    scores = batch * heads * executed
+    return replace(
+        fused,
+        bytes_forward=fused.bytes_forward + scores * (4 * width + 40),
+        bytes_backward=fused.bytes_backward + scores * (8 * width + 100),
+        saved=("in0", "in1", "in2", *(("in3",) if len(local.inputs) > 3 else ()), "out"),
+        extra_saved_bytes=0.0,
+        transient_bytes=float(batch * heads * block * keys * (12 + 2 * width)),
+        kernels_forward=10 * blocks,
+        kernels_backward=24 * blocks,
+        computed=executed / pairs,
+    )
 
 
 def _attend_emit(e: Emission) -> str:
     options = ["causal=True"] if e.attrs["causal"] else []
-    options += [f"scale={e.attrs['scale']!r}"] if e.attrs["scale"] is not None else []
+    options += [f"{name}={e.attrs[name]!r}" for name in ("scale", "window", "softcap") if e.attrs[name] is not None]
     return f"attention({', '.join([*e.inputs, *options])})"
 
 
@@ -175,7 +255,12 @@ OPS = (
     ),
     Op(
         name="attend",
-        doc="Scaled dot-product attention of q [B, S, H, d] over k [B, T, K, d], v [B, T, K, e]; H / K queries share a key.",
+        doc="Scaled dot-product attention of q [B, S, H, d] over k [B, T, K, d], v [B, T, K, e]; H / K queries share a key."
+        " With `softcap` the scores are softcap * tanh(scores / softcap) (arXiv:2408.00118); `bias` [H, S, T], 1 in place of a"
+        " dim where it is the same along it, is added to them. Query i sees key j where j <= i if `causal`, and where"
+        " |i - j| < `window`. FLOPs count the area that the mask leaves: S^2 / 2 of causal attention, S w - w^2 / 2 of a causal"
+        " window. Time counts what is computed: a window or a bias is a mask to a fused kernel, which computes all scores;"
+        f" soft-capping is computed in blocks of {QUERY_BLOCK} queries, whose scores pass through memory.",
         infer=_attend_type,
         strategies=_attend_strategies,
         work=_attend_work,

@@ -41,7 +41,8 @@ class Work:
     """What one execution costs on one rank, local sizes. FLOPs count matrix products only (2 M N K; causal attention half);
     bytes are what has to cross HBM, each operand once.
 
-    matmul: (M, K, N) of a "matmul"; attention: (batch, heads, queries, keys, head_dim) of an "attention".
+    matmul: (M, K, N) of a "matmul"; attention: (batch, heads, queries, keys, head_dim) of an "attention"; computed: what its
+    kernel computes over what its mask leaves, which is what the FLOPs count.
     saved: which values stay until the backward pass, by reference so that a value saved by several operations counts once:
     "in0", "in1", "out"; extra_saved_bytes: what else does (log-sum-exp, masks)."""
 
@@ -57,6 +58,7 @@ class Work:
     kernels_backward: int = 1
     matmul: tuple[int, int, int] | None = None
     attention: tuple[int, int, int, int, int] | None = None
+    computed: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""Attention as programs call it. B sequences, S queries, T keys, H heads (K for keys and values), D and E head dims.
+
+Three ways, by what is asked for:
+
+    causal or nothing       torch's scaled_dot_product_attention, which skips what lies above the diagonal
+    a window, a bias        the same with an explicit mask: nothing of size [B, H, S, T] is kept, but every score is computed
+    soft-capping            `blockwise_attention`: matrix products and a softmax over blocks of queries, taken again in the
+                            backward pass; also for a bias with a gradient on a CPU, where torch would keep all scores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlmdsl.runtime.config import QUERY_BLOCK
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """q [B, S, H, D], k [B, T, K, D] and v [B, T, K, E] with K a divisor of H -> [B, S, H, E].
+
+    `scale` defaults to D ** -0.5. `softcap` makes the scaled scores softcap * tanh(scores / softcap) (arXiv:2408.00118). `bias`
+    [H, S, T], the first two of which may be 1, is added to them. Query i sees key j where j <= i if `causal`, and where
+    |i - j| < window."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if window is not None and window >= max(q.size(2), k.size(2)):
+        window = None
+    if softcap is not None or (bias is not None and bias.requires_grad and q.device.type == "cpu"):
+        scale = q.size(-1) ** -0.5 if scale is None else scale
+        return BLOCKWISE(q, k, v, bias, causal, scale, window, softcap).transpose(1, 2)
+    if window is None and bias is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
+        return y.transpose(1, 2)
+    mask = _mask(q, k, bias, causal, window)
+    if q.size(1) != k.size(1):  # the kernels that take a mask want a key for every head
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _mask(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, window: int | None) -> Tensor:
+    """What is added to the scores [.., S, T]; or, without a bias, which keys count."""
+    seen = visible(range(q.size(2)), range(k.size(2)), causal, window, q.device)
+    if bias is None:
+        return seen
+    mask = bias[None].masked_fill(~seen, -torch.inf) if causal or window is not None else bias[None]
+    if mask.dtype != q.dtype:  # softmax does not see a row's shift, rounding does
+        mask = (mask - mask.detach().amax(-1, keepdim=True)).to(q.dtype)
+    return mask
+
+
+def visible(queries: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Which keys the queries at these positions see: bool [queries, keys]."""
+    rows = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    columns = torch.arange(keys.start, keys.stop, device=device)
+    seen = columns <= rows if causal else torch.ones(len(queries), len(keys), dtype=torch.bool, device=device)
+    if window is not None:
+        seen = seen & (columns > rows - window)
+        seen = seen if causal else seen & (columns < rows + window)
+    return seen
+
+
+# ---- blocks of queries ----------------------------------------------------------------------------------------------
+
+
+class _Block:
+    """The scores of a block of queries, of all heads, over the keys that any of them sees.
+
+    Everything is in float32 at least: capped [B, K, G, block, keys] in units of softcap (tanh) or as they are, `weights` their
+    softmax. Groups of G = H / K heads share a key."""
+
+    def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, settings: tuple[Any, ...], rows: range, keys: range):
+        causal, scale, window, softcap = settings
+        self.rows, self.keys, self.k = rows, keys, k[:, :, keys.start : keys.stop]
+        self.q = q.unflatten(1, (k.size(1), -1))[:, :, :, rows.start : rows.stop]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = self.product(self.q, self.k.mT).to(wide)
+        self.capped = None
+        if softcap is None:
+            scores = scores.mul_(scale)
+        else:
+            self.capped = scores.mul_(scale / softcap).tanh_()
+            scores = self.capped * softcap
+        if bias is not None:
+            scores += self.of(bias).unflatten(0, (k.size(1), -1) if bias.size(0) > 1 else (1, 1))
+        if causal or window is not None:
+            scores.masked_fill_(~visible(rows, keys, causal, window, q.device), -torch.inf)
+        self.weights = scores.softmax(-1)
+
+    @staticmethod
+    def product(one: Tensor, other: Tensor) -> Tensor:
+        """[B, K, G, m, n] by [B, K, n, p], as one product for the G heads that share the right one."""
+        groups = one.size(2)
+        return (one.flatten(2, 3) @ other).unflatten(2, (groups, -1))
+
+    def of(self, bias: Tensor) -> Tensor:
+        """The bias of these rows and keys."""
+        rows = slice(self.rows.start, self.rows.stop) if bias.size(1) > 1 else slice(None)
+        keys = slice(self.keys.start, self.keys.stop) if bias.size(2) > 1 else slice(None)
+        return bias[:, rows, keys]
+
+
+def _blocks(
+    q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float, window: int | None, softcap: float | None
+) -> Iterator[_Block]:
+    for start in range(0, q.size(2), QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q.size(2))
+        first = 0 if window is None else max(0, start - window + 1)
+        last = stop if causal else k.size(2) if window is None else min(k.size(2), stop + window - 1)
+        yield _Block(q, k, bias, (causal, scale, window, softcap), range(start, stop), range(first, last))
+
+
+_SETTINGS = "bool causal, float scale, int? window, float? softcap"
+
+
+@torch.library.custom_op(
+    "mlmdsl::blockwise_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_SETTINGS}) -> Tensor",
+)
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    """q [B, H, S, D], k and v [B, K, T, ..] -> [B, H, S, E]. One operation to autograd and to selective recomputation, so
+    that q, k, v and the result are all that stays for the backward pass."""
+    y = q.new_empty(*q.shape[:3], v.size(-1))
+    for block in _blocks(q, k, bias, *settings):
+        values = v[:, :, block.keys.start : block.keys.stop]
+        part = block.product(block.weights.to(v.dtype), values).flatten(1, 2)
+        y[:, :, block.rows.start : block.rows.stop] = part
+    return y
+
+
+@torch.library.custom_op(
+    "mlmdsl::blockwise_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor y, Tensor q, Tensor k, Tensor v, Tensor? bias, {_SETTINGS}) -> Tensor[]",
+)
+def _backward(grad: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> list[Tensor]:
+    """Gradients of q, k, v and the bias (empty without one), by blocks as in arXiv:2205.14135, section 3.1 and appendix B.4."""
+    _, scale, _, softcap = settings
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))
+    dbias = grad.new_empty(0) if bias is None else torch.zeros_like(bias, dtype=wide)
+    for block in _blocks(q, k, bias, *settings):
+        rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)
+        dy = grad.unflatten(1, (k.size(1), -1))[:, :, :, rows]
+        delta = (dy.to(wide) * y.unflatten(1, (k.size(1), -1))[:, :, :, rows]).sum(-1, keepdim=True)
+        dv[:, :, keys] += block.weights.to(v.dtype).flatten(2, 3).mT @ dy.flatten(2, 3)
+        ds = block.product(dy, v[:, :, keys].mT).to(wide).sub_(delta).mul_(block.weights)
+        if bias is not None:
+            part = block.of(dbias)
+            part += ds.sum(0).flatten(0, 1).sum_to_size(part.shape)
+        if softcap is not None:
+            assert block.capped is not None
+            ds.mul_(block.capped.square_().neg_().add_(1.0))
+        narrow = ds.mul_(scale).to(q.dtype)
+        dq[:, :, rows] = block.product(narrow, block.k).flatten(1, 2)
+        dk[:, :, keys] += narrow.flatten(2, 3).mT @ block.q.flatten(2, 3)
+    return [dq, dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, bias, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, bias, output)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    q, k, v, bias, y = ctx.saved_tensors
+    dq, dk, dv, dbias = torch.ops.mlmdsl.blockwise_attention_backward(grad, y, q, k, v, bias, *ctx.settings)
+    return dq, dk, dv, None if bias is None else dbias, None, None, None, None
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    """On the meta device, where stages learn what they hand on."""
+    return q.new_empty(*q.shape[:3], v.size(-1))
+
+
+_forward.register_fake(_shape)
+_forward.register_autograd(_gradients, setup_context=_save)
+BLOCKWISE = torch.ops.mlmdsl.blockwise_attention
