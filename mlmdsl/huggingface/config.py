@@ -51,8 +51,7 @@ def read_config(folder: Path) -> Config:
     family = _family(raw)
     fields = _fields(family, raw)
     _check_allowed(family, fields)
-    params = {name: _param(name, text, fields) for name, text in family.params.items()}
-    return Config(family, raw, fields, params, tuple(_unknown_fields(family, raw)))
+    return Config(family, raw, fields, _params(family, fields), tuple(_unknown_fields(family, raw)))
 
 
 def _raw(folder: Path) -> Mapping[str, Any]:
@@ -107,6 +106,11 @@ def _field(name: str, entry: Any, fields: Mapping[str, Any]) -> Any:
         fail("MLM0802", f"{CONFIG} has neither {name} nor what it follows from: {problem}")
 
 
+def _params(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+    tables = [family.params, *(t for t in family.params_where if _param("condition", t["condition"], fields))]
+    return {name: _param(name, text, fields) for table in tables for name, text in table.items() if name != "condition"}
+
+
 def _param(name: str, text: str, fields: Mapping[str, Any]) -> Any:
     try:
         return evaluate(text, fields)
@@ -126,6 +130,11 @@ def _check_allowed(family: Family, fields: Mapping[str, Any]) -> None:
         for name, allowed in family.allowed.items()
         if fields.get(name) not in allowed
     ]
+    wrong += [
+        Diagnostic("MLM0804", f"{CONFIG} has {name} = {json.dumps(fields[name])}, which {family.name}'s model does not cover")
+        for name in family.without
+        if fields.get(name)
+    ]
     if wrong:
         raise RunError(wrong)
 
@@ -133,7 +142,16 @@ def _check_allowed(family: Family, fields: Mapping[str, Any]) -> None:
 def _unknown_fields(family: Family, raw: Mapping[str, Any]) -> Iterator[Diagnostic]:
     """What nobody has thought of may matter: it is said."""
     aliases = {path.partition(".")[0] for paths in family.fields.values() for path in paths}
-    known = {*common().harmless, *family.harmless, *family.defaults, *family.allowed, *family.config, family.sequence, *aliases}
+    known = {
+        *common().harmless,
+        *family.harmless,
+        *family.defaults,
+        *family.allowed,
+        *family.without,
+        *family.config,
+        family.sequence,
+        *aliases,
+    }
     known |= {name for name in raw if any(name in text for text in family.params.values())}
     unknown = sorted(name for name, value in raw.items() if name not in known and value is not None)
     if unknown:

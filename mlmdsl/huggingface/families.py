@@ -34,6 +34,7 @@ class Layout:
     parts: tuple[Any, ...]
     sizes: Mapping[str, Any]
     over: Mapping[str, Any]  # axes that theirs' names count, and how far
+    where: str  # a condition on the params
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class Family:
     fields: Mapping[str, Sequence[str]]
     defaults: Mapping[str, Any]
     allowed: Mapping[str, Sequence[Any]]
+    without: tuple[str, ...]  # fields that must not be set
     params: Mapping[str, str]
+    params_where: tuple[Mapping[str, str], ...]
     model: Mapping[str, Found]
     config: Mapping[str, Any]
     config_where: tuple[Mapping[str, Any], ...]
@@ -111,7 +114,7 @@ def family_of(model_type: str) -> Family | None:
 
 def _family(path: Path) -> Family:
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    simple = [Layout((ours,), theirs, "", (), {}, {}) for ours, theirs in raw["weights"].items()]
+    simple = [Layout((ours,), theirs, "", (), {}, {}, "true") for ours, theirs in raw["weights"].items()]
     text = path.with_suffix(".mlm").read_text(encoding="utf-8")
     ignored: Mapping[str, Any] = raw.get("ignored", {})
     return Family(
@@ -124,7 +127,9 @@ def _family(path: Path) -> Family:
         fields=raw.get("fields", {}),
         defaults=raw.get("defaults", {}),
         allowed=raw.get("allowed", {}),
+        without=tuple(raw.get("without", ())),
         params=raw["params"],
+        params_where=tuple(raw.get("params_where", ())),
         model=raw["model"],
         config=raw["config"],
         config_where=tuple(raw.get("config_where", ())),
@@ -137,4 +142,12 @@ def _family(path: Path) -> Family:
 
 def _layout(entry: Mapping[str, Any], sizes: Mapping[str, Any]) -> Layout:
     parts = tuple(entry.get("parts", (1,) * len(entry["ours"])))
-    return Layout(tuple(entry["ours"]), entry["theirs"], entry.get("axes", ""), parts, sizes, entry.get("over", {}))
+    return Layout(
+        ours=tuple(entry["ours"]),
+        theirs=entry["theirs"],
+        axes=entry.get("axes", ""),
+        parts=parts,
+        sizes=sizes,
+        over=entry.get("over", {}),
+        where=entry.get("where", "true"),
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.tensor import Weight
 from mlmdsl.huggingface.config import Recognised
-from mlmdsl.huggingface.expressions import filled, value_of
+from mlmdsl.huggingface.expressions import evaluate, filled, value_of
 from mlmdsl.huggingface.families import Layout
 from mlmdsl.runtime.pieces import Piece
 
@@ -39,7 +39,7 @@ def exchange(found: Recognised, model: Graph) -> Exchange:
     theirs: dict[str, Shape] = {}
     mapped: set[str] = set()
     for layout in found.family.layouts:
-        keys = [key for key in layout.ours if key in reference.weights]
+        keys = [key for key in layout.ours if key in reference.weights and evaluate(layout.where, scope)]
         assert len(keys) in (0, len(layout.ours)), f"{found.family.name}: only some of {layout.ours}"
         if not keys:
             continue

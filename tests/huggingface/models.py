@@ -66,6 +66,14 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+_FALCON = {name: value for name, value in _SMALL.items() if name != "intermediate_size"} | {"alibi": False}
+_FALCON_11B = {
+    "new_decoder_architecture": True,
+    "num_kv_heads": 2,
+    "num_ln_in_parallel_attn": 1,
+    "tie_word_embeddings": False,
+    "ffn_hidden_size": 80,
+}
 
 CASES: dict[str, Case] = {
     "gpt2": Case("gpt2", "GPT2", _GPT2, head="LMHeadModel"),
@@ -77,6 +85,12 @@ CASES: dict[str, Case] = {
     "llama3.2 tied": _case("llama", "Llama", num_key_value_heads=1, head_dim=16, tie_word_embeddings=True),
     "qwen3": _case("qwen3", "Qwen3", num_key_value_heads=2, head_dim=16),
     "qwen3 tied": _case("qwen3", "Qwen3", num_key_value_heads=4, head_dim=8, tie_word_embeddings=True),
+    "qwen2": _case("qwen2", "Qwen2", num_key_value_heads=2),
+    "phi3": _case("phi3", "Phi3", num_key_value_heads=2),
+    "starcoder": Case("gpt_bigcode", "GPTBigCode", _GPT2),
+    "falcon 7b": Case("falcon", "Falcon", _FALCON | {"num_kv_heads": 1}),
+    "falcon 40b": Case("falcon", "Falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon 11b": Case("falcon", "Falcon", _FALCON | _FALCON_11B),
     "olmo2": _case("olmo2", "Olmo2", num_key_value_heads=2),
     "pythia": _case("gpt_neox", "GPTNeoX"),
     "pythia half": _case("gpt_neox", "GPTNeoX", rope_parameters={"rope_theta": 5000.0, "partial_rotary_factor": 0.5}),

