@@ -173,13 +173,15 @@ class Recognised:
     match: Match
 
 
-def recognise(graph: Graph, only: str | None = None) -> Recognised:
-    """The first family whose model computes what `graph` does. Raises RunError MLM0811, or what the nearest one differs in."""
+def recognise(graph: Graph, only: str | None = None, model_type: str | None = None) -> Recognised:
+    """The family whose model computes what `graph` does: of several that of `model_type`, else the first by name. Raises
+    RunError MLM0811 with what the nearest one differs in."""
     if only is not None and only not in families():
         near = did_you_mean(only, families())
         fail("MLM0811", f"there is no family {only!r}", near or f"known are {', '.join(families())}")
     nearest: tuple[int, Family, Difference] | None = None
-    for family in (families()[only],) if only else families().values():
+    ordered = sorted(families().values(), key=lambda family: model_type not in family.model_types)
+    for family in (families()[only],) if only else ordered:
         found = recognised_as(family, graph)
         if isinstance(found, Recognised):
             return found

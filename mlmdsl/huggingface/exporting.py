@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlmdsl.compile import compile_spec
 from mlmdsl.diagnostics import RunError
@@ -44,13 +44,13 @@ def export_checkpoint(source: Path, out: Path, dtype: str | None, shard_bytes: i
         path.read_text(encoding="utf-8"), path=str(path), overrides=plan.overrides, folder=plan.folder, until="graph"
     )
     assert done.graph is not None and done.spec is not None
+    homes = _homes(run, done.spec)
+    before = _before(homes)
     try:
-        found = recognise(done.graph, family)
+        found = recognise(done.graph, family, before.get("model_type"))
     except RunError as problem:
         raise RunError(problem.diagnostics, done.sources) from None
     wanted = exchange(found, done.graph)
-    homes = _homes(run, done.spec)
-    before = _before(homes, found.family.model_types)
     stored, written = DTYPES[dtype or done.spec.train.precision]
     files = _files(wanted.theirs, BYTES[stored], shard_bytes)
     from mlmdsl.runtime import checkpoint
@@ -85,15 +85,15 @@ def _homes(run: Path, spec: Spec) -> list[Path]:
     return [run, *([Path(tokenizer).parent] if tokenizer else [])]
 
 
-def _before(homes: list[Path], model_types: tuple[str, ...]) -> Mapping[str, Any]:
+def _before(homes: list[Path]) -> Mapping[str, Any]:
     """config.json of the checkpoint that the model came from, if it came from one."""
     for folder in homes:
         try:
             raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(raw, dict) and raw.get("model_type") in model_types:  # pyright: ignore[reportUnknownMemberType]
-            return raw  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(raw, dict):
+            return cast(dict[str, Any], raw)
     return {}
 
 
