@@ -94,8 +94,8 @@ def _grid(plan: PlanVariables) -> str:
     if plan.world_size == 1:
         return ""
     return (
-        f"Ranks: torch.arange({plan.world_size}).view({plan.pipeline}, {plan.data}, {plan.tensor}),"
-        " the axes pipeline, data and tensor. Collectives over data and pipeline are the runtime's."
+        f"Ranks: torch.arange({plan.world_size}).view({plan.pipeline}, {plan.data}, {plan.context}, {plan.tensor}):"
+        " pipeline, data, context, tensor. Collectives over data and pipeline are the runtime's."
     )
 
 
@@ -111,6 +111,7 @@ def _parallel(plan: PlanVariables) -> Call:
     settings: dict[str, int | str | tuple[int, ...]] = {
         "pipeline": plan.pipeline,
         "data": plan.data,
+        **({"context": plan.context} if plan.context > 1 else {}),
         "tensor": plan.tensor,
         **({"interleave": plan.interleave} if plan.interleave > 1 else {}),
         **({"schedule": plan.schedule} if several else {}),

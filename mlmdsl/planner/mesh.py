@@ -1,7 +1,8 @@
 """The grid of ranks, and which links the groups of an axis cross.
 
-Ranks are torch.arange(world).view(pipeline, data, tensor), tensor innermost, and fill node after node: the axis that talks most
-is nearest. Axes are "tensor", "data", "pipeline", and "world" for all ranks together.
+Ranks are torch.arange(world).view(pipeline, data, context, tensor), tensor innermost, and fill node after node: the axis that
+talks most is nearest. Axes are "tensor", "context", "data", "pipeline"; "replicas" for data and context together, over which
+weights are alike; and "world" for all ranks.
 """
 
 from __future__ import annotations
@@ -22,23 +23,43 @@ class Mesh:
     data: int
     pipeline: int
     devices_per_node: int
+    context: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights."""
+        return self.data * self.context
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.data * self.pipeline
+        return self.tensor * self.replicas * self.pipeline
+
+    @cached_property
+    def _laid_out(self) -> dict[str, tuple[int, int]]:
+        """(size, distance between neighbours of a group) by axis."""
+        inner = self.tensor * self.context
+        return {
+            "tensor": (self.tensor, 1),
+            "context": (self.context, self.tensor),
+            "data": (self.data, inner),
+            "replicas": (self.replicas, self.tensor),
+            "pipeline": (self.pipeline, inner * self.data),
+            "world": (self.world_size, 1),
+        }
 
     def size(self, axis: str) -> int:
-        return {"tensor": self.tensor, "data": self.data, "pipeline": self.pipeline, "world": self.world_size}[axis]
+        return self._laid_out[axis][0]
 
     def stride(self, axis: str) -> int:
         """Distance between neighbours of a group."""
-        return {"tensor": 1, "data": self.tensor, "pipeline": self.tensor * self.data, "world": 1}[axis]
+        return self._laid_out[axis][1]
 
-    def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(pipeline, data, tensor) of a rank."""
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(pipeline, data, context, tensor) of a rank."""
         rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
-        return pipeline, data, tensor
+        return pipeline, data, context, tensor
 
     def ranks(self, axis: str, rank: int = 0) -> tuple[int, ...]:
         """The ranks of `rank`'s group."""

@@ -6,6 +6,8 @@ Three ways, by what is asked for:
     a window, a bias        the same with an explicit mask: nothing of size [B, H, S, T] is kept, but every score is computed
     soft-capping            `blockwise_attention`: matrix products and a softmax over blocks of queries, taken again in the
                             backward pass; also for a bias with a gradient on a CPU, where torch would keep all scores
+
+Over the context axis a rank has two chunks of the queries, each of which is attention over the slice of keys that it may see.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from mlmdsl.runtime.config import QUERY_BLOCK
+from mlmdsl.runtime.mesh import Axis
 
 
 def attention(
@@ -26,6 +30,7 @@ def attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    cp: Axis | None = None,
     causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
@@ -35,25 +40,69 @@ def attention(
 
     `scale` defaults to D ** -0.5. `softcap` makes the scaled scores softcap * tanh(scores / softcap) (arXiv:2408.00118). `bias`
     [H, S, T], the first two of which may be 1, is added to them. Query i sees key j where j <= i if `causal`, and where
-    |i - j| < window."""
+    |i - j| < window.
+
+    Over the context axis `cp`, q and the rows of a bias are this rank's part of the sequence, k and v whole."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if window is not None and window >= max(q.size(2), k.size(2)):
+    settings: dict[str, Any] = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
+    if cp is None or cp.size == 1 or not (causal or window is not None):
+        return _attend(q, k, v, bias, 0, **settings).transpose(1, 2)
+    size = q.size(2) // 2
+    parts: list[Tensor] = []
+    for half, index in enumerate((cp.rank, 2 * cp.size - 1 - cp.rank)):
+        keys = seen_keys(range(index * size, (index + 1) * size), k.size(2), causal, window)
+        mine, seen = slice(half * size, (half + 1) * size), slice(keys.start, keys.stop)
+        of_bias = None if bias is None else _of(bias, mine, seen)
+        offset = index * size - keys.start
+        parts.append(_attend(q[:, :, mine], k[:, :, seen], v[:, :, seen], of_bias, offset, **settings))
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def _of(bias: Tensor, rows: slice, keys: slice) -> Tensor:
+    """The bias of these rows and keys."""
+    return bias[:, rows if bias.size(1) > 1 else slice(None), keys if bias.size(2) > 1 else slice(None)]
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    offset: int,
+    *,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[B, H, S, D] and so on; the first query stands at the position of key number `offset`."""
+    if window is not None and window >= max(offset + q.size(2), k.size(2)):
         window = None
     if softcap is not None or (bias is not None and bias.requires_grad and q.device.type == "cpu"):
         scale = q.size(-1) ** -0.5 if scale is None else scale
-        return BLOCKWISE(q, k, v, bias, causal, scale, window, softcap).transpose(1, 2)
+        return BLOCKWISE(q, k, v, bias, offset, causal, scale, window, softcap)
     if window is None and bias is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
-        return y.transpose(1, 2)
-    mask = _mask(q, k, bias, causal, window)
+        shared = q.size(1) != k.size(1)
+        if not causal or not offset:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)
+        last = _last_rows(q.size(2), k.size(2), q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=last, scale=scale, enable_gqa=shared)
+    mask = _mask(q, k, bias, offset, causal, window)
     if q.size(1) != k.size(1):  # the kernels that take a mask want a key for every head
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def _mask(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, window: int | None) -> Tensor:
+def _last_rows(count: int, length: int, device: torch.device) -> Any:
+    """The causal mask of the last `count` of `length` positions. On a GPU torch takes flash attention for its CausalBias."""
+    if device.type == "cuda":
+        return causal_lower_right(count, length)
+    return visible(range(length - count, length), range(length), True, None, device)
+
+
+def _mask(q: Tensor, k: Tensor, bias: Tensor | None, offset: int, causal: bool, window: int | None) -> Tensor:
     """What is added to the scores [.., S, T]; or, without a bias, which keys count."""
-    seen = visible(range(q.size(2)), range(k.size(2)), causal, window, q.device)
+    seen = visible(range(offset, offset + q.size(2)), range(k.size(2)), causal, window, q.device)
     if bias is None:
         return seen
     mask = bias[None].masked_fill(~seen, -torch.inf) if causal or window is not None else bias[None]
@@ -73,6 +122,13 @@ def visible(queries: range, keys: range, causal: bool, window: int | None, devic
     return seen
 
 
+def seen_keys(queries: range, length: int, causal: bool, window: int | None) -> range:
+    """Of `length` keys those that any of the queries at these positions sees."""
+    first = 0 if window is None else max(0, queries.start - window + 1)
+    last = queries.stop if causal else length if window is None else queries.stop + window - 1
+    return range(first, min(length, last))
+
+
 # ---- blocks of queries ----------------------------------------------------------------------------------------------
 
 
@@ -83,7 +139,7 @@ class _Block:
     softmax. Groups of G = H / K heads share a key."""
 
     def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, settings: tuple[Any, ...], rows: range, keys: range):
-        causal, scale, window, softcap = settings
+        offset, causal, scale, window, softcap = settings
         self.rows, self.keys, self.k = rows, keys, k[:, :, keys.start : keys.stop]
         self.q = q.unflatten(1, (k.size(1), -1))[:, :, :, rows.start : rows.stop]
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -97,7 +153,9 @@ class _Block:
         if bias is not None:
             scores += self.of(bias).unflatten(0, (k.size(1), -1) if bias.size(0) > 1 else (1, 1))
         if causal or window is not None:
-            scores.masked_fill_(~visible(rows, keys, causal, window, q.device), -torch.inf)
+            scores.masked_fill_(
+                ~visible(range(offset + rows.start, offset + rows.stop), keys, causal, window, q.device), -torch.inf
+            )
         self.weights = scores.softmax(-1)
 
     @staticmethod
@@ -108,22 +166,26 @@ class _Block:
 
     def of(self, bias: Tensor) -> Tensor:
         """The bias of these rows and keys."""
-        rows = slice(self.rows.start, self.rows.stop) if bias.size(1) > 1 else slice(None)
-        keys = slice(self.keys.start, self.keys.stop) if bias.size(2) > 1 else slice(None)
-        return bias[:, rows, keys]
+        return _of(bias, slice(self.rows.start, self.rows.stop), slice(self.keys.start, self.keys.stop))
 
 
 def _blocks(
-    q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    offset: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Iterator[_Block]:
     for start in range(0, q.size(2), QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q.size(2))
-        first = 0 if window is None else max(0, start - window + 1)
-        last = stop if causal else k.size(2) if window is None else min(k.size(2), stop + window - 1)
-        yield _Block(q, k, bias, (causal, scale, window, softcap), range(start, stop), range(first, last))
+        keys = seen_keys(range(offset + start, offset + stop), k.size(2), causal, window)
+        yield _Block(q, k, bias, (offset, causal, scale, window, softcap), range(start, stop), keys)
 
 
-_SETTINGS = "bool causal, float scale, int? window, float? softcap"
+_SETTINGS = "int offset, bool causal, float scale, int? window, float? softcap"
 
 
 @torch.library.custom_op(
@@ -149,7 +211,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: An
 )
 def _backward(grad: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> list[Tensor]:
     """Gradients of q, k, v and the bias (empty without one), by blocks as in arXiv:2205.14135, section 3.1 and appendix B.4."""
-    _, scale, _, softcap = settings
+    _, _, scale, _, softcap = settings
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))
@@ -180,7 +242,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, bias, y = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.mlmdsl.blockwise_attention_backward(grad, y, q, k, v, bias, *ctx.settings)
-    return dq, dk, dv, None if bias is None else dbias, None, None, None, None
+    return dq, dk, dv, None if bias is None else dbias, None, None, None, None, None
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:

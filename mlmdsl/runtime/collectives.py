@@ -1,4 +1,4 @@
-"""Transitions between placements on the tensor axis: each a collective and its dual in the backward pass.
+"""Transitions between placements on the tensor or the context axis: each a collective and its dual in the backward pass.
 
     name              forward          backward          placements
     all_gather        all_gather       reduce_scatter    shard -> broadcast
@@ -37,6 +37,9 @@ def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     if axis.size == 1:
         return x
     y = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group_name))
+    if axis.zigzag:
+        pairs = [part.chunk(2, dim) for part in y.chunk(axis.size, 0)]
+        return torch.cat([first for first, _ in pairs] + [second for _, second in reversed(pairs)], dim)
     return y if dim % x.dim() == 0 else torch.cat(y.chunk(axis.size, 0), dim)
 
 
@@ -51,19 +54,30 @@ def scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's slice along `dim` of the sum over the ranks."""
     if axis.size == 1:
         return x
-    parts = x if dim % x.dim() == 0 else torch.cat(x.chunk(axis.size, dim), 0)
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(_summable(parts), "sum", axis.size, axis.group_name)).to(x.dtype)
+    if axis.zigzag:
+        slices = x.chunk(2 * axis.size, dim)
+        parts = torch.cat([part for rank in range(axis.size) for part in (slices[rank], slices[-1 - rank])], 0)
+    else:
+        parts = x if dim % x.dim() == 0 else torch.cat(x.chunk(axis.size, dim), 0)
+    y = _ops.wait_tensor(_ops.reduce_scatter_tensor(_summable(parts), "sum", axis.size, axis.group_name)).to(x.dtype)
+    return torch.cat(y.chunk(2, 0), dim) if axis.zigzag else y
 
 
 def sliced(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's slice along `dim` of a value that all ranks have."""
-    return x if axis.size == 1 else x.chunk(axis.size, dim)[axis.rank].contiguous()
+    if axis.size == 1:
+        return x
+    if axis.zigzag:
+        slices = x.chunk(2 * axis.size, dim)
+        return torch.cat((slices[axis.rank], slices[-1 - axis.rank]), dim)
+    return x.chunk(axis.size, dim)[axis.rank].contiguous()
 
 
 def exchanged(x: Tensor, axis: Axis, source_dim: int, target_dim: int) -> Tensor:
     """A value cut along `source_dim`, cut along `target_dim` instead."""
     if axis.size == 1:
         return x
+    assert not axis.zigzag, "no plan moves a cut of the context axis to another dim"
     sent = torch.cat(x.chunk(axis.size, target_dim), 0).contiguous()
     sizes = [sent.size(0) // axis.size] * axis.size
     received = _ops.wait_tensor(_ops.all_to_all_single(sent, sizes, sizes, axis.group_name))

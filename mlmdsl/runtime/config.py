@@ -12,13 +12,16 @@ QUERY_BLOCK = 256  # queries whose scores are in memory at one time where attent
 
 @dataclass(frozen=True)
 class Parallel:
-    """The plan's variables as executed. Ranks lie in the grid (pipeline, data, tensor), tensor innermost.
+    """The plan's variables as executed. Ranks lie in the grid (pipeline, data, context, tensor), tensor
+    innermost.
 
     `stages` gives layers per virtual stage in model order, pipeline * interleave of them; virtual stage v runs on pipeline
-    rank v % pipeline. zero 0: gradients all-reduced over data; 1: optimizer state sharded; 3: weights sharded too (FSDP2)."""
+    rank v % pipeline. Ranks of data and context hold the same weights: zero 0: gradients all-reduced over them; 1: optimizer
+    state sharded; 3: weights sharded too (FSDP2)."""
 
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     tensor: int = 1
     interleave: int = 1
     schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b
@@ -29,7 +32,7 @@ class Parallel:
 
     @property
     def world_size(self) -> int:
-        return self.pipeline * self.data * self.tensor
+        return self.pipeline * self.data * self.context * self.tensor
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,30 @@
-"""Functions that programs call besides torch's own. B sequences, S positions, H heads (K for keys and values), D head dim."""
+"""Functions that programs call besides torch's own. B sequences, S positions, H heads (K for keys and values), D head dim.
+
+`cut` names the axes over which the sequence of a value is cut, the outer one first: what depends on positions finds its own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlmdsl.runtime.collectives import reduced
+from mlmdsl.runtime.collectives import reduced, sliced
 from mlmdsl.runtime.mesh import Axis
 
 IGNORE = -100  # a target that does not count
+
+
+def sequence_positions(length: int, cut: Sequence[Axis], device: torch.device | None = None) -> Tensor:
+    """The positions of this rank's `length` rows of a sequence cut over the axes: [length]."""
+    places = torch.arange(length * prod(axis.size for axis in cut), device=device)
+    for axis in cut:
+        places = sliced(places, axis, 0)
+    return places
 
 
 def rotary(
@@ -24,24 +36,25 @@ def rotary(
     high_freq_factor: float = 4.0,
     original_max: int = 8192,
     dim: int | None = None,
-    offset: int = 0,
+    cut: Sequence[Axis] = (),
 ) -> Tensor:
     """Rotary positions (arXiv:2104.09864) on x [B, S, H, D], the halves of D paired as in Hugging Face checkpoints.
 
-    `factor` other than 1 stretches low frequencies as Llama 3.1 does; of `dim` features the rest is left as it is (GPT-NeoX);
-    `offset` is the position of x's first row."""
+    `factor` other than 1 stretches low frequencies as Llama 3.1 does; of `dim` features the rest is left as it is (GPT-NeoX).
+    """
+    places = sequence_positions(x.size(1), cut, x.device)
     if dim is not None and dim < x.size(-1):
         scaling = (factor, low_freq_factor, high_freq_factor, original_max)
-        return torch.cat((_turned(x[..., :dim], theta, scaling, offset), x[..., dim:]), -1)
-    return _turned(x, theta, (factor, low_freq_factor, high_freq_factor, original_max), offset)
+        return torch.cat((_turned(x[..., :dim], theta, scaling, places), x[..., dim:]), -1)
+    return _turned(x, theta, (factor, low_freq_factor, high_freq_factor, original_max), places)
 
 
-def _turned(x: Tensor, theta: float, scaling: tuple[float, float, float, int], offset: int) -> Tensor:
+def _turned(x: Tensor, theta: float, scaling: tuple[float, float, float, int], places: Tensor) -> Tensor:
     half = x.size(-1) // 2
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     if scaling[0] != 1.0:
         frequencies = _stretched(frequencies, *scaling)
-    angles = torch.outer(torch.arange(offset, offset + x.size(1), device=x.device, dtype=torch.float32), frequencies)
+    angles = torch.outer(places.float(), frequencies)
     cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]  # [S, 1, D/2]
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
@@ -54,9 +67,9 @@ def _stretched(frequencies: Tensor, factor: float, low: float, high: float, orig
     return frequencies * (kept + (1 - kept) / factor)
 
 
-def positions(weight: Tensor, length: int, offset: int = 0) -> Tensor:
-    """Rows `offset` to `offset + length` of a table of positions: [length, dim]."""
-    return weight[offset : offset + length]
+def positions(weight: Tensor, length: int, cut: Sequence[Axis] = ()) -> Tensor:
+    """The rows of a table of positions that belong to this rank's `length` ones of the sequence: [length, dim]."""
+    return weight[sequence_positions(length, cut, weight.device)] if cut else weight[:length]
 
 
 def vocab_parallel_embedding(tokens: Tensor, weight: Tensor, tp: Axis) -> Tensor:

@@ -1,4 +1,4 @@
-"""The grid of ranks: torch.arange(world).view(pipeline, data, tensor), tensor innermost."""
+"""The grid of ranks: torch.arange(world).view(pipeline, data, context, tensor), tensor innermost."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from mlmdsl.runtime.config import Parallel
 class Axis:
     """One axis of the grid as this rank sees it: the ranks that differ from it in this coordinate alone.
 
+    A value cut over the axis has one slice on each rank, in the order of ranks; `zigzag`: it is cut into twice as many;
+    rank r has numbers r and 2 size - 1 - r, so that causal attention is as much work on every rank (Llama 3,
+    arXiv:2407.21783, section 3.3.2).
+
     Collectives are given the group's name: an autograd.Function that takes a ProcessGroup breaks a compiled graph
     (pytorch/pytorch#129942)."""
 
@@ -22,22 +26,32 @@ class Axis:
     size: int = 1
     rank: int = 0
     group_name: str = ""
+    zigzag: bool = False
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """`devices` names its axes (pipeline, tensor, data): FSDP cuts what the tensor axis has cut already, so that a DTensor on
-    (tensor, data) describes a weight in a checkpoint. None in a single process."""
+    """`devices` names its axes (pipeline, tensor, replicas), the replicas being the ranks of data and context, which hold the
+    same weights: FSDP cuts what the tensor axis has cut already, so a DTensor on (tensor, replicas) describes a weight in a
+    checkpoint. None in a single process."""
 
     tensor: Axis
     data: Axis
     pipeline: Axis
     device: torch.device
     devices: DeviceMesh | None = field(default=None, compare=False)
+    context: Axis = Axis("context", zigzag=True)
+
+    @property
+    def replicas(self) -> Axis:
+        """Data and context together."""
+        rank = self.data.rank * self.context.size + self.context.rank
+        name = self.devices.get_group("replicas").group_name if self.devices is not None else ""
+        return Axis("replicas", self.data.size * self.context.size, rank, name)
 
     @property
     def world_size(self) -> int:
-        return self.tensor.size * self.data.size * self.pipeline.size
+        return self.tensor.size * self.replicas.size * self.pipeline.size
 
     def group(self, axis: str) -> dist.ProcessGroup:
         assert self.devices is not None
@@ -53,17 +67,32 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
     """The grid over the default process group, which has parallel.world_size ranks."""
     if parallel.world_size == 1:
         return single(device)
-    ranks = torch.arange(parallel.world_size).view(parallel.pipeline, parallel.data, parallel.tensor)
+    ranks = torch.arange(parallel.world_size).view(parallel.pipeline, -1, parallel.tensor)
     grid = ranks.permute(0, 2, 1).tolist()  # no view: torch 2.11 goes by strides, and those of dims of size 1 mislead it
-    devices = DeviceMesh(device.type, grid, mesh_dim_names=("pipeline", "tensor", "data"))
+    devices = DeviceMesh(device.type, grid, mesh_dim_names=("pipeline", "tensor", "replicas"))
 
     def axis(name: str, size: int) -> Axis:
         return Axis(name, size, devices.get_local_rank(name), devices.get_group(name).group_name)
 
+    data, context = divmod(devices.get_local_rank("replicas"), parallel.context)
     return Mesh(
         tensor=axis("tensor", parallel.tensor),
-        data=axis("data", parallel.data),
+        data=Axis("data", parallel.data, data),
         pipeline=axis("pipeline", parallel.pipeline),
         device=device,
         devices=devices,
+        context=Axis("context", parallel.context, context, _context_group(parallel), zigzag=True),
     )
+
+
+def _context_group(parallel: Parallel) -> str:
+    """The name of this rank's group, out of those that all ranks make; "" where a group would have one rank."""
+    mine = ""
+    if parallel.context == 1:
+        return mine
+    ranks = torch.arange(parallel.world_size).view(-1, parallel.context, parallel.tensor).transpose(1, 2).flatten(0, 1)
+    for members in ranks.tolist():
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            mine = group.group_name
+    return mine

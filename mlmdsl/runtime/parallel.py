@@ -2,7 +2,7 @@
 
 A program's modules are made on the meta device, so that no rank ever holds what it does not own. `weight` gives the local
 shape on the tensor axis; its WeightInfo stays beside it until `weights_of` has read it. Parameters are plain local tensors on
-the tensor axis; FSDP2 cuts them further along dim 0 over the data axis (ZeRO 1 and 3).
+the tensor axis; FSDP2 cuts them further along dim 0 over the replicas (ZeRO 1 and 3).
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ def on_meta(make: StageClass, index: int, mesh: Mesh) -> nn.Module:
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
-def wrap_sharded(stage: nn.Module, parallel: Parallel, data: DeviceMesh, precision: str) -> None:
+def wrap_sharded(stage: nn.Module, parallel: Parallel, replicas: DeviceMesh, precision: str) -> None:
     """ZeRO 1 and 3: every layer a unit of its own, what stands around the layers another.
 
     With ZeRO 3 a layer's weights are let go after its forward pass and gathered again for its backward pass; the outer unit's
     backward pass follows its forward pass at once, so it keeps them. Gradients are summed, never averaged: the loss is divided
     by the count of valid tokens beforehand. set_gradient_divide_factor(1.0) alone still premultiplies, which gloo refuses."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else None
-    settings: dict[str, Any] = {"mesh": data} | ({"mp_policy": policy} if policy else {})
+    settings: dict[str, Any] = {"mesh": replicas} | ({"mp_policy": policy} if policy else {})
     for layer in layers(stage):
         if any(True for _ in layer.parameters()):
             fully_shard(layer, reshard_after_forward=parallel.zero == 3, **settings)
@@ -184,15 +184,15 @@ class Place:
 
 
 def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
-    """`sharded`: FSDP2 cuts dim 0 over the data axis, in chunks of ceil(rows / ranks)."""
+    """`sharded`: FSDP2 cuts dim 0 over the replicas, in chunks of ceil(rows / ranks)."""
     local, offsets = list(info.shape), [0] * len(info.shape)
     if info.shard is not None:
         local[info.shard] //= mesh.tensor.size
         offsets[info.shard] = mesh.tensor.rank * local[info.shard]
     if sharded:
         rows = local[0]
-        chunk = -(-rows // mesh.data.size)
-        low = min(rows, mesh.data.rank * chunk)
+        chunk = -(-rows // mesh.replicas.size)
+        low = min(rows, mesh.replicas.rank * chunk)
         local[0] = min(chunk, rows - low)
         offsets[0] += low
     return Place(tuple(offsets), tuple(local))

@@ -141,7 +141,7 @@ def keyword_inputs(module: nn.Module) -> tuple[str, ...]:
 def boundaries(make: StageClass, parallel: Parallel, training: Training, mesh: Mesh) -> list[tuple[Tensor, ...]]:
     """Meta tensors that stand before each virtual stage, and after the last. torch takes a value's need of a gradient from
     them, too."""
-    tokens = torch.empty(parallel.micro_batch, training.sequence, dtype=torch.int64, device="meta")
+    tokens = torch.empty(parallel.micro_batch, training.sequence // parallel.context, dtype=torch.int64, device="meta")
     values: list[tuple[Tensor, ...]] = [(tokens,)]
     for index in range(len(parallel.stages)):
         module = on_meta(make, index, mesh)

@@ -1,10 +1,10 @@
 """A rank's weights, gradients and optimizer state, and how gradients are added up over the axes.
 
-Two ways to hold weights over the data axis, one interface:
+Two ways to hold weights over the replicas (the ranks of data and context), one interface:
 
     Replicated (ZeRO 0)   every rank all of them. Gradients are views of one flat float32 buffer, so that a step needs one
-                          all_reduce over data, and one over tensor for the part in front (partial gradients). In bf16 the
-                          weights that compute are bfloat16, with float32 masters and gradients.
+                          all_reduce over the replicas, and one over tensor for the part in front (partial gradients). In bf16
+                          the weights that compute are bfloat16, with float32 masters and gradients.
     Sharded (ZeRO 1, 3)   FSDP2: float32 shards along dim 0, cast to bf16 for computing where asked; gradients reduce-scattered
                           in float32.
 
@@ -119,7 +119,7 @@ class State(ABC):
     def _group_of(self, pipeline_ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """The group of these ranks of this rank's own pipeline, out of those that all pipelines make."""
         mine = None
-        size = self.parallel.data * self.parallel.tensor
+        size = self.mesh.replicas.size * self.parallel.tensor
         for offset in range(size):
             ranks = [rank * size + offset for rank in pipeline_ranks]
             group = dist.new_group(ranks)
@@ -142,8 +142,8 @@ class State(ABC):
         """Over the tensor axis, where each rank's gradient is a part."""
 
     @abstractmethod
-    def _sum_data(self) -> None:
-        """Over the data axis."""
+    def _sum_replicas(self) -> None:
+        """Over the replicas."""
 
     @property
     @abstractmethod
@@ -155,7 +155,7 @@ class State(ABC):
         """Adds gradients up over every axis, once per step."""
         self._sum_partial()
         self._sum_tied()
-        self._sum_data()
+        self._sum_replicas()
 
     def _sum_tied(self) -> None:
         gradients = self.gradients if self.groups else []
@@ -180,8 +180,8 @@ class State(ABC):
     def _copies(self, held: Held) -> int:
         """How many ranks (or stages of one rank) have the same elements."""
         tensor = 1 if held.info.shard is not None else self.mesh.tensor.size
-        data = 1 if self.sharded else self.mesh.data.size
-        return tensor * data * len(self.plan.holders[held.name])
+        replicas = 1 if self.sharded else self.mesh.replicas.size
+        return tensor * replicas * len(self.plan.holders[held.name])
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
@@ -195,7 +195,7 @@ class State(ABC):
     # ---- the whole --------------------------------------------------------------------------------------------------
 
     def whole(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Parts in the order of `held` as DTensors on (tensor, data), by name; a tied weight from its first holder."""
+        """Parts in the order of `held` as DTensors on (tensor, replicas), by name; a tied weight from its first holder."""
         return {
             held.name: self._as_global(held, tensor)
             for held, tensor in zip(self.held, tensors, strict=True)
@@ -239,7 +239,7 @@ class State(ABC):
         )
         shape = torch.Size(held.info.shape)
         strides = torch.empty(shape, device="meta").stride()
-        mesh = self.mesh.devices["tensor", "data"]
+        mesh = self.mesh.devices["tensor", "replicas"]
         return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=shape, stride=strides)
 
 
@@ -285,9 +285,9 @@ class Replicated(State):
         if self.partial.numel():
             dist.all_reduce(self.partial, group=self.mesh.group("tensor"))
 
-    def _sum_data(self) -> None:
-        if self.mesh.data.size > 1:
-            dist.all_reduce(self.flat, group=self.mesh.group("data"))
+    def _sum_replicas(self) -> None:
+        if self.mesh.replicas.size > 1:
+            dist.all_reduce(self.flat, group=self.mesh.group("replicas"))
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -314,7 +314,7 @@ class Sharded(State):
     def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
         infos = weights_of(module)
         assert self.mesh.devices is not None
-        wrap_sharded(module, self.parallel, self.mesh.devices["data"], self.training.precision)
+        wrap_sharded(module, self.parallel, self.mesh.devices["replicas"], self.training.precision)
         module.to_empty(device=self.mesh.device)
         for path, parameter in module.named_parameters():
             yield Held(public_name(path), stage, infos[path], parameter, local_part(parameter.data))
@@ -344,7 +344,7 @@ class Sharded(State):
         dist.all_reduce(flat, group=self.mesh.group("tensor"))
         torch._foreach_copy_(parts, [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)])
 
-    def _sum_data(self) -> None:
+    def _sum_replicas(self) -> None:
         """FSDP2 has done it."""
 
     @property
@@ -356,6 +356,6 @@ class Sharded(State):
 
 
 def make_state(stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh) -> State:
-    """ZeRO needs ranks to divide by: over a data axis of one it is replication."""
-    kind = Sharded if parallel.zero and parallel.data > 1 else Replicated
+    """ZeRO needs ranks to divide by: over one replica it is replication."""
+    kind = Sharded if parallel.zero and mesh.replicas.size > 1 else Replicated
     return kind(stages, plan, parallel, training, mesh)

@@ -2,7 +2,7 @@
 
 A step is: this data rank's rows of the global batch; forward and backward passes (pipeline.py); gradients added up over the
 axes (state.py); norm and clipping; AdamW. Besides what the plan lists, each step has two small collectives: the count of valid
-tokens over the data axis, and one vector over the world with norm, loss and memory.
+tokens over the replicas, and one vector over the world with norm, loss and memory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 from mlmdsl.diagnostics import Diagnostic, MlmError, RunError
 from mlmdsl.runtime import checkpoint, launch, metrics, profile
 from mlmdsl.runtime import mesh as meshes
+from mlmdsl.runtime.collectives import sliced
 from mlmdsl.runtime.config import Parallel, Training
 from mlmdsl.runtime.data import TokenDataset
 from mlmdsl.runtime.functions import IGNORE
@@ -103,18 +104,22 @@ class Trainer:
 
     def backward(self) -> tuple[int, Tensor]:
         """Whole gradients of the next step's loss in `state`; its count of valid tokens, this rank's sum of losses."""
-        tokens, targets = (x.to(self.mesh.device) for x in self.data.batch(self.done, *self.rows))
+        tokens, targets = self._local(self.data.batch(self.done, *self.rows))
         count = self._counted(targets)
         self.state.before_step()
         total = self.engine.train(tokens, targets, 1.0 / count if count else 0.0)
         self.state.synchronise()
         return count, total
 
+    def _local(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """This rank's part of its rows: all of them, or the context axis' share of each."""
+        return tuple(sliced(x, self.mesh.context, 1).to(self.mesh.device) for x in batch)
+
     def _counted(self, targets: Tensor) -> int:
         """Valid targets of the whole batch."""
         count = (targets != IGNORE).sum()
-        if self.mesh.data.size > 1:
-            dist.all_reduce(count, group=self.mesh.group("data"))
+        if self.mesh.replicas.size > 1:
+            dist.all_reduce(count, group=self.mesh.group("replicas"))
         return int(count)
 
     def _reported(self, total: Tensor) -> tuple[float, float, tuple[int, ...]]:
@@ -144,7 +149,7 @@ class Trainer:
             return None
         sums = torch.zeros(2, dtype=torch.float64)
         for k in range(self.validation.batches):
-            tokens, targets = (x.to(self.mesh.device) for x in self.validation.batch(k, *self.rows))
+            tokens, targets = self._local(self.validation.batch(k, *self.rows))
             loss = self.engine.evaluate(tokens, targets)
             if self.tells_loss:
                 sums += torch.tensor([float(loss), float((targets != IGNORE).sum())], dtype=torch.float64)
@@ -321,7 +326,7 @@ def _start(parallel: Parallel) -> torch.device:
         _fail(
             "MLM0740",
             f"the program is for {parallel.world_size} processes, and was started as {dist.get_world_size()}",
-            "give torchrun as many as PARALLEL has ranks (pipeline * data * tensor)",
+            "give torchrun as many as PARALLEL has ranks (pipeline * data * context * tensor)",
         )
     return device
 

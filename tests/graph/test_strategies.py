@@ -101,6 +101,7 @@ ALL = [(case, strategy) for case in CASES for strategy in strategies(case)]
 class FakeAxis:
     rank: int
     size: int = RANKS
+    zigzag: bool = False
 
 
 class Exchange:

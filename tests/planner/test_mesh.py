@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from mlmdsl.planner.mesh import Mesh
 from tests.planner.models import INFINIBAND, NETWORK, NVLINK
 
-AXES = ("tensor", "data", "pipeline", "world")
-meshes = st.builds(Mesh, st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
+AXES = ("tensor", "data", "pipeline", "world", "context", "replicas")
+meshes = st.builds(Mesh, *[st.integers(1, 5)] * 3, st.integers(1, 9), st.integers(1, 4))
 
 
 @given(meshes)
 def test_groups_partition_the_ranks(mesh: Mesh) -> None:
-    assert mesh.world_size == mesh.tensor * mesh.data * mesh.pipeline
+    assert mesh.world_size == mesh.tensor * mesh.context * mesh.data * mesh.pipeline
     for axis in AXES:
         groups = list(mesh.groups(axis))
         assert sorted(rank for group in groups for rank in group) == list(range(mesh.world_size))
@@ -26,7 +26,7 @@ def test_groups_partition_the_ranks(mesh: Mesh) -> None:
 
 @given(meshes)
 def test_groups_share_all_other_coordinates(mesh: Mesh) -> None:
-    for position, axis in enumerate(("pipeline", "data", "tensor")):
+    for position, axis in enumerate(("pipeline", "data", "context", "tensor")):
         for group in mesh.groups(axis):
             coordinates = [mesh.coordinates(rank) for rank in group]
             assert [c[position] for c in coordinates] == list(range(mesh.size(axis)))
@@ -46,13 +46,13 @@ def test_a_usual_mesh() -> None:
     assert mesh.ranks("tensor", 9) == tuple(range(8, 16))
     assert mesh.ranks("data", 9) == (1, 9, 17, 25)
     assert mesh.ranks("pipeline", 9) == (9, 41)
-    assert [mesh.crosses_nodes(axis) for axis in AXES] == [False, True, True, True]
+    assert [mesh.crosses_nodes(axis) for axis in AXES[:4]] == [False, True, True, True]
     assert NETWORK.link(mesh, "tensor") == NVLINK and NETWORK.link(mesh, "data") == INFINIBAND
 
 
 def test_a_large_mesh_is_not_enumerated() -> None:
     mesh = Mesh(tensor=8, data=128, pipeline=16, devices_per_node=8)
-    assert [mesh.per_node(axis) for axis in AXES] == [8, 1, 1, 8]
+    assert [mesh.per_node(axis) for axis in AXES[:4]] == [8, 1, 1, 8]
     assert Mesh(tensor=16, data=64, pipeline=16, devices_per_node=8).per_node("tensor") == 8
 
 

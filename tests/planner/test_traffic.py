@@ -61,7 +61,8 @@ def calls_of_rank(rank: int, text: str) -> tuple[int, dict[tuple[str, str, int],
     with Listener() as heard:
         trainer.step()
     mesh = trainer.mesh
-    named = {"tensor": mesh.tensor, "data": mesh.data, "pipeline": mesh.pipeline}
+    named = {"tensor": mesh.tensor, "context": mesh.context, "pipeline": mesh.pipeline}
+    named["data" if mesh.context.size == 1 else "replicas"] = mesh.replicas
     axes = {axis.group_name: name for name, axis in named.items() if axis.size > 1}
     found: Calls = Counter()
     for (kind, group, size), count in heard.calls.items():
@@ -70,7 +71,7 @@ def calls_of_rank(rank: int, text: str) -> tuple[int, dict[tuple[str, str, int],
 
 
 def compiled(model: str, layers: int, pins: dict[str, Any]) -> tuple[Plan, str]:
-    world = prod(pins.get(axis, 1) for axis in ("tensor", "pipeline", "data"))
+    world = prod(pins.get(axis, 1) for axis in ("tensor", "context", "pipeline", "data"))
     overrides = (f"{model}.layers={layers}", f"cluster.devices_per_node={world}")
     defaults = {"tensor": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"}
     written = [f"{name}={str(value).lower()}" for name, value in (defaults | pins).items()]
@@ -82,7 +83,7 @@ def compiled(model: str, layers: int, pins: dict[str, Any]) -> tuple[Plan, str]:
 def merged(plan: Plan, calls: Iterable[tuple[str, str, int, int]]) -> Calls:
     """As they can be told apart: an axis of all ranks is the world; tied weights' pairs are the pipeline's."""
     v = plan.plan
-    sizes = {"tensor": v.tensor, "data": v.data, "pipeline": v.pipeline}
+    sizes = {"tensor": v.tensor, "data": v.data, "pipeline": v.pipeline, "context": v.context}
     whole = next((axis for axis, size in sizes.items() if size == v.world_size), "world")
     names = {"world": whole, "pair": "pipeline"}
     found: Calls = Counter()

@@ -70,7 +70,7 @@ class Stage(nn.Module):
             tokens = h
             x = vocab_parallel_embedding(tokens, self.tok.weight, tp)
             n = tokens.size(1) // tp.size
-            h = reduce_scatter(x, tp, dim=1) + positions(self.position.weight, n, tp.rank * n)
+            h = reduce_scatter(x, tp, dim=1) + positions(self.position.weight, n, (tp,))
         for block in self.blocks.values():
             h = recomputed(block, PARALLEL.recompute)(h)
         if self.last:

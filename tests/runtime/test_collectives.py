@@ -74,6 +74,34 @@ def test_transitions_and_their_duals(size: int):
     run_ranks(all_transitions, size, size)
 
 
+def context_transitions(rank: int, size: int) -> None:
+    """Slices in zigzag order: rank r has numbers r and 2 size - 1 - r."""
+    cp = create(Parallel(context=size), CPU).context
+    values, grads = ([torch.cat([whole(100 * k + r)] * 2, 1) for r in range(size)] for k in (1, 2))
+    total = sum(grads)
+    assert isinstance(total, Tensor)
+
+    def mine(x: Tensor) -> Tensor:
+        parts = x.chunk(2 * size, 1)
+        return torch.cat((parts[rank], parts[2 * size - 1 - rank]), 1)
+
+    x = mine(values[0]).requires_grad_()
+    y = c.all_gather(x, cp, 1)
+    close(y, values[0])
+    close(backward(y, x, grads[rank]), mine(total))
+    y = c.gather(x, cp, 1)
+    close(backward(y, x, grads[0]), mine(grads[0]))
+    x = values[0].clone().requires_grad_()
+    y = c.split(x, cp, 1)
+    close(y, mine(values[0]))
+    close(backward(y, x, mine(grads[0])), grads[0])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_transitions_over_the_context_axis(size: int):
+    run_ranks(context_transitions, size, size)
+
+
 def odd_layouts(rank: int) -> None:
     tp = create(Parallel(tensor=2), CPU).tensor
     x = whole(0).transpose(0, 2).requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from mlmdsl.runtime import attend
 from mlmdsl.runtime.attend import attention
+from mlmdsl.runtime.collectives import sliced
 from mlmdsl.runtime.functions import positions, rotary
+from mlmdsl.runtime.mesh import Axis
 
 
 def plain_attention(
@@ -109,6 +112,40 @@ def test_blockwise_attention_keeps_no_scores():
     assert sum(kept) == 4 * q.numel()
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("bias", [None, (4, 16, 16), (1, 1, 16)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (True, 9), (False, None), (False, 5)])
+def test_attention_over_the_context_axis_is_its_part_of_the_whole(
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    bias: tuple[int, ...] | None,
+    ranks: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Outputs are each rank's rows, gradients of keys, values and a shared bias add up."""
+    monkeypatch.setattr(attend, "QUERY_BLOCK", 3)
+    settings: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap}
+    q = torch.randn(2, 16, 4, 8, requires_grad=True)
+    k, v = (torch.randn(2, 16, 2, 8, requires_grad=True) for _ in range(2))
+    b = None if bias is None else torch.randn(bias, requires_grad=True)
+    given = (q, k, v) if b is None else (q, k, v, b)
+    whole = attention(q, k, v, b, **settings)
+    weights = torch.randn_like(whole)
+    expected = torch.autograd.grad((whole * weights).sum(), given)
+    found = [torch.zeros_like(x) for x in given]
+    for rank in range(ranks):
+        cp = Axis("context", ranks, rank, zigzag=True)
+        rows = sliced(b, cp, 1) if b is not None and b.size(1) > 1 else b
+        part = attention(sliced(q, cp, 1), k, v, rows, cp=cp, **settings)
+        torch.testing.assert_close(part, sliced(whole, cp, 1))
+        for sum, gradient in zip(found, torch.autograd.grad((part * sliced(weights, cp, 1)).sum(), given), strict=True):
+            sum += gradient
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_rotary_turns_pairs_by_their_position():
     x = torch.randn(1, 7, 2, 8)
     y = rotary(x, 100.0)
@@ -118,7 +155,16 @@ def test_rotary_turns_pairs_by_their_position():
             a, b = x[0, s, :, i], x[0, s, :, i + 4]
             torch.testing.assert_close(y[0, s, :, i], a * math.cos(angle) - b * math.sin(angle))
             torch.testing.assert_close(y[0, s, :, i + 4], b * math.cos(angle) + a * math.sin(angle))
-    torch.testing.assert_close(rotary(x[:, 3:], 100.0, offset=3), y[:, 3:])
+
+
+def test_rotary_of_a_cut_sequence_turns_by_true_positions():
+    x = torch.randn(1, 16, 2, 8)
+    y = rotary(x, 100.0)
+    for cut in ([Axis("tensor", 2, 1)], [Axis("context", 2, 1, zigzag=True), Axis("tensor", 2, 0)]):
+        mine, expected = x, y
+        for axis in cut:
+            mine, expected = sliced(mine, axis, 1), sliced(expected, axis, 1)
+        torch.testing.assert_close(rotary(mine, 100.0, cut=cut), expected)
 
 
 def test_rotary_of_a_part_leaves_the_rest():
@@ -130,7 +176,7 @@ def test_rotary_of_a_part_leaves_the_rest():
 
 def test_rotary_keeps_dot_products_of_distances():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    products = [(rotary(q, offset=a) * rotary(k, offset=a + 5)).sum() for a in (0, 3, 40)]
+    products = [(rotary(q.expand(1, 64, 1, 16))[:, a] * rotary(k.expand(1, 64, 1, 16))[:, a + 5]).sum() for a in (0, 3, 40)]
     torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=1e-4, atol=1e-4)
 
 
@@ -155,4 +201,8 @@ def test_rotary_stretches_low_frequencies_as_llama_3_does():
 
 def test_positions_are_rows_of_a_table():
     table = torch.randn(16, 4)
-    assert torch.equal(positions(table, 4, 8), table[8:12])
+    assert torch.equal(positions(table, 4), table[:4])
+    assert torch.equal(positions(table, 4, (Axis("tensor", 4, 2),)), table[8:12])
+    cp = Axis("context", 2, 0, zigzag=True)
+    assert torch.equal(positions(table, 8, (cp,)), torch.cat((table[:4], table[12:])))
+    assert torch.equal(positions(table, 4, (cp, Axis("tensor", 2, 1))), table[12:])

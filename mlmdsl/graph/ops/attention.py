@@ -87,7 +87,7 @@ def _rotary_emit(e: Emission) -> str:
     if e.attrs["dim"] not in (None, e.output_type.shape[-1]):
         scaling.append(f"dim={e.attrs['dim']}")
     if e.strategy.name == "sequence":
-        scaling.append(f"offset={e.axis}.rank * {e.inputs[0]}.size(1)")
+        scaling.append(f"cut=({e.axis},)")
     return f"rotary({', '.join([e.inputs[0], repr(e.attrs['theta']), *scaling])})"
 
 

@@ -75,7 +75,7 @@ def _position_emit(e: Emission) -> str:
     length = f"{e.inputs[0]}.size(1)"
     if e.strategy.name != "sequence":
         return f"positions({e.weights[0]}, {length})"
-    return f"positions({e.weights[0]}, {length} // {e.axis_size}, {e.axis}.rank * ({length} // {e.axis_size}))"
+    return f"positions({e.weights[0]}, {length} // {e.axis_size}, cut=({e.axis},))"
 
 
 OPS = (

@@ -7,7 +7,7 @@ Predicted: 0.355 s a step, 184,755 tokens/s and 147 TFLOP/s per device (MFU 47.2
 only, causal attention half); peak memory 52.75 GiB.
 
 Shapes: B = 64 (sequences of a micro-batch), S = 1,024 (tokens).
-Ranks: torch.arange(8).view(1, 8, 1), the axes pipeline, data and tensor. Collectives over data and pipeline are the runtime's.
+Ranks: torch.arange(8).view(1, 8, 1, 1): pipeline, data, context, tensor. Collectives over data and pipeline are the runtime's.
 """
 
 import torch.nn.functional as F

@@ -7,7 +7,7 @@ Predicted: 7.23 s a step, 142 tokens/s and 357 TFLOP/s per device (MFU 36.1 % of
 causal attention half); peak memory 48.95 GiB to 51.73 GiB.
 
 Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens); n/tp is a dim divided over the 8 ranks of the tensor axis.
-Ranks: torch.arange(16384).view(8, 256, 8), the axes pipeline, data and tensor. Collectives over data and pipeline are the
+Ranks: torch.arange(16384).view(8, 256, 1, 8): pipeline, data, context, tensor. Collectives over data and pipeline are the
 runtime's.
 """
 

@@ -7,7 +7,7 @@ Predicted: 14 s a step, 1,168 tokens/s and 525 TFLOP/s per device (MFU 53.1 % of
 causal attention half); peak memory 59.04 GiB.
 
 Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens).
-Ranks: torch.arange(256).view(1, 256, 1), the axes pipeline, data and tensor. Collectives over data and pipeline are the
+Ranks: torch.arange(256).view(1, 256, 1, 1): pipeline, data, context, tensor. Collectives over data and pipeline are the
 runtime's.
 """
 

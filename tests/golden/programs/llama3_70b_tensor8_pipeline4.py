@@ -7,7 +7,7 @@ Predicted: 16.7 s a step, 981 tokens/s and 441 TFLOP/s per device (MFU 44.5 % of
 causal attention half); peak memory 33.13 GiB to 65 GiB.
 
 Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens); n/tp is a dim divided over the 8 ranks of the tensor axis.
-Ranks: torch.arange(256).view(4, 8, 8), the axes pipeline, data and tensor. Collectives over data and pipeline are the
+Ranks: torch.arange(256).view(4, 8, 1, 8): pipeline, data, context, tensor. Collectives over data and pipeline are the
 runtime's.
 """
 

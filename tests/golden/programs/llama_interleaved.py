@@ -7,7 +7,7 @@ Predicted: 0.213 s a step, 9,615 tokens/s and 0.0123 TFLOP/s per device (MFU 24.
 only, causal attention half); peak memory 256 MiB to 257 MiB.
 
 Shapes: B = 1 (sequences of a micro-batch), S = 64 (tokens).
-Ranks: torch.arange(4).view(2, 2, 1), the axes pipeline, data and tensor. Collectives over data and pipeline are the runtime's.
+Ranks: torch.arange(4).view(2, 2, 1, 1): pipeline, data, context, tensor. Collectives over data and pipeline are the runtime's.
 """
 
 import torch.nn.functional as F
