@@ -93,6 +93,23 @@ SIGNATURES: Mapping[str, Signature] = {
         owns=True,
     ),
     "alibi": Signature("alibi", ("x",), (Argument("heads", "int"), Argument("bidirectional", "bool", False))),
+    "top_k": Signature(
+        "top_k",
+        ("x",),
+        (
+            Argument("k", "int"),
+            Argument("fill", "float", 0.0),
+            Argument("groups", "int", 1),
+            Argument("group_limit", "optional int", None),
+            Argument("group_best", "int", 2),
+        ),
+        optional=("by",),
+    ),
+    "sum": Signature("sum", ("x",), (Argument("keep", "bool", False),)),
+    "route": Signature("route", ("gates",), (Argument("top_k", "int"),)),
+    "dispatch": Signature("dispatch", ("x", "routing")),
+    "GroupedLinear": Signature("grouped_linear", ("rows", "routing"), (Argument("out", "int"), _STD), owns=True),
+    "combine": Signature("combine", ("rows", "gates", "routing")),
 }
 
 OPERATORS: Mapping[str, str] = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}

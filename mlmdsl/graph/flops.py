@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
-from mlmdsl.graph.tensor import TensorType
+from mlmdsl.graph.tensor import TensorType, symbols_of
 
 _BYTES = {"int": 8, "float": 2, "fp32": 4}
 
@@ -46,9 +46,18 @@ def flops_per_sequence(graph: Graph, seq_len: int) -> tuple[float, float]:
     return forward, backward
 
 
+def active_parameters(graph: Graph) -> int:
+    """Trainable values that one token is computed with: of experts those that it goes to."""
+    shares: dict[str, float] = {}
+    for node in graph.nodes.values():
+        share = CATALOGUE[node.op].active(tuple(graph.nodes[source].type for source in node.inputs))
+        shares.update((key, max(share, shares.get(key, 0.0))) for key in node.weights)
+    return sum(round(share * graph.weights[key].elements) * graph.count_of(graph.weights[key]) for key, share in shares.items())
+
+
 def _symbols(graph: Graph, seq_len: int) -> dict[str, int]:
     """One sequence: B is 1, every other symbol the sequence's length."""
-    found = {d for node in graph.nodes.values() for d in node.type.shape if isinstance(d, str)}
+    found = {name for node in graph.nodes.values() for dim in node.type.shape for name in symbols_of(dim)}
     return {name: 1 if name == "B" else seq_len for name in found}
 
 

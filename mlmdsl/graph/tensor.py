@@ -7,8 +7,23 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-Dim = int | str  # a known size, or a symbol such as "B" or "S" that is bound when planning
+# A known size, or one that is bound when planning: a symbol such as "B" or "S", or a sum of products of symbols and numbers
+# ("2*B*S" rows of tokens that go to two experts each)
+Dim = int | str
 DType = Literal["int", "float", "fp32"]  # "float": the training precision; "fp32": always
+
+
+def size_of(dim: Dim, bound: Mapping[str, int]) -> int:
+    """A dim with its symbols replaced: KeyError for an unbound one."""
+    if isinstance(dim, int):
+        return dim
+    terms = (term.split("*") for term in dim.split("+"))
+    return sum(prod(int(f) if f.isdecimal() else bound[f] for f in factors) for factors in terms)
+
+
+def symbols_of(dim: Dim) -> frozenset[str]:
+    names = dim.replace("+", "*").split("*") if isinstance(dim, str) else []
+    return frozenset(name for name in names if not name.isdecimal())
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +36,7 @@ class TensorType:
 
     def sizes(self, bound: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with its symbols replaced: KeyError for an unbound one."""
-        return tuple(d if isinstance(d, int) else bound[d] for d in self.shape)
+        return tuple(size_of(d, bound) for d in self.shape)
 
     def elements(self, bound: Mapping[str, int]) -> int:
         return prod(self.sizes(bound))

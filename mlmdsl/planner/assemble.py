@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mlmdsl.graph.flops import flops_per_token
+from mlmdsl.graph.flops import active_parameters, flops_per_token
 from mlmdsl.planner import schedule
 from mlmdsl.planner.communication import send_seconds
 from mlmdsl.planner.memory import stage_memory
@@ -180,7 +180,7 @@ def _model(setting: Setting) -> ModelFacts:
     return ModelFacts(
         name=setting.graph.model,
         parameters=parameters,
-        parameters_active=parameters,
+        parameters_active=active_parameters(setting.graph),
         flops_per_token=flops_per_token(setting.graph, setting.spec.train.seq_len),
     )
 

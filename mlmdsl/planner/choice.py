@@ -330,6 +330,7 @@ def _cutting(strategies: tuple[Strategy, ...], shapes: Sequence[tuple[int, ...]]
     """Matrices whose rows the axis divides are cut, whatever the clock says: an axis that leaves them whole is a data axis
     under another name, which the search tries anyway, and the memory is what it is there for."""
     for index, shape in enumerate(shapes):
-        if len(shape) > 1 and any(s.weights[index].dim == 0 for s in strategies):
+        rows = len(shape) - 2  # of a matrix, or of each of a stack of them
+        if len(shape) > 1 and any(s.weights[index].dim == rows for s in strategies):
             strategies = tuple(s for s in strategies if s.weights[index].dim is not None)
     return strategies

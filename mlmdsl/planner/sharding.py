@@ -15,7 +15,7 @@ from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
-from mlmdsl.graph.tensor import TensorType
+from mlmdsl.graph.tensor import TensorType, symbols_of
 from mlmdsl.planner.choice import Costs, Problem, cut, local_sizes, width
 from mlmdsl.planner.placement import Step, transition
 from mlmdsl.planner.plan import NodeLayout, RegionLayout, Transition
@@ -222,7 +222,7 @@ def _indivisible_sequence(problem: Problem) -> Infeasible | None:
     n, sizes = problem.tensor, problem.costs.sizes
     for node in problem.nodes:
         for dim in node.type.shape:
-            if isinstance(dim, str) and dim != "B" and sizes[dim] % n:
+            if isinstance(dim, str) and "B" not in symbols_of(dim) and sizes[dim] % n:
                 message = f"tensor = {n} cannot split a sequence of {sizes[dim]}"
                 return Infeasible("sequence", node.path, message, f"take a tensor degree that divides {sizes[dim]}", dim)
     return None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from mlmdsl.runtime.config import AdamW, Data, Parallel, Schedule, Tokenizer, Training
     from mlmdsl.runtime.distances import alibi, relative_positions
+    from mlmdsl.runtime.experts import combine, dispatch, grouped_linear, route, top_k
     from mlmdsl.runtime.functions import (
         cross_entropy,
         positions,
@@ -37,6 +38,7 @@ _HOMES = {
     "config": "AdamW Data Parallel Schedule Tokenizer Training",
     "distances": "alibi relative_positions",
     "functions": "cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
+    "experts": "combine dispatch grouped_linear route top_k",
     "initial": "Init normal ones zeros",
     "mesh": "Axis Mesh",
     "parallel": "Scope recomputed weight",
@@ -61,9 +63,12 @@ __all__ = [
     "all_reduce_both",
     "all_to_all",
     "attention",
+    "combine",
     "copy_to",
     "cross_entropy",
+    "dispatch",
     "gather",
+    "grouped_linear",
     "main",
     "normal",
     "ones",
@@ -72,7 +77,9 @@ __all__ = [
     "reduce_scatter",
     "relative_positions",
     "rotary",
+    "route",
     "split",
+    "top_k",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_embedding",
     "weight",

@@ -17,6 +17,8 @@ MARK = "## The catalogue\n"
 _X = TensorType("float", ("B", "S", 8))
 _HEADS = TensorType("float", ("B", "S", 4, 8))
 _TOKENS = TensorType("int", ("B", "S"))
+_ROWS = TensorType("float", ("2*B*S", 8))
+_ROUTING = TensorType("int", (3, "2*B*S+8"))
 _ASKED = {
     "embedding": ((_TOKENS,), {"vocab": 8, "dim": 8, "std": 0.02}),
     "position": ((_TOKENS,), {"max": 8, "dim": 8, "std": 0.02}),
@@ -40,6 +42,12 @@ _ASKED = {
     ),
     "alibi": ((_X,), {"heads": 4, "bidirectional": False}),
     "cross_entropy": ((_X, _TOKENS), {}),
+    "top_k": ((_X,), {"k": 2, "groups": 1, "group_limit": None}),
+    "sum": ((_X,), {"keep": False}),
+    "route": ((_X,), {"top_k": 2}),
+    "dispatch": ((_X, _ROUTING), {}),
+    "grouped_linear": ((_ROWS, _ROUTING), {"out": 8, "std": 0.02}),
+    "combine": ((_ROWS, _X, _ROUTING), {}),
 }
 
 

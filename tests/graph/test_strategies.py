@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlmdsl import runtime
 from mlmdsl.graph.graph import Scalar
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Emission
 from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
 from mlmdsl.graph.tensor import TensorType
-from mlmdsl.runtime import functions
-from mlmdsl.runtime.attend import attention
-from mlmdsl.runtime.distances import alibi, relative_positions
+from mlmdsl.runtime import experts, functions
 
 B, S, RANKS = 2, 4, 2
 SIZES = {"B": B, "S": S}
@@ -52,6 +51,8 @@ def attend(
 HEADS = floats("B", "S", 4, 6)
 ROTARY = (("theta", 1e4), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max", 8192))
 RELATIVE = (("heads", 4), ("buckets", 8), ("max_distance", 6))
+TOP_K = (("k", 2), ("fill", 0.0), ("groups", 3), ("group_limit", 2), ("group_best", 1))
+ROUTING = TensorType("int", (3, "2*B*S+4"))
 CASES = [
     Case("embedding", (TOKENS,), ((8, 6),), (("vocab", 8), ("dim", 6))),
     Case("position", (TOKENS,), ((5, 6),), (("max", 5), ("dim", 6))),
@@ -85,6 +86,13 @@ CASES = [
     Case("alibi", (TOKENS,), (), (("heads", 4), ("bidirectional", True))),
     Case("alibi", (floats("B", "S", 6),), (), (("heads", 6), ("bidirectional", False))),
     Case("cross_entropy", (floats("B", "S", 8), TOKENS)),
+    Case("top_k", (floats("B", "S", 6),), (), TOP_K),
+    Case("top_k", (floats("B", "S", 6), floats("B", "S", 6)), (), TOP_K),
+    *(Case("sum", (floats("B", "S", 6),), (), (("keep", keep),)) for keep in (False, True)),
+    Case("route", (floats("B", "S", 4),), (), (("top_k", 2),)),
+    Case("dispatch", (floats("B", "S", 6), ROUTING)),
+    Case("grouped_linear", (floats("2*B*S", 6), ROUTING), ((4, 8, 6),), (("out", 8),)),
+    Case("combine", (floats("2*B*S", 6), floats("B", "S", 4), ROUTING)),
 ]  # fmt: skip
 
 
@@ -125,6 +133,8 @@ class Exchange:
 
 def random_input(type: TensorType, generator: torch.Generator) -> Tensor:
     shape = type.sizes(SIZES)
+    if type == ROUTING:
+        return experts.route(experts.top_k(torch.rand(B, S, 4, generator=generator), 2), 2)
     if type.dtype == "int":
         return torch.randint(0, 8, shape, generator=generator)
     return torch.randn(shape, generator=generator, dtype=torch.float64) + 3.0
@@ -190,8 +200,7 @@ def emitted(case: Case, strategy: Strategy, axis: str | None, size: int) -> str:
 
 
 def run(text: str, inputs: list[Tensor], weights: list[Tensor], extra: dict[str, Any]) -> Tensor:
-    names = {name: getattr(functions, name) for name in dir(functions) if not name.startswith("__")}
-    names |= {"torch": torch, "F": F, "attention": attention, "alibi": alibi, "relative_positions": relative_positions, **extra}
+    names = {name: getattr(runtime, name) for name in runtime.__all__} | {"torch": torch, "F": F, **extra}
     names |= {f"x{i}": x for i, x in enumerate(inputs)} | {f"w{i}": w for i, w in enumerate(weights)}
     return eval(text, names)
 
@@ -212,7 +221,7 @@ def test_a_strategy_equals_the_replicated_computation(case: Case, strategy: Stra
     whole = Strategy("replicated", (REPLICATE,) * len(inputs), (WHOLE,) * len(weights), REPLICATE)
     reference = [leaf(x.clone()) for x in inputs], [leaf(w.clone()) for w in weights]
     expected = run(emitted(case, whole, None, 1), *reference, {})
-    upstream = torch.randn(expected.shape, generator=generator, dtype=expected.dtype)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(expected.dtype)
     if expected.requires_grad:
         expected.backward(upstream)
     sums = [partial_sums(x, generator) for x in inputs]

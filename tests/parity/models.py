@@ -83,6 +83,11 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
     # at 32 features rounding in the gradients of its norms grows to 1e-5 within five steps, micro-batches alone to 5e-6
     "olmo2": ("olmo2_7b", {"d": 64, "heads": 8, "ff": 128}),
     "pythia": ("pythia_6p9b", {"heads": 4}),
+    "mixtral": ("mixtral_8x7b", {"heads": 8, "kv_heads": 4, "ff": 32, "experts": 4}),
+    "qwen3_moe": (
+        "qwen3_30b_a3b",
+        {"heads": 4, "kv_heads": 4, "head_dim": 16, "ff": 16, "experts": 8, "top_k": 3},
+    ),
     "qwen3": ("qwen3_8b", {"heads": 4, "kv_heads": 4, "head_dim": 16, "ff": 64}),
 }
 

@@ -26,6 +26,8 @@ class Published:
     vocab: int
     gated: bool = False
     head_dim: int = 0
+    experts: int = 1
+    top_k: int = 1  # experts of a token
 
 
 TABLE = {
@@ -43,6 +45,8 @@ TABLE = {
     "qwen3_0p6b": Published(596_049_920, 1024, 28, 16, 8, 3072, 151936, True, 128),
     "qwen3_8b": Published(8_190_735_360, 4096, 36, 32, 8, 12288, 151936, True, 128),
     "qwen3_32b": Published(32_762_123_264, 5120, 64, 64, 8, 25600, 151936, True, 128),
+    "mixtral_8x7b": Published(46_702_792_704, 4096, 32, 32, 8, 14336, 32000, True, experts=8, top_k=2),
+    "qwen3_30b_a3b": Published(30_532_122_624, 2048, 48, 32, 4, 768, 151936, True, 128, experts=128, top_k=8),
     "llama3_8b": Published(8_030_261_248, 4096, 32, 32, 8, 14336, 128256, True),
     "llama3_70b": Published(70_553_706_496, 8192, 80, 64, 8, 28672, 128256, True),
     "llama3_405b": Published(405_853_388_800, 16384, 126, 128, 8, 53248, 128256, True),
@@ -59,7 +63,8 @@ def flops_per_token(model: Published, seq_len: int) -> float:
     d being the width of all heads."""
     head_dim = model.head_dim or model.hidden // model.heads
     width, kv = model.heads * head_dim, model.kv_heads * head_dim
-    products = 2 * model.hidden * (width + kv) + (3 if model.gated else 2) * model.hidden * model.ffn
+    router = model.experts if model.experts > 1 else 0
+    products = model.hidden * (2 * (width + kv) + (3 if model.gated else 2) * model.top_k * model.ffn + router)
     attention = seq_len * width
     return 6 * (model.layers * (products + attention) + model.vocab * model.hidden)
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mlmdsl.graph.ops import attention, distances, elementwise, embedding, linear, loss, norm, structure
+from mlmdsl.graph.ops import (
+    attention,
+    distances,
+    elementwise,
+    embedding,
+    experts,
+    linear,
+    loss,
+    norm,
+    selection,
+    structure,
+)
 from mlmdsl.graph.ops.base import Op
 
-CATALOGUE: Mapping[str, Op] = {
-    op.name: op for family in (structure, embedding, linear, norm, elementwise, attention, distances, loss) for op in family.OPS
-}
+_FAMILIES = (structure, embedding, linear, norm, elementwise, selection, attention, distances, experts, loss)
+CATALOGUE: Mapping[str, Op] = {op.name: op for family in _FAMILIES for op in family.OPS}
 
 __all__ = ["CATALOGUE", "Op"]

@@ -104,6 +104,7 @@ class Op:
     linear: the operation is linear in its inputs jointly with no constant, so that it maps PARTIAL to PARTIAL.
     collectives: those that the operation itself makes on the axis, forward only: (kind, bytes, count).
     cheap: recomputed under `recompute = selective` (everything but matrix products and flash attention).
+    active(input types): the share of its weights that one token is computed with.
     """
 
     name: str
@@ -117,4 +118,5 @@ class Op:
     weights: Callable[[tuple[TensorType, ...], Mapping[str, Scalar]], tuple[WeightSpec, ...]] = lambda types, attrs: ()
     imports: tuple[str, ...] = ()
     cheap: bool = True
+    active: Callable[[tuple[TensorType, ...]], float] = lambda types: 1.0
     collectives: Callable[[Strategy, Local], tuple[tuple[str, int, int], ...]] = lambda strategy, local: ()

@@ -7,13 +7,18 @@ from math import prod
 
 from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, WHOLE, WHOLE_PARTIAL, Placement, Strategy, shard
-from mlmdsl.graph.tensor import TensorType
+from mlmdsl.graph.tensor import TensorType, symbols_of
 
 
 def shardable(type: TensorType, axis_size: int, besides: Iterable[int] = ()) -> Iterator[int]:
-    """Dims that an axis may cut: sizes that divide, and symbols (the sequence; never the batch, which is the data axis')."""
+    """Dims that an axis may cut: sizes that divide, and symbols (the sequence; never the batch, which is the data axis', nor
+    rows that the batch is a factor of)."""
     for dim, size in enumerate(type.shape):
-        if dim not in besides and size != "B" and (isinstance(size, str) or (size % axis_size == 0 and size >= axis_size)):
+        if (
+            dim not in besides
+            and "B" not in symbols_of(size)
+            and (isinstance(size, str) or (size % axis_size == 0 and size >= axis_size))
+        ):
             yield dim
 
 

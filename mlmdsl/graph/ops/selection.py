@@ -1,0 +1,86 @@
+"""Choosing among and adding up the values of the last dim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mlmdsl.graph.graph import Scalar
+from mlmdsl.graph.ops.base import Emission, Op, ShapeProblem
+from mlmdsl.graph.ops.common import elements, memory_bound, partial, pointwise, shard_name, shardable
+from mlmdsl.graph.ops.linear import features, integer, number
+from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, Strategy, shard
+from mlmdsl.graph.tensor import TensorType
+
+Types = tuple[TensorType, ...]
+Attributes = Mapping[str, Scalar]
+Shapes = tuple[tuple[int, ...], ...]
+
+
+# ---- the k largest --------------------------------------------------------------------------------------------------
+
+
+def _top_k_type(types: Types, attrs: Attributes) -> TensorType:
+    x, by = types[0], types[-1]
+    count, k = features(x), integer(attrs, "k")
+    if by.shape != x.shape:
+        raise ShapeProblem("MLM0501", f"the values {x} and what they are chosen by, {by}, do not fit together", 1)
+    groups, limit = integer(attrs, "groups"), attrs["group_limit"]
+    if count % groups:
+        raise ShapeProblem("MLM0503", f"{groups} groups cannot share {count} values", 0, help="groups has to divide them")
+    within = count if limit is None else count // groups * min(groups, integer(attrs, "group_limit"))
+    if k > within:
+        raise ShapeProblem("MLM0503", f"{k} of {within} values cannot be chosen", 0, help="k is at most their number")
+    return x
+
+
+def _top_k_emit(e: Emission) -> str:
+    options = [f"by={by}" for by in e.inputs[1:]]
+    options += [f"fill={number(e.attrs, 'fill')!r}"] if e.attrs["fill"] else []
+    if e.attrs["group_limit"] is not None and integer(e.attrs, "group_limit") < integer(e.attrs, "groups"):
+        options += [f"{name}={e.attrs[name]}" for name in ("groups", "group_limit", "group_best")]
+    return f"top_k({', '.join([e.inputs[0], str(e.attrs['k']), *options])})"
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------
+
+
+def _sum_type(types: Types, attrs: Attributes) -> TensorType:
+    x = types[0]
+    features(x)
+    return TensorType(x.dtype, (*x.shape[:-1], 1) if attrs["keep"] else x.shape[:-1])
+
+
+def _sum_strategies(types: Types, out: TensorType, weights: Shapes, attrs: Attributes, n: int) -> tuple[Strategy, ...]:
+    last = len(types[0].shape) - 1
+    found = [
+        Strategy("replicated", (REPLICATE,), (), REPLICATE),
+        Strategy("broadcast", (BROADCAST,), (), BROADCAST),
+        partial(1),
+    ]
+    for dim in shardable(types[0], n):
+        whole = PARTIAL if dim == last else shard(dim)
+        found.append(Strategy(shard_name(types[0], dim), (shard(dim),), (), whole))
+    return tuple(found)
+
+
+OPS = (
+    Op(
+        name="top_k",
+        doc="x where `by` (x itself unless given) is among its k largest of the last dim, `fill` elsewhere; of equal values the"
+        " first. With `group_limit` only the values of that many of `groups` equal groups are eligible: those whose"
+        " `group_best` largest have the largest sum (arXiv:2412.19437, section 2.1.2). The choice has no gradient.",
+        infer=_top_k_type,
+        strategies=lambda types, out, weights, attrs, n: pointwise(types, out, n, 0, besides=(len(out.shape) - 1,)),
+        work=lambda local: memory_bound(local, extra=float(elements(local.output)), kernels=5, backward=1.0),
+        emit=_top_k_emit,
+        imports=("top_k",),
+    ),
+    Op(
+        name="sum",
+        doc="Sum over the last dim; with `keep` a dim of 1 stays in its place.",
+        infer=_sum_type,
+        strategies=_sum_strategies,
+        work=lambda local: memory_bound(local, backward=1.0),
+        emit=lambda e: f"{e.inputs[0]}.sum(-1{', keepdim=True' if e.attrs['keep'] else ''})",
+    ),
+)

@@ -1,0 +1,142 @@
+"""Routing of tokens to experts. B sequences, S positions, d features, E experts, k experts a token, R = k B S rows.
+
+A routing is one tensor of integers, [3, R + E]:
+
+    row 0    R: which (token, slot) = token * k + slot each row is, sorted by expert; then E: rows of each expert
+    row 1    R: at which row each (token, slot) is; then E zeros
+    row 2    R: the expert of each row, E where it goes nowhere, which sorts last; then E zeros
+
+Rows that go nowhere (a token with fewer gates than k) are zero. Everything is sorted stably, and gradients are gathered, never
+scattered, so that results repeat on every device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def top_k(
+    x: Tensor,
+    k: int,
+    *,
+    by: Tensor | None = None,
+    fill: float = 0.0,
+    groups: int = 1,
+    group_limit: int | None = None,
+    group_best: int = 2,
+) -> Tensor:
+    """x where `by` (x) is among its k largest of the last dim, `fill` elsewhere; of equal values the first.
+
+    With `group_limit` only that many of `groups` equal groups are eligible, those whose `group_best` largest have the largest
+    sum (arXiv:2412.19437, section 2.1.2)."""
+    scores = (x if by is None else by).detach()
+    if group_limit is not None and group_limit < groups:
+        grouped = scores.unflatten(-1, (groups, -1))
+        best = _largest(grouped, min(group_best, grouped.size(-1)))
+        eligible = _largest(grouped.where(best, 0.0).sum(-1), group_limit)
+        scores = grouped.masked_fill(~eligible[..., None], float("-inf")).flatten(-2)
+    return torch.where(_largest(scores, k), x, fill)
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Where the k largest of the last dim are."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def route(gates: Tensor, k: int) -> Tensor:
+    """Gates [B, S, E], zero but for the experts of each token -> the routing, [3, R + E]."""
+    experts = gates.size(-1)
+    closed = gates.flatten(0, -2) == 0
+    chosen = closed.to(torch.uint8).argsort(dim=-1, stable=True)[:, :k]  # open gates first, in the order of experts
+    expert = chosen.masked_fill(closed.gather(-1, chosen), experts).flatten()
+    ordered, order = expert.sort(stable=True)
+    ends = torch.searchsorted(ordered, torch.arange(experts + 1, device=gates.device))
+    none = torch.zeros(experts, dtype=torch.int64, device=gates.device)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=gates.device))
+    rows = (torch.cat((order, ends.diff())), torch.cat((inverse, none)), torch.cat((ordered, none)))
+    return torch.stack(rows)
+
+
+def dispatch(x: Tensor, routing: Tensor, k: int) -> Tensor:
+    """Tokens [B, S, d] -> rows [R, d], sorted by expert."""
+    return _Dispatched.apply(x, routing[:, : x[..., 0].numel() * k], k)
+
+
+def combine(rows: Tensor, gates: Tensor, routing: Tensor) -> Tensor:
+    """Rows [R, d] -> tokens [B, S, d]: each token's rows, weighted by its gates [B, S, E]."""
+    return _Combined.apply(rows, gates, routing[:, : rows.size(0)])
+
+
+class _Dispatched(torch.autograd.Function):
+    """The gradient of a token is the sum of its rows'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, routing: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(routing)
+        ctx.shape = x.shape
+        return x.flatten(0, -2)[routing[0] // k]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (routing,) = ctx.saved_tensors
+        *leading, size = ctx.shape
+        return grad[routing[1]].view(*leading, -1, size).sum(-2), None, None
+
+
+class _Combined(torch.autograd.Function):
+    """Of the rows only those of the token at hand are looked at: its gates' gradients are products with its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, routing: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, routing)
+        weights, _ = _by_slot(gates, routing)
+        mine = rows[routing[1]].view(*weights.shape, -1)
+        return (mine * weights.to(rows.dtype)[..., None]).sum(-2).view(*gates.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, gates, routing = ctx.saved_tensors
+        weights, expert = _by_slot(gates, routing)
+        grad = grad.flatten(0, -2)[:, None]
+        mine = rows[routing[1]].view(*weights.shape, -1)
+        products = (mine * grad).sum(-1).to(gates.dtype)
+        to_gates = torch.zeros(grad.size(0), gates.size(-1) + 1, dtype=gates.dtype, device=gates.device)
+        to_gates = to_gates.scatter(-1, expert, products)[:, :-1].reshape(gates.shape)
+        to_rows = (grad * weights.to(rows.dtype)[..., None]).flatten(0, 1)
+        return to_rows[routing[0]], to_gates, None
+
+
+def _by_slot(gates: Tensor, routing: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and expert of each token's slots [tokens, k]; a slot that goes nowhere has gate 0 and expert E."""
+    flat = gates.flatten(0, -2)
+    expert = routing[2][routing[1]].view(flat.size(0), -1)
+    return F.pad(flat, (0, 1)).gather(-1, expert), expert
+
+
+# ---- products -------------------------------------------------------------------------------------------------------
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, routing: Tensor) -> Tensor:
+    """Rows [R, d] sorted by expert, each expert's times its own matrix: weight [E, out, d] -> [R, out].
+
+    Rows that go nowhere give zero. One kernel for all experts where torch has a fast one (bfloat16 on CUDA), elsewhere one
+    product per expert."""
+    counts = routing[0, rows.size(0) :]
+    if rows.is_cuda and rows.dtype is torch.bfloat16:
+        ends = counts.cumsum(0)
+        y = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends.to(torch.int32))
+        open_rows = torch.arange(rows.size(0), device=rows.device) < ends[-1]
+        return torch.where(open_rows[:, None], y, 0.0)
+    sizes = [rows.size(0) // weight.size(0)] * weight.size(0) if rows.is_meta else counts.tolist()
+    parts = rows.split([*sizes, rows.size(0) - sum(sizes)])
+    products = [F.linear(part, matrix) for part, matrix in zip(parts, weight.unbind(), strict=False)]
+    return torch.cat((*products, rows.new_zeros(parts[-1].size(0), weight.size(1))))
