@@ -46,8 +46,18 @@ SIGNATURES: Mapping[str, Signature] = {
         "embedding", ("tokens",), (Argument("vocab", "int", None), Argument("dim", "int", None), _WEIGHT, _STD), owns=True
     ),
     "Position": Signature("position", ("tokens",), (Argument("max", "int"), Argument("dim", "int"), _STD), owns=True),
-    "LayerNorm": Signature("layer_norm", ("x",), (Argument("eps", "float", 1e-5), Argument("bias", "bool", True)), owns=True),
-    "RMSNorm": Signature("rms_norm", ("x",), (Argument("eps", "float", 1e-5),), owns=True),
+    "LayerNorm": Signature(
+        "layer_norm",
+        ("x",),
+        (Argument("eps", "float", 1e-5), Argument("bias", "bool", True), Argument("affine", "bool", True)),
+        owns=True,
+    ),
+    "RMSNorm": Signature(
+        "rms_norm",
+        ("x",),
+        (Argument("eps", "float", 1e-5), Argument("offset", "float", 0.0), Argument("affine", "bool", True)),
+        owns=True,
+    ),
     "gelu": Signature("gelu", ("x",), (Argument("tanh", "bool", False),)),
     "relu": Signature("relu", ("x",)),
     "silu": Signature("silu", ("x",)),

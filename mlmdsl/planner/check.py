@@ -69,8 +69,10 @@ def _heads(c: _Checker) -> None:
     for node in c.graph.nodes.values():
         if node.op != "attend" or n == 1:
             continue
-        sizes = {"heads": _size(c.graph, node, 0), "kv_heads": _size(c.graph, node, 1)}
-        for name in ("kv_heads", "heads"):
+        sizes = {"kv_heads": _size(c.graph, node, 1), "heads": _size(c.graph, node, 0)}
+        if sizes["kv_heads"] == 1:  # serves every rank whole
+            del sizes["kv_heads"]
+        for name in sizes:
             if sizes[name] % n:
                 least = max(d for d in range(1, n + 1) if all(size % d == 0 for size in sizes.values()))
                 where = (Label(node.span, f"{name} has to be a multiple of tensor"),) if node.span else ()

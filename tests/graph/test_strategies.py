@@ -48,8 +48,13 @@ def attend(
     return (("causal", causal), ("scale", scale), ("window", window), ("softcap", softcap))
 
 
+def rms(offset: float = 0.0, affine: bool = True) -> tuple[tuple[str, Scalar], ...]:
+    return (("eps", 1e-6), ("offset", offset), ("affine", affine))
+
+
 HEADS = floats("B", "S", 4, 6)
 ROTARY = (("theta", 1e4), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max", 8192))
+ROWS = floats("B", "S", 6)
 RELATIVE = (("heads", 4), ("buckets", 8), ("max_distance", 6))
 TOP_K = (("k", 2), ("fill", 0.0), ("groups", 3), ("group_limit", 2), ("group_best", 1))
 ROUTING = TensorType("int", (3, "2*B*S+4"))
@@ -58,10 +63,11 @@ CASES = [
     Case("position", (TOKENS,), ((5, 6),), (("max", 5), ("dim", 6))),
     Case("linear", (floats("B", "S", 6),), ((8, 6),), (("out", 8),)),
     Case("bias", (floats("B", "S", 6),), ((6,),)),
-    Case("layer_norm", (floats("B", "S", 6),), ((6,), (6,)), (("eps", 1e-5), ("bias", True))),
-    Case("layer_norm", (floats("B", "S", 6),), ((6,),), (("eps", 1e-3), ("bias", False))),
-    Case("rms_norm", (floats("B", "S", 6),), ((6,),), (("eps", 1e-6),)),
-    Case("rms_norm", (HEADS,), ((6,),), (("eps", 1e-6),)),
+    Case("layer_norm", (floats("B", "S", 6),), ((6,), (6,)), (("eps", 1e-5), ("bias", True), ("affine", True))),
+    Case("layer_norm", (floats("B", "S", 6),), ((6,),), (("eps", 1e-3), ("bias", False), ("affine", True))),
+    *(Case("layer_norm", (floats("B", "S", 6),), (), (("eps", e), ("bias", True), ("affine", False))) for e in (1e-5, 1e-3)),
+    *(Case("rms_norm", (x,), ((6,),), rms(o)) for x, o in ((ROWS, 0.0), (ROWS, 1.0), (HEADS, 0.0))),
+    Case("rms_norm", (ROWS,), (), rms(affine=False)),
     Case("add", (floats("B", "S", 6), floats("B", "S", 6))),
     Case("add", (floats("B", "S", 6), floats("S", 6))),
     Case("subtract", (floats("B", "S", 6), floats("B", "S", 6))),
@@ -77,6 +83,7 @@ CASES = [
     *(Case("rotary", (HEADS,), (), (*ROTARY, ("factor", f), ("dim", dim))) for f, dim in ((1.0, None), (8.0, None), (1.0, 4))),
     Case("attend", (HEADS, floats("B", "S", 2, 6), floats("B", "S", 2, 6)), (), attend(causal=True)),
     Case("attend", (HEADS, HEADS, HEADS), (), attend(scale=0.3)),
+    Case("attend", (HEADS, floats("B", "S", 1, 6), floats("B", "S", 1, 6)), (), attend(causal=True)),
     Case("attend", (HEADS, floats("B", "S", 2, 6), floats("B", "S", 2, 6)), (), attend(causal=True, window=2, softcap=3.0)),
     Case("attend", (HEADS, HEADS, HEADS, floats(4, "S", "S")), (), attend(causal=True)),
     Case("attend", (HEADS, HEADS, HEADS, floats(4, 1, "S")), (), attend(window=2)),

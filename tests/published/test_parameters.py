@@ -14,8 +14,9 @@ MODELS = Path(__file__).resolve().parents[2] / "specs" / "models"
 
 @dataclass(frozen=True)
 class Published:
-    """hidden, layers, heads, kv heads, feed-forward, vocabulary, head dim (0: hidden / heads); `parameters` as counted in the
-    checkpoint, or from its shapes where no checkpoint was published (8.3B, 175B)."""
+    """hidden, layers, heads, kv heads, feed-forward, vocabulary, head dim (0: hidden / heads), window in tokens of every
+    `every`th layer (0: none); `parameters` as counted in the checkpoint, or from its shapes where no checkpoint was published
+    (8.3B, 175B)."""
 
     parameters: int
     hidden: int
@@ -28,6 +29,8 @@ class Published:
     head_dim: int = 0
     experts: int = 1
     top_k: int = 1  # experts of a token
+    window: int = 0
+    every: int = 1
 
 
 TABLE = {
@@ -50,6 +53,28 @@ TABLE = {
     "llama3_8b": Published(8_030_261_248, 4096, 32, 32, 8, 14336, 128256, True),
     "llama3_70b": Published(70_553_706_496, 8192, 80, 64, 8, 28672, 128256, True),
     "llama3_405b": Published(405_853_388_800, 16384, 126, 128, 8, 53248, 128256, True),
+    "llama3p1_8b": Published(8_030_261_248, 4096, 32, 32, 8, 14336, 128256, True),
+    "llama3p2_1b": Published(1_235_814_400, 2048, 16, 32, 8, 8192, 128256, True),
+    "llama3p2_3b": Published(3_212_749_824, 3072, 28, 24, 8, 8192, 128256, True),
+    "mistral_7b": Published(7_241_732_096, 4096, 32, 32, 8, 14336, 32000, True, window=4096),
+    "phi3_mini": Published(3_821_079_552, 3072, 32, 32, 32, 8192, 32064, True, window=2047),
+    "gemma_2b": Published(2_506_172_416, 2048, 18, 8, 1, 16384, 256000, True),
+    "gemma_7b": Published(8_537_680_896, 3072, 28, 16, 16, 24576, 256000, True, 256),
+    "gemma2_2b": Published(2_614_341_888, 2304, 26, 8, 4, 9216, 256000, True, 256, window=4096, every=2),
+    "gemma2_9b": Published(9_241_705_984, 3584, 42, 16, 8, 14336, 256000, True, 256, window=4096, every=2),
+    "gemma2_27b": Published(27_227_128_320, 4608, 46, 32, 16, 36864, 256000, True, 128, window=4096, every=2),
+    "falcon_7b": Published(6_921_720_704, 4544, 32, 71, 1, 18176, 65024),
+    "mpt_7b": Published(6_649_286_656, 4096, 32, 32, 32, 16384, 50432),
+    "bloom_7b": Published(7_069_016_064, 4096, 30, 32, 32, 16384, 250880),
+    "bloom_176b": Published(176_247_271_424, 14336, 70, 112, 112, 57344, 250880),
+    "pythia_1p4b": Published(1_414_647_808, 2048, 24, 16, 16, 8192, 50304),
+    "gpt_neox_20b": Published(20_554_567_680, 6144, 44, 64, 64, 24576, 50432),
+    "olmo_7b": Published(6_888_095_744, 4096, 32, 32, 32, 11008, 50304, True),
+    "olmo2_13b": Published(13_716_198_400, 5120, 40, 40, 40, 13824, 100352, True),
+    "qwen2p5_7b": Published(7_615_616_512, 3584, 28, 28, 4, 18944, 152064, True),
+    "qwen3_1p7b": Published(1_720_574_976, 2048, 28, 16, 8, 6144, 151936, True, 128),
+    "qwen3_4b": Published(4_022_468_096, 2560, 36, 32, 8, 9728, 151936, True, 128),
+    "qwen3_14b": Published(14_768_307_200, 5120, 40, 40, 8, 17408, 151936, True, 128),
 }
 
 
@@ -60,12 +85,13 @@ def compiled(name: str) -> Compilation:
 
 def flops_per_token(model: Published, seq_len: int) -> float:
     """Forward and backward: 6 FLOPs for each weight that multiplies, and causal attention's 6 S d (half of 12 S d) a layer,
-    d being the width of all heads."""
+    d being the width of all heads. A window w takes a triangle of (S - w)^2 / 2 off the S^2 / 2 of causal attention."""
     head_dim = model.head_dim or model.hidden // model.heads
     width, kv = model.heads * head_dim, model.kv_heads * head_dim
     router = model.experts if model.experts > 1 else 0
     products = model.hidden * (2 * (width + kv) + (3 if model.gated else 2) * model.top_k * model.ffn + router)
-    attention = seq_len * width
+    unseen = max(0, seq_len - model.window) ** 2 / seq_len if model.window else 0.0
+    attention = (seq_len - unseen / model.every) * width
     return 6 * (model.layers * (products + attention) + model.vocab * model.hidden)
 
 

@@ -131,10 +131,12 @@ def _attend_strategies(types: Types, out: TensorType, weights: Shapes, attrs: At
         Strategy("replicated", (REPLICATE,) * count, (), REPLICATE),
         Strategy("broadcast", (BROADCAST,) * count, (), BROADCAST),
     ]
-    heads = [t.shape[2] for t in types[:3]]
-    if all(isinstance(c, int) and c % n == 0 for c in heads):
+    heads, kv_heads = types[0].shape[2], types[1].shape[2]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    if heads % n == 0 and (kv_heads % n == 0 or kv_heads == 1):  # a single one of keys and values serves every rank
+        shared = BROADCAST if kv_heads == 1 else shard(2)
         bias = tuple(BROADCAST if t.shape[0] == 1 else shard(0) for t in types[3:])
-        found.append(Strategy("heads", (*(shard(2),) * 3, *bias), (), shard(2)))
+        found.append(Strategy("heads", (shard(2), shared, shared, *bias), (), shard(2)))
     return tuple(found)
 
 

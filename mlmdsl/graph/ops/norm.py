@@ -30,20 +30,39 @@ def _strategies(
 def _layer_weights(types: Types, attrs: Attributes) -> tuple[WeightSpec, ...]:
     shape = (features(types[0]),)
     scale = WeightSpec("weight", shape, Init("ones"), decay=False)
-    return (scale, WeightSpec("bias", shape, Init("zeros"), decay=False)) if attrs["bias"] else (scale,)
+    shift = (WeightSpec("bias", shape, Init("zeros"), decay=False),) if attrs["bias"] else ()
+    return (scale, *shift) if attrs["affine"] else ()
 
 
 def _layer_emit(e: Emission) -> str:
-    size = e.output_type.shape[-1]
     eps = number(e.attrs, "eps")
-    weights = [*e.weights, "None"][:2] if eps != 1e-5 else list(e.weights)
-    return f"F.layer_norm({', '.join([e.inputs[0], f'({size},)', *weights, *([repr(eps)] if eps != 1e-5 else [])])})"
+    weights = [*e.weights, "None", "None"][:2] if eps != 1e-5 else list(e.weights)
+    return f"F.layer_norm({', '.join([e.inputs[0], f'({_size(e)},)', *weights, *([repr(eps)] if eps != 1e-5 else [])])})"
+
+
+def _rms_weights(types: Types, attrs: Attributes) -> tuple[WeightSpec, ...]:
+    if not attrs["affine"]:
+        return ()
+    start = Init("zeros" if number(attrs, "offset") else "ones")
+    return (WeightSpec("weight", (features(types[0]),), start, decay=False),)
+
+
+def _rms_emit(e: Emission) -> str:
+    offset = number(e.attrs, "offset")
+    weight = e.weights[0] if e.weights else "None"
+    weight = f"{offset!r} + {weight}" if offset and e.weights else weight
+    return f"F.rms_norm({e.inputs[0]}, ({_size(e)},), {weight}, {number(e.attrs, 'eps')!r})"
+
+
+def _size(e: Emission) -> int | str:
+    return e.output_type.shape[-1]
 
 
 OPS = (
     Op(
         name="layer_norm",
-        doc="Layer normalisation (arXiv:1607.06450) with weight and, unless `bias = false`, bias.",
+        doc="Layer normalisation (arXiv:1607.06450) with weight and, unless `bias = false`, bias; with neither if"
+        " `affine = false`.",
         infer=_type,
         strategies=_strategies,
         work=lambda local: memory_bound(local, ("in0",), extra=8.0 * prod(local.inputs[0][:-1])),
@@ -52,11 +71,12 @@ OPS = (
     ),
     Op(
         name="rms_norm",
-        doc="Root-mean-square normalisation (arXiv:1910.07467).",
+        doc="Root-mean-square normalisation (arXiv:1910.07467), times `offset` + weight; the weight starts at one, or at zero"
+        " beside an offset. No weight if `affine = false`.",
         infer=_type,
         strategies=_strategies,
         work=lambda local: memory_bound(local, ("in0",), extra=4.0 * prod(local.inputs[0][:-1])),
-        emit=lambda e: f"F.rms_norm({e.inputs[0]}, ({e.output_type.shape[-1]},), {e.weights[0]}, {number(e.attrs, 'eps')!r})",
-        weights=lambda types, attrs: (WeightSpec("weight", (features(types[0]),), Init("ones"), decay=False),),
+        emit=_rms_emit,
+        weights=_rms_weights,
     ),
 )
