@@ -11,7 +11,7 @@ from mlmdsl.grammar.evaluate import POISON, Evaluator, did_you_mean, kind_of, on
 from mlmdsl.grammar.spec import Pin, PlanValue, Rule
 from mlmdsl.units import Quantity
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
+SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zb_v", "dualpipe_v")
 RECOMPUTE = ("none", "selective", "full")
 _DEGREES = ("tensor", "context", "pipeline", "interleave", "data", "replicate", "expert", "micro_batch")
 VARIABLES = (*_DEGREES, "sequence_parallel", "schedule", "zero", "recompute", "stages")

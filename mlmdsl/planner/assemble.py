@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from mlmdsl.graph.flops import active_parameters, flops_per_token
 from mlmdsl.planner import schedule
-from mlmdsl.planner.communication import send_seconds
 from mlmdsl.planner.memory import stage_memory
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import (
@@ -20,7 +19,6 @@ from mlmdsl.planner.plan import (
     StageTime,
 )
 from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
-from mlmdsl.planner.stages import Part
 from mlmdsl.planner.traffic import collectives
 
 _AXES = ("tensor", "data", "pipeline")
@@ -67,7 +65,7 @@ def variables(c: Candidate) -> PlanVariables:
 
 def ledger(place: Place, c: Candidate) -> tuple[StageMemory, ...]:
     """By pipeline stage."""
-    ranks = ((rank, c.cut.parts[rank :: place.pipeline]) for rank in range(place.pipeline))
+    ranks = ((rank, c.cut.held(rank)) for rank in range(place.pipeline))
     context = place.context_bytes
     return tuple(stage_memory(r, place.state(c, parts), place.held(c, r, parts), context) for r, parts in ranks)
 
@@ -113,7 +111,7 @@ class _Share(NamedTuple):
 def _breakdown(place: Place, c: Candidate, times: Times) -> dict[str, float]:
     """The parts of the step on the busiest rank; they add up to it."""
     m = place.micro_batches(c.micro_batch)
-    shares = [_share(place, c, c.cut.parts[rank :: place.pipeline]) for rank in range(place.pipeline)]
+    shares = [_share(place, c, stages) for stages in c.cut.placed]
     busiest = max(shares, key=lambda share: share.whole)
     return {
         "compute": m * busiest.compute,
@@ -126,40 +124,37 @@ def _breakdown(place: Place, c: Candidate, times: Times) -> dict[str, float]:
     }
 
 
-def _share(place: Place, c: Candidate, parts: tuple[Part, ...]) -> _Share:
+def _share(place: Place, c: Candidate, stages: tuple[int, ...]) -> _Share:
     costs, chain = place.bench.passes(c.micro_batch).costs, place.bench.setting.chain
-    counted = [(costs[i], count) for part in parts for i, count in chain.regions(part)]
+    counted = [(costs[i], count) for stage in stages for i, count in chain.regions(c.cut.parts[stage])]
     compute = sum(count * (cost.forward_seconds + cost.backward_seconds) for cost, count in counted)
     tensor = sum(count * (cost.tensor_forward_seconds + cost.tensor_backward_seconds) for cost, count in counted)
     repeated = [(cost.again[c.recompute], count) for cost, count in counted]
     again = sum(count * (a.kernel_seconds + a.tensor_seconds) for a, count in repeated)
-    forward, backward = _passes(place, c, parts)
+    forward, backward = _passes(place, c, stages)
     sends = forward + backward - compute - tensor - again
-    gathering = place.with_gathers(c, ((1, forward, backward),))
-    gathered = sum(f + b for _, f, b in gathering) - forward - backward
+    gathering = place.with_gathers(c, ((1, forward, backward, 0.0),))
+    gathered = sum(f + b for _, f, b, _ in gathering) - forward - backward
     return _Share(compute, again, tensor, sends if place.pipeline > 1 else 0.0, gathered)
 
 
-def _passes(place: Place, c: Candidate, parts: tuple[Part, ...]) -> tuple[float, float]:
-    """Forward and backward seconds of one micro-batch through the parts, sends included."""
-    costs = [(part, place.bench.part(part, c.micro_batch, c.recompute, place.pipeline > 1)) for part in parts]
-    onwards = sum(0.0 if part.last else send_seconds(cost.bytes.sent, place.pipeline_group) for part, cost in costs)
-    back = sum(0.0 if part.first else send_seconds(cost.bytes.received, place.pipeline_group) for part, cost in costs)
-    return sum(cost.forward for _, cost in costs) + onwards, sum(cost.backward for _, cost in costs) + back
+def _passes(place: Place, c: Candidate, stages: tuple[int, ...]) -> tuple[float, float]:
+    """Forward and backward seconds of one micro-batch through virtual stages, sends included."""
+    each = [place.stage_seconds(c, stage) for stage in stages]
+    return sum(forward for forward, _, _ in each), sum(backward for _, backward, _ in each)
 
 
 def _timeline(place: Place, c: Candidate) -> tuple[StageTime, ...]:
     times, m = place.times(c), place.micro_batches(c.micro_batch)
     found: list[StageTime] = []
     starts = 0.0
-    for rank in range(place.pipeline):
-        parts = c.cut.parts[rank :: place.pipeline]
-        forward, backward = _passes(place, c, parts)
+    for rank, stages in enumerate(c.cut.placed):
+        forward, backward = _passes(place, c, stages)
         busy = m * (forward + backward)
         found.append(
             StageTime(
                 stage=rank,
-                layers=sum(c.cut.stages[rank :: place.pipeline]),
+                layers=sum(c.cut.stages[stage] for stage in stages),
                 starts_s=starts,
                 forward_s=forward,
                 backward_s=backward,
@@ -168,7 +163,7 @@ def _timeline(place: Place, c: Candidate) -> tuple[StageTime, ...]:
                 in_flight=sum(schedule.in_flight(c.schedule, place.pipeline, c.interleave, m, rank)),
             )
         )
-        starts += _passes(place, c, parts[:1])[0]
+        starts += _passes(place, c, stages[:1])[0]
     return tuple(found)
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from mlmdsl.diagnostics import Diagnostics, Label
 from mlmdsl.grammar import syntax as s
-from mlmdsl.grammar.constraints import VARIABLES, RuleEvaluator
+from mlmdsl.grammar.constraints import RECOMPUTE, SCHEDULES, VARIABLES, RuleEvaluator
 from mlmdsl.grammar.evaluate import POISON
 from mlmdsl.grammar.spec import Pin, Rule, Spec
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.walk import nodes_below
-from mlmdsl.planner.schedule import cannot_run, executable
+from mlmdsl.planner.schedule import cannot_run, executable, recomputes, virtual_stages, zeros
 
-_WORDS = frozenset({"gpipe", "interleaved_1f1b", "none", "selective", "full"})
+_WORDS = frozenset({*SCHEDULES, *RECOMPUTE})
 _MESH = ("tensor", "context", "pipeline", "data")
 _ALONE = ("context", "replicate", "expert")  # axes that the planner does not lay out
 
@@ -159,11 +159,12 @@ def _micro_batches(c: _Checker) -> None:
     """torch's schedules: 1f1b needs a micro-batch for every stage, the interleaved one whole rounds of them."""
     pipeline = c.pinned("pipeline")
     schedule = c.pins["schedule"].value if "schedule" in c.pins else None
-    if schedule not in ("1f1b", "interleaved_1f1b") or pipeline == 1 or not {"data", "micro_batch"} <= set(c.pins):
+    if schedule is None or pipeline == 1 or not {"data", "micro_batch"} <= set(c.pins):
         return
     count = c.spec.train.batch // (c.pinned("data") * c.pinned("micro_batch"))
-    if not executable(schedule, pipeline, count):
-        message = cannot_run(schedule, pipeline, count)
+    name: Any = schedule
+    if not executable(name, pipeline, count):
+        message = cannot_run(name, pipeline, count)
         help = f"give it a multiple of {pipeline}: a smaller data or micro_batch, or a larger batch"
         c.report(
             "MLM0419",
@@ -194,13 +195,19 @@ def _sequence(c: _Checker) -> None:
 
 def _schedule(c: _Checker) -> None:
     schedule, interleave = c.pins.get("schedule"), c.pins.get("interleave")
-    if schedule is None or interleave is None:
+    if schedule is None:
         return
-    if (schedule.value == "interleaved_1f1b") != (c.pinned("interleave") > 1):
-        message = f"schedule = {schedule.value} does not go with interleave = {interleave.value}"
-        c.report(
-            "MLM0420", message, schedule, "interleaved_1f1b has interleave = 2 or more, the others 1", c.others("interleave")
-        )
+    name: Any = schedule.value
+    if interleave is not None and not virtual_stages(name, c.pinned("interleave")):
+        message = f"schedule = {name} does not go with interleave = {interleave.value}"
+        help = "interleaved_1f1b has interleave = 2 or more, zb_v and dualpipe_v have 2, the others 1"
+        c.report("MLM0420", message, schedule, help, c.others("interleave"))
+    for other, legal in (("recompute", recomputes(name)), ("zero", zeros(name))):
+        pin = c.pins.get(other)
+        if pin is not None and pin.value not in legal:
+            message = f"schedule = {name} does not go with {other} = {pin.value}"
+            help = f"it takes backward passes apart: {other} is {' or '.join(map(str, legal))} there"
+            c.report("MLM0420", message, schedule, help, c.others(other))
 
 
 def _axes(c: _Checker) -> None:
@@ -256,7 +263,7 @@ def _leaves_a_value(c: _Checker, name: str, rules: list[Rule]) -> None:
 
 
 def _domain(c: _Checker, name: str) -> list[Any]:
-    words = {"schedule": ["gpipe", "1f1b", "interleaved_1f1b"], "recompute": ["none", "selective", "full"], "zero": [0, 1, 3]}
+    words: dict[str, list[Any]] = {"schedule": [*SCHEDULES], "recompute": [*RECOMPUTE], "zero": [0, 1, 3]}
     if name in words:
         return words[name]
     if name == "sequence_parallel":

@@ -109,6 +109,13 @@ class Kernels:
     def backward_seconds(self, work: Work) -> float:
         return max(self._backward(work), work.kernels_backward * self.device.launch_seconds)
 
+    def weight_seconds(self, work: Work) -> float:
+        """Of the backward pass what gradients of weights take, where it is taken apart: one of a matrix product's two, and of
+        what else has weights about half."""
+        if work.matmul is not None:
+            return self._product(work.flops_backward / 2, work.bytes_backward / 2, work.matmul[0])
+        return self._backward(work) / 2
+
     def busy_seconds(self, work: Work) -> float:
         """Forward and backward without the launches."""
         return self._forward(work) + self._backward(work)

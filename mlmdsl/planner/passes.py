@@ -52,6 +52,7 @@ class PassCost:
 
     forward_seconds: float
     backward_seconds: float
+    weight_seconds: float  # of backward_seconds those that go to gradients of weights
     tensor_forward_seconds: float
     tensor_backward_seconds: float
     again: tuple[Again, Again, Again]
@@ -93,6 +94,7 @@ class Passes:
         return PassCost(
             forward_seconds=sum(self.kernels.forward_seconds(work) for _, work in works),
             backward_seconds=sum(self.kernels.backward_seconds(work) for _, work in works),
+            weight_seconds=sum(self.kernels.weight_seconds(work) for node, work in works if node.weights),
             tensor_forward_seconds=self._moved(moves) + sum(self._inner_seconds(node) for node in region.nodes),
             tensor_backward_seconds=sum(self._seconds(move.step.backward, self.move_bytes(move)) for move in moves),
             again=again,

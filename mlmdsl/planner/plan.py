@@ -15,7 +15,7 @@ from mlmdsl.diagnostics import Diagnostic, PlanError
 from mlmdsl.grammar.spec import Frozen, Spec
 
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "recv", "split"]
-Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
+Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zb_v", "dualpipe_v"]
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -49,7 +49,7 @@ class PlanVariables(Frozen):
         if self.tensor > 1 and self.sequence_parallel:
             parts.append("sequence parallel")
         if self.pipeline > 1:
-            parts.append(self.schedule + (f" x {self.interleave}" if self.interleave > 1 else ""))
+            parts.append(self.schedule + (f" x {self.interleave}" if self.schedule == "interleaved_1f1b" else ""))
         if self.data > 1:
             parts.append(f"ZeRO {self.zero}")
         return ", ".join([*parts, f"micro-batch {self.micro_batch}", f"recompute {self.recompute}"])

@@ -6,7 +6,8 @@ Plain floats and tuples: a search asks tens of thousands of times.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -129,10 +130,12 @@ class Setting:
 
 
 class PartCost(NamedTuple):
-    """One virtual stage, one micro-batch: seconds without sends, bytes that stay."""
+    """One virtual stage, one micro-batch: seconds without sends, of the backward ones those of weights' gradients, bytes that
+    stay."""
 
     forward: float
     backward: float
+    weight: float
     bytes: memory.Passing
 
 
@@ -162,11 +165,12 @@ class Bench:
         """Forward and backward seconds: of a layer by kind, of the model's beginning and end."""
         chain = self.setting.chain
         regions = self._region_seconds(micro_batch, mode)
-        kinds = tuple(sum(sum(regions[i]) for i in kind) for kind in chain.kinds)
-        return kinds, sum(sum(regions[i]) for i in chain.first), sum(sum(regions[i]) for i in chain.last)
+        whole = [forward + backward for forward, backward, _ in regions]
+        kinds = tuple(sum(whole[i] for i in kind) for kind in chain.kinds)
+        return kinds, sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last)
 
-    def _region_seconds(self, micro_batch: int, mode: int) -> list[tuple[float, float]]:
-        """(forward, backward) of one pass, with what is recomputed in the backward pass."""
+    def _region_seconds(self, micro_batch: int, mode: int) -> list[tuple[float, float, float]]:
+        """(forward, backward, weights' share of it) of one pass, with what is recomputed in the backward pass."""
         return [
             (
                 cost.forward_seconds + cost.tensor_forward_seconds,
@@ -174,6 +178,7 @@ class Bench:
                 + cost.tensor_backward_seconds
                 + cost.again[mode].kernel_seconds
                 + cost.again[mode].tensor_seconds,
+                cost.weight_seconds,
             )
             for cost in self.passes(micro_batch).costs
         ]
@@ -187,9 +192,9 @@ class Bench:
 
     def _part(self, part: Part, micro_batch: int, mode: int, piped: bool) -> PartCost:
         chain, regions = self.setting.chain, self._region_seconds(micro_batch, mode)
-        forward = sum(count * regions[i][0] for i, count in chain.regions(part))
-        backward = sum(count * regions[i][1] for i, count in chain.regions(part))
-        return PartCost(forward, backward, memory.passing(self.passes(micro_batch), chain, part, mode, 2 if piped else 1))
+        forward, backward, weight = (sum(n * regions[i][k] for i, n in chain.regions(part)) for k in range(3))
+        passing = memory.passing(self.passes(micro_batch), chain, part, mode, 2 if piped else 1)
+        return PartCost(forward, backward, weight, passing)
 
     def state(self, parts: tuple[Part, ...], zero: int, data: int, piped: bool, several: bool) -> memory.State:
         """`several`: micro-batches in a step."""
@@ -220,7 +225,7 @@ class Place:
     bench: Bench
     pipeline: int
     data: int
-    _cuts: dict[tuple[int, ...], Cut] = field(default_factory=dict[tuple[int, ...], Cut])
+    _cuts: dict[tuple[object, ...], Cut] = field(default_factory=dict[tuple[object, ...], Cut])
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
 
     @cached_property
@@ -256,14 +261,17 @@ class Place:
     def micro_batches(self, micro_batch: int) -> int:
         return self.bench.setting.spec.train.batch // (self.data * micro_batch)
 
-    def cut(self, micro_batch: int, mode: int, interleave: int) -> Cut:
+    def cut(self, micro_batch: int, mode: int, kind: Schedule, interleave: int) -> Cut:
         kinds, first, last = self.bench.layer_seconds(micro_batch, mode)
-        return self.given(balance(self.bench.setting.chain, kinds, first, last, self.pipeline * interleave))
+        return self.given(balance(self.bench.setting.chain, kinds, first, last, self.pipeline * interleave), kind)
 
-    def given(self, stages: tuple[int, ...]) -> Cut:
-        found = self._cuts.get(stages)
+    def given(self, stages: tuple[int, ...], kind: Schedule = "1f1b") -> Cut:
+        key = (stages, kind in schedule.V_SHAPED)
+        found = self._cuts.get(key)
         if found is None:
-            found = self._cuts[stages] = cut_of(self.bench.setting.chain, stages, self.pipeline)
+            interleave = len(stages) // self.pipeline
+            placed = tuple(schedule.stages_of(kind, self.pipeline, interleave, rank) for rank in range(self.pipeline))
+            found = self._cuts[key] = cut_of(self.bench.setting.chain, stages, placed)
         return found
 
     # ---- memory -----------------------------------------------------------------------------------------------------
@@ -272,6 +280,10 @@ class Place:
         piped, m = self.pipeline > 1, self.micro_batches(c.micro_batch)
         stages = [self.bench.part(part, c.micro_batch, c.recompute, piped).bytes for part in parts]
         counts = schedule.in_flight(c.schedule, self.pipeline, c.interleave, m, rank)
+        if (
+            c.schedule in schedule.V_SHAPED
+        ):  # the gradients that wait for those of the weights are as large as what waits for them
+            counts = (counts[0] + 1, *counts[1:])
         return memory.held(stages, counts, m, self.bench.setting.device.kind)
 
     def held_bytes(self, c: Candidate) -> list[int]:
@@ -287,23 +299,32 @@ class Place:
 
     # ---- time -------------------------------------------------------------------------------------------------------
 
-    def runs(self, c: Candidate) -> list[tuple[int, float, float]]:
-        """Stages in a row that are alike: how many, forward and backward seconds with their sends."""
-        piped = self.pipeline > 1
-        found: list[tuple[int, float, float]] = []
-        for part, count in c.cut.runs:
-            cost = self.bench.part(part, c.micro_batch, c.recompute, piped)
-            forward = cost.forward + (0.0 if part.last else send_seconds(cost.bytes.sent, self.pipeline_group))
-            backward = cost.backward + (0.0 if part.first else send_seconds(cost.bytes.received, self.pipeline_group))
-            found.append((count, forward, backward))
-        return found
+    def runs(self, c: Candidate) -> schedule.Runs:
+        """Stages in a row that are alike: how many, forward and backward seconds with their sends, weights' gradients."""
+        if c.schedule in schedule.V_SHAPED:
+            return tuple((1, *self.stage_seconds(c, stage)) for stage in range(len(c.cut.stages)))
+        first = [sum(count for _, count in c.cut.runs[:i]) for i in range(len(c.cut.runs))]
+        return tuple((n, *self.stage_seconds(c, at)) for (_, n), at in zip(c.cut.runs, first, strict=True))
+
+    def stage_seconds(self, c: Candidate, stage: int) -> tuple[float, float, float]:
+        """Forward and backward seconds of a virtual stage with its sends, and those of weights' gradients."""
+        cost = self.bench.part(c.cut.parts[stage], c.micro_batch, c.recompute, self.pipeline > 1)
+        given, handed = self.crossings(c, stage)
+        onwards = send_seconds(cost.bytes.sent, self.pipeline_group) if handed else 0.0
+        back = send_seconds(cost.bytes.received, self.pipeline_group) if given else 0.0
+        return cost.forward + onwards, cost.backward + back, cost.weight
+
+    def crossings(self, c: Candidate, stage: int) -> tuple[bool, bool]:
+        """Whether a virtual stage is given its input by another rank, and hands its output to one."""
+        mesh = (c.schedule, self.pipeline, c.interleave)
+        return stage > 0 and schedule.hands_on(*mesh, stage - 1), schedule.hands_on(*mesh, stage)
 
     def times(self, c: Candidate, clock: schedule.Clock = schedule.pipeline_seconds) -> Times:
         """`clock`: what tells the time of all micro-batches through the pipeline; another one is a bound."""
         m = self.micro_batches(c.micro_batch)
-        exchange, runs = self.exchange(c), tuple(self.with_gathers(c, self.runs(c)))
+        exchange, runs = self.exchange(c), self.with_gathers(c, self.runs(c))
         passes = clock(c.schedule, runs, m, self.pipeline, c.interleave)
-        busy = m * sum(count * (f + b) for count, f, b in runs) / self.pipeline
+        busy = m * sum(count * (f + b) for count, f, b, _ in runs) / self.pipeline
         gathered, reduced = self._exposed(c, exchange, runs)
         summed = reduced + exchange.tied + exchange.partial
         total = passes + gathered + summed + exchange.optimizer + self.sync_seconds
@@ -314,18 +335,18 @@ class Place:
         """Whether collectives run beside kernels: on a CPU both want the same cores."""
         return self.bench.setting.device.kind != "cpu"
 
-    def with_gathers(self, c: Candidate, runs: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    def with_gathers(self, c: Candidate, runs: schedule.Runs) -> schedule.Runs:
         """ZeRO 3: weights are gathered for each forward and backward pass (under a pipeline torch leaves them gathered from a
         backward to the next forward pass) and, without a pipeline, gradients reduced after each."""
         if c.zero != 3 or self.data == 1:
-            return list(runs)
+            return runs
         e = self.exchange(c)
-        if self.pipeline > 1:
-            return [(n, f, max(b, e.gather) if self._overlaps else b + e.gather) for n, f, b in runs]
-        both = e.gather + e.reduce
-        return [(n, max(f, e.gather), max(b, both)) if self._overlaps else (n, f + e.gather, b + both) for n, f, b in runs]
+        ahead, behind = (0.0, e.gather) if self.pipeline > 1 else (e.gather, e.gather + e.reduce)
+        if self._overlaps:
+            return tuple((n, max(f, ahead), max(b, behind), w) for n, f, b, w in runs)
+        return tuple((n, f + ahead, b + behind, w) for n, f, b, w in runs)
 
-    def _exposed(self, c: Candidate, e: Exchange, runs: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
+    def _exposed(self, c: Candidate, e: Exchange, runs: schedule.Runs) -> tuple[float, float]:
         """(gathers, reductions) once a step that no computation hides: those of one unit at least. torch's pipeline stages
         reduce after their last backward pass."""
         if self.data == 1:
@@ -334,7 +355,7 @@ class Place:
             return 0.0, e.reduce
         if c.zero == 3 and self.pipeline == 1:
             return e.gather * e.unit, e.reduce * e.unit
-        forward, backward = min(f for _, f, _ in runs), min(b for _, _, b in runs)
+        forward, backward = min(f for _, f, _, _ in runs), min(b for _, _, b, _ in runs)
         gathered = max(e.gather - forward, e.gather * e.unit) if self._overlaps else e.gather
         if self.pipeline > 1 or not self._overlaps:
             return gathered, e.reduce
@@ -342,14 +363,14 @@ class Place:
 
     def exchange(self, c: Candidate) -> Exchange:
         """Of the rank that has most to exchange."""
-        key = (c.cut.stages, c.zero)
+        key = (c.cut.stages, c.zero, c.schedule in schedule.V_SHAPED)
         found = self._exchanges.get(key)
         if found is None:
-            each = [self._exchange(parts, c.zero) for _, parts in c.cut.ranks]
+            each = [self._exchange(c.cut, parts, c.zero) for _, parts in c.cut.ranks]
             found = self._exchanges[key] = Exchange(*(max(values) for values in zip(*each, strict=True)))
         return found
 
-    def _exchange(self, parts: tuple[Part, ...], zero: int) -> Exchange:
+    def _exchange(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> Exchange:
         setting, holdings, data = self.bench.setting, self.bench.holdings, self.data_group
         held = [holdings.of(part) for part in parts]
         elements, owned = sum(h.elements for h in held), sum(h.elements for h in held)
@@ -361,7 +382,7 @@ class Place:
             reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, data) for n, size in units if size)
             unit = max(size for _, size in units) / max(1, elements)
         partial = collective_seconds("all_reduce", 4 * self.partial_elements(parts, zero), self.bench.group)
-        tied = collective_seconds("all_reduce", 4 * self.tied_elements(parts, zero), self._pair)
+        tied = collective_seconds("all_reduce", 4 * self.tied_elements(cut, parts, zero), self._pair)
         optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * owned)
         return Exchange(gather, reduce, unit, tied, partial, optimizer)
 
@@ -369,13 +390,16 @@ class Place:
         """Local elements whose gradients the tensor axis still has to add up, as far as ZeRO leaves them here."""
         return sum(self.bench.holdings.partial(part, self.data if zero else 1) for part in parts)
 
-    def tied_elements(self, parts: tuple[Part, ...], zero: int) -> int:
+    def tied_elements(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> int:
         """Local elements of weights that other ranks of the pipeline hold too, as far as ZeRO leaves them here."""
-        if self.pipeline == 1:
+        shared = self.bench.setting.shared_weights
+        if self.pipeline == 1 or not shared:
             return 0
         holdings = self.bench.holdings
+        held = [{key for part in cut.held(rank) for key in holdings.of(part).keys} & shared for rank in range(self.pipeline)]
+        counted = Counter(key for keys in held for key in keys)
         mine = {key for part in parts for key in holdings.of(part).keys}
-        shapes = [holdings.local_shapes[key] for key in sorted(mine & self.bench.setting.shared_weights)]
+        shapes = [holdings.local_shapes[key] for key in sorted(mine & shared) if counted[key] > 1]
         return sum(-(-shape[0] // (self.data if zero else 1)) * prod(shape[1:]) for shape in shapes)
 
     @cached_property

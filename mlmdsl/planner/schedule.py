@@ -7,23 +7,74 @@ schedules do, so that its neighbour starts when the stage is done.
     1f1b: one forward, one backward after a warm-up (Narayanan et al. 2019, PipeDream)
     interleaved_1f1b: the same over several virtual stages per rank (Narayanan et al. 2021, arXiv:2104.04473, section 2.2),
         with torch's rounds for numbers of micro-batches that the pipeline does not divide
+    zb_v, dualpipe_v: zero_bubble.py
 """
 
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from itertools import product
-from typing import Protocol
+from itertools import accumulate, product
+from typing import Protocol, get_args
 
-from mlmdsl.planner.plan import Schedule
+from mlmdsl.planner import zero_bubble
+from mlmdsl.planner.plan import Recompute, Schedule
 
+V_SHAPED: tuple[Schedule, ...] = ("zb_v", "dualpipe_v")  # two stages on a rank: down over the ranks, and back
 _ROUNDS = 4  # of an interleaved schedule, after which rounds are alike
+_STEADY = 4  # micro-batches per rank of a V, after which one takes as long as the next
+
+
+# ---- stages and ranks -----------------------------------------------------------------------------------------------
+
+
+def pipeline_rank(schedule: Schedule, pipeline: int, stage: int) -> int:
+    """Where a virtual stage runs: round and round, or in a V."""
+    turn, place = divmod(stage, pipeline)
+    return pipeline - 1 - place if turn % 2 and schedule in V_SHAPED else place
+
+
+@cache
+def stages_of(schedule: Schedule, pipeline: int, interleave: int, rank: int) -> tuple[int, ...]:
+    """The virtual stages of a rank, in model order."""
+    return tuple(s for s in range(pipeline * interleave) if pipeline_rank(schedule, pipeline, s) == rank)
+
+
+def hands_on(schedule: Schedule, pipeline: int, interleave: int, stage: int) -> bool:
+    """Whether a stage sends what it makes to another rank."""
+    if stage + 1 == pipeline * interleave:
+        return False
+    return pipeline_rank(schedule, pipeline, stage) != pipeline_rank(schedule, pipeline, stage + 1)
+
+
+# ---- what torch can run ---------------------------------------------------------------------------------------------
+
+
+def virtual_stages(schedule: Schedule, interleave: int) -> bool:
+    """Whether the schedule has so many on each rank."""
+    if schedule in V_SHAPED:
+        return interleave == 2
+    return (interleave > 1) == (schedule == "interleaved_1f1b")
+
+
+def recomputes(schedule: Schedule) -> tuple[Recompute, ...]:
+    """Those that the schedule goes with. Where backward passes are taken apart, what is recomputed for the gradients of inputs
+    would be recomputed for those of weights, which torch's selective checkpointing refuses."""
+    return ("none",) if schedule in V_SHAPED else get_args(Recompute)
+
+
+def zeros(schedule: Schedule) -> tuple[int, ...]:
+    """Those that the schedule goes with. Where backward passes are taken apart, FSDP2 with ZeRO 3 lets go of the weights in
+    between: gradients came out wrong by their own size (torch 2.11 and 2.13)."""
+    return (0, 1) if schedule in V_SHAPED else (0, 1, 3)
 
 
 def executable(schedule: Schedule, pipeline: int, micro_batches: int) -> bool:
-    """torch's own conditions: Schedule1F1B wants as many micro-batches as stages; ScheduleInterleaved1F1B whole rounds."""
+    """torch's own conditions: Schedule1F1B wants as many micro-batches as stages, ScheduleDualPipeV as many as virtual ones;
+    ScheduleInterleaved1F1B whole rounds."""
     if schedule == "1f1b":
         return pipeline == 1 or micro_batches >= pipeline
+    if schedule == "dualpipe_v":
+        return micro_batches >= 2 * pipeline
     if schedule == "interleaved_1f1b":
         return micro_batches % rounds(pipeline, micro_batches) == 0
     return True
@@ -49,6 +100,8 @@ def in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches:
         return (micro_batches,)
     if schedule == "1f1b":
         return (min(micro_batches, pipeline - rank),)
+    if schedule in V_SHAPED:
+        return zero_bubble.in_flight(schedule, pipeline, min(micro_batches, _STEADY * pipeline), rank)
     each = micro_batches // rounds(pipeline, micro_batches)
     done = min(warm_up(pipeline, interleave, micro_batches, rank) + 1, micro_batches * interleave)
     whole, rest = divmod(done, each * interleave)
@@ -64,7 +117,8 @@ def warm_up(pipeline: int, interleave: int, micro_batches: int, rank: int) -> in
 
 # ---- closed forms ---------------------------------------------------------------------------------------------------
 
-Runs = tuple[tuple[int, float, float], ...]  # stages in a row that are alike: how many, forward seconds, backward seconds
+# Stages in a row that are alike: how many, forward seconds, backward seconds, and what of these goes to gradients of weights
+Runs = tuple[tuple[int, float, float, float], ...]
 
 
 class Clock(Protocol):
@@ -76,7 +130,9 @@ class Clock(Protocol):
 def pipeline_bound(schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int, interleave: int) -> float:
     """At least this much, quickly told."""
     if schedule == "interleaved_1f1b" and pipeline > 1:
-        return max(_busiest(runs, micro_batches, pipeline), sum(count * (f + b) for count, f, b in runs))
+        return max(_busiest(runs, micro_batches, pipeline), sum(count * (f + b) for count, f, b, _ in runs))
+    if schedule in V_SHAPED:
+        return max(_work(runs, micro_batches, pipeline), sum(count * (f + b - w) for count, f, b, w in runs))
     return pipeline_seconds(schedule, runs, micro_batches, pipeline, interleave)
 
 
@@ -84,12 +140,14 @@ def pipeline_seconds(schedule: Schedule, runs: Runs, micro_batches: int, pipelin
     """From the first forward to the last backward pass. Exact; of interleaved schedules of more than a few rounds within a
     twentieth, where stages are balanced."""
     if pipeline == 1:
-        return micro_batches * sum(count * (f + b) for count, f, b in runs)
+        return micro_batches * sum(count * (f + b) for count, f, b, _ in runs)
     if schedule == "gpipe":
-        total = sum(count * (f + b) for count, f, b in runs)
-        return total + (micro_batches - 1) * (max(f for _, f, _ in runs) + max(b for _, _, b in runs))
+        total = sum(count * (f + b) for count, f, b, _ in runs)
+        return total + (micro_batches - 1) * (max(f for _, f, _, _ in runs) + max(b for _, _, b, _ in runs))
     if schedule == "1f1b":
         return _one_forward_one_backward(runs, micro_batches, pipeline)
+    if schedule in V_SHAPED:
+        return _in_a_v(schedule, runs, micro_batches, pipeline)
     return _interleaved(runs, micro_batches, pipeline, interleave)
 
 
@@ -104,7 +162,7 @@ def _one_forward_one_backward(runs: Runs, micro_batches: int, pipeline: int) -> 
     All are linear within a run of like stages: its two ends suffice."""
     points: list[tuple[int, float, float, float, float]] = []  # stage, its c, the sum up to it, slowest forward and backward
     stage, before, slow_f, slow_b = 0, 0.0, 0.0, 0.0
-    for count, f, b in runs:
+    for count, f, b, _ in runs:
         slow_f, slow_b = max(slow_f, f), max(slow_b, b)
         for nth in (1, count) if count > 1 else (1,):
             points.append((stage + nth - 1, f + b, before + nth * (f + b), slow_f, slow_b))
@@ -127,7 +185,7 @@ def _interleaved(runs: Runs, micro_batches: int, pipeline: int, interleave: int)
         each = micro_batches // turns
         most, less = (_interleaved(runs, each * n, pipeline, interleave) for n in (_ROUNDS, _ROUNDS - 1))
         return max(most + (turns - _ROUNDS) * (most - less), _busiest(runs, micro_batches, pipeline))
-    seconds = [f for count, f, _ in runs for _ in range(count)] + [b for count, _, b in runs for _ in range(count)]
+    seconds = [f for n, f, _, _ in runs for _ in range(n)] + [b for n, _, b, _ in runs for _ in range(n)]
     ends = [0.0]
     for cost, one, other in _passes_in_order(pipeline, interleave, micro_batches):
         free, arrived = ends[one], ends[other]
@@ -137,8 +195,27 @@ def _interleaved(runs: Runs, micro_batches: int, pipeline: int, interleave: int)
 
 def _busiest(runs: Runs, micro_batches: int, pipeline: int) -> float:
     """Of the ranks the longest time from the step's beginning to its end: the way to it and from it, and its own work."""
-    costs = [f + b for count, f, b in runs for _ in range(count)]
+    costs = [f + b for count, f, b, _ in runs for _ in range(count)]
     return max(sum(costs[:rank]) + micro_batches * sum(costs[rank::pipeline]) for rank in range(pipeline))
+
+
+@lru_cache(maxsize=4096)
+def _in_a_v(schedule: Schedule, runs: Runs, micro_batches: int, pipeline: int) -> float:
+    """The longest way, pass by pass; after some micro-batches each takes as long as the last, or as a rank is busy with it."""
+    f, b, w = ([run[i] for run in runs for _ in range(run[0])] for i in (1, 2, 3))
+    few = min(micro_batches, _STEADY * pipeline)
+    found = zero_bubble.seconds(schedule, f, b, w, few, pipeline)
+    if micro_batches == few:
+        return found
+    one = found - zero_bubble.seconds(schedule, f, b, w, few - 1, pipeline)
+    return max(found + (micro_batches - few) * one, _work(runs, micro_batches, pipeline))
+
+
+def _work(runs: Runs, micro_batches: int, pipeline: int) -> float:
+    """What a rank of a V has to do after its first input has come down to it, at the most."""
+    costs = [f + b for count, f, b, _ in runs for _ in range(count)]
+    down = [0.0, *accumulate(f for count, f, _, _ in runs for _ in range(count))]
+    return max(down[rank] + micro_batches * (costs[rank] + costs[-1 - rank]) for rank in range(pipeline))
 
 
 @cache

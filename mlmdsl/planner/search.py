@@ -21,13 +21,13 @@ from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
 from mlmdsl.planner.rules import CompiledRule, compile_rule
-from mlmdsl.planner.schedule import cannot_run, executable, pipeline_bound
+from mlmdsl.planner.schedule import V_SHAPED, cannot_run, executable, pipeline_bound, recomputes, zeros
 from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.planner.stages import Cut
 
 _FAR = 1.25  # times the best plan's objective
 _TIMES = frozenset({"step_time", "bubble", "mfu", "cost"})  # facts that follow from times
-_PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b")  # simplest first
+_PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b", *V_SHAPED)  # simplest first
 
 
 class Group(NamedTuple):
@@ -83,7 +83,7 @@ def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
     space = Space(setting, {pin.variable: pin.value for pin in limits.pins}, outcome)
     judge = Judge(setting, limits.minimize, tuple(rule for rule in rules if rule.hard), outcome)
     for group in space.groups():
-        judge.price(group, space.zeros(group.place.data))
+        judge.price(group, space.zeros(group))
     outcome.found.sort(key=Found.order)
     return outcome
 
@@ -131,19 +131,28 @@ class Space:
                 yield from self._cuts(place, micro_batch, schedule, interleave)
 
     def _schedules(self, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
-        if pipeline == 1:
-            names: tuple[Schedule, ...] = ("gpipe",) if self.pins.get("schedule") == "gpipe" else ("1f1b",)
-            choices: list[tuple[Schedule, int]] = [(name, 1) for name in names]
-        else:
-            several = self.within("interleave", self._interleaves(pipeline))
-            choices = [("1f1b", 1), ("gpipe", 1), *(("interleaved_1f1b", v) for v in sorted(several))]
-        for schedule, interleave in choices:
+        for schedule, interleave in self._choices(pipeline):
             if not self.within("schedule", (schedule,)) or not self.within("interleave", (interleave,)):
+                continue
+            if not self.within("zero", zeros(schedule)):
                 continue
             if executable(schedule, pipeline, micro_batches):
                 yield schedule, interleave
             else:
                 self._reject("schedule", float(pipeline - micro_batches), cannot_run(schedule, pipeline, micro_batches))
+
+    def _choices(self, pipeline: int) -> Iterator[tuple[Schedule, int]]:
+        """Schedules with their virtual stages a rank, simplest first."""
+        if pipeline == 1:
+            yield ("gpipe" if self.pins.get("schedule") == "gpipe" else "1f1b"), 1
+            return
+        yield "1f1b", 1
+        yield "gpipe", 1
+        for interleave in sorted(self.within("interleave", self._interleaves(pipeline))):
+            yield "interleaved_1f1b", interleave
+        if 2 * pipeline <= self.setting.chain.count:
+            yield "zb_v", 2
+            yield "dualpipe_v", 2
 
     def _interleaves(self, pipeline: int) -> Iterable[int]:
         """Of degrees whose largest virtual stage has as many layers, the least: more stages send more, and gain little, where
@@ -155,19 +164,19 @@ class Space:
         return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
 
     def _cuts(self, place: Place, micro_batch: int, schedule: Schedule, interleave: int) -> Iterator[Group]:
-        modes = self.within("recompute", MODES if self.setting.chain.layers else MODES[:1])
+        modes = self.within("recompute", recomputes(schedule) if self.setting.chain.layers else MODES[:1])
         given = self.pins.get("stages")
         if given is not None and len(given) != place.pipeline * interleave:
             return
         for mode in map(MODES.index, modes):
-            cut = place.given(given) if given is not None else place.cut(micro_batch, mode, interleave)
+            cut = place.given(given, schedule) if given is not None else place.cut(micro_batch, mode, schedule, interleave)
             yield Group(place, micro_batch, mode, schedule, interleave, cut)
 
-    def zeros(self, data: int) -> tuple[int, ...]:
+    def zeros(self, group: Group) -> tuple[int, ...]:
         """Over one data rank ZeRO is nothing, unless asked for by name."""
-        if "zero" in self.pins:
-            return (self.pins["zero"],)
-        return (0, 1, 3) if data > 1 else (0,)
+        pinned = (self.pins["zero"],) if "zero" in self.pins else None
+        choices = pinned or ((0, 1, 3) if group.place.data > 1 else (0,))
+        return tuple(zero for zero in choices if zero in zeros(group.schedule))
 
     def _reject(self, reason: str, distance: float, words: str) -> None:
         self.outcome.candidates += 1

@@ -193,18 +193,24 @@ class Cut:
     """A distribution of layers over pipeline * interleave virtual stages, and its distinct parts.
 
     runs: (part, how many virtual stages in a row are alike); ranks: (rank, its parts) of the ranks whose memory can be the
-    largest: of ranks that run alike parts, the first, which holds the most micro-batches."""
+    largest: of ranks that run alike parts, the first, which holds the most micro-batches; placed: a rank's virtual
+    stages, by rank."""
 
     stages: tuple[int, ...]
     parts: tuple[Part, ...]
     runs: tuple[tuple[Part, int], ...]
     ranks: tuple[tuple[int, tuple[Part, ...]], ...]
+    placed: tuple[tuple[int, ...], ...]
+
+    def held(self, rank: int) -> tuple[Part, ...]:
+        """The parts of a rank, in model order."""
+        return tuple(self.parts[stage] for stage in self.placed[rank])
 
 
-def cut_of(chain: Chain, stages: tuple[int, ...], pipeline: int) -> Cut:
+def cut_of(chain: Chain, stages: tuple[int, ...], placed: tuple[tuple[int, ...], ...]) -> Cut:
     parts = parts_of(chain, stages)
     runs = tuple((part, sum(1 for _ in group)) for part, group in groupby(parts))
     ranks: dict[tuple[Part, ...], int] = {}
-    for rank in range(pipeline):
-        ranks.setdefault(parts[rank::pipeline], rank)
-    return Cut(stages, parts, runs, tuple((rank, held) for held, rank in ranks.items()))
+    for rank, mine in enumerate(placed):
+        ranks.setdefault(tuple(parts[stage] for stage in mine), rank)
+    return Cut(stages, parts, runs, tuple((rank, held) for held, rank in ranks.items()), placed)

@@ -22,9 +22,8 @@ def collectives(place: Place, c: Candidate) -> tuple[Collective, ...]:
     """By stage; calls that are alike in kind, axis, size and reason together."""
     found: list[Collective] = []
     for rank in range(place.pipeline):
-        parts = c.cut.parts[rank :: place.pipeline]
         counted: dict[tuple[CollectiveKind, Axis, int, str], int] = {}
-        for kind, axis, size, count, reason in _of_rank(place, c, parts):
+        for kind, axis, size, count, reason in _of_rank(place, c, rank):
             if count and place.mesh.size(axis) > 1:
                 key = (kind, axis, size, reason)
                 counted[key] = counted.get(key, 0) + count
@@ -35,12 +34,13 @@ def collectives(place: Place, c: Candidate) -> tuple[Collective, ...]:
     return tuple(found)
 
 
-def _of_rank(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Call]:
-    for part in parts:
-        yield from _over_tensor(place, c, part)
-        yield from _over_pipeline(place, c, part)
+def _of_rank(place: Place, c: Candidate, rank: int) -> Iterator[Call]:
+    for stage in c.cut.placed[rank]:
+        yield from _over_tensor(place, c, c.cut.parts[stage])
+        yield from _over_pipeline(place, c, stage)
+    parts = c.cut.held(rank)
     yield from _over_data(place, c, parts)
-    partial, tied = place.partial_elements(parts, c.zero), place.tied_elements(parts, c.zero)
+    partial, tied = place.partial_elements(parts, c.zero), place.tied_elements(c.cut, parts, c.zero)
     yield "all_reduce", "tensor", 4 * partial, int(partial > 0), "gradients that are partial sums"
     yield "all_reduce", "pipeline", 4 * tied, int(tied > 0), "gradients of tied weights"
     yield "all_reduce", "data", 8, 1, "valid tokens of the step"
@@ -70,13 +70,14 @@ def _over_tensor(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
                 )
 
 
-def _over_pipeline(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
-    cost = place.bench.part(part, c.micro_batch, c.recompute, place.pipeline > 1).bytes
+def _over_pipeline(place: Place, c: Candidate, stage: int) -> Iterator[Call]:
+    given, handed = place.crossings(c, stage)
+    cost = place.bench.part(c.cut.parts[stage], c.micro_batch, c.recompute, place.pipeline > 1).bytes
     m = place.micro_batches(c.micro_batch)
-    yield "recv", "pipeline", cost.received, 0 if part.first else m, "activations"
-    yield "send", "pipeline", cost.sent, 0 if part.last else m, "activations"
-    yield "recv", "pipeline", cost.sent, 0 if part.last else m, "gradients of activations"
-    yield "send", "pipeline", cost.received, 0 if part.first else m, "gradients of activations"
+    yield "recv", "pipeline", cost.received, m * given, "activations"
+    yield "send", "pipeline", cost.sent, m * handed, "activations"
+    yield "recv", "pipeline", cost.sent, m * handed, "gradients of activations"
+    yield "send", "pipeline", cost.received, m * given, "gradients of activations"
 
 
 def _over_data(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Call]:

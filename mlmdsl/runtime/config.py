@@ -12,19 +12,17 @@ QUERY_BLOCK = 256  # queries whose scores are in memory at one time where attent
 
 @dataclass(frozen=True)
 class Parallel:
-    """The plan's variables as executed. Ranks lie in the grid (pipeline, data, context, tensor), tensor
-    innermost.
+    """The plan's variables as executed. Ranks lie in the grid (pipeline, data, context, tensor), tensor innermost.
 
-    `stages` gives layers per virtual stage in model order, pipeline * interleave of them; virtual stage v runs on pipeline
-    rank v % pipeline. Ranks of data and context hold the same weights: zero 0: gradients all-reduced over them; 1: optimizer
-    state sharded; 3: weights sharded too (FSDP2)."""
+    `stages` gives layers per virtual stage in model order, pipeline * interleave of them. Ranks of data and context hold the
+    same weights: zero 0: gradients all-reduced over them; 1: optimizer state sharded; 3: weights sharded too (FSDP2)."""
 
     pipeline: int = 1
     data: int = 1
     context: int = 1
     tensor: int = 1
     interleave: int = 1
-    schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b
+    schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b, zb_v, dualpipe_v
     stages: tuple[int, ...] = (0,)
     zero: int = 0
     micro_batch: int = 1
@@ -33,6 +31,16 @@ class Parallel:
     @property
     def world_size(self) -> int:
         return self.pipeline * self.data * self.context * self.tensor
+
+    def pipeline_rank(self, stage: int) -> int:
+        """Where virtual stage `stage` runs: round and round, or in a V, whose second half comes back over the ranks (Qi et al.
+        2024, arXiv:2405.15362)."""
+        turn, place = divmod(stage, self.pipeline)
+        return self.pipeline - 1 - place if turn % 2 and self.schedule in ("zb_v", "dualpipe_v") else place
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The virtual stages of a pipeline rank, in model order."""
+        return tuple(stage for stage in range(len(self.stages)) if self.pipeline_rank(stage) == rank)
 
 
 @dataclass(frozen=True)

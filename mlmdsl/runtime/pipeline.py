@@ -13,7 +13,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
 
 from mlmdsl.runtime.config import Parallel, Training
 from mlmdsl.runtime.mesh import Mesh
@@ -22,7 +29,12 @@ from mlmdsl.runtime.state import State
 
 LossFunction = Callable[[Any, Tensor, Mesh], Tensor]
 
-_SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B}
+_SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+_SEVERAL = {  # virtual stages on each rank
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "zb_v": ScheduleZBVZeroBubble,
+    "dualpipe_v": ScheduleDualPipeV,
+}
 
 
 class Engine(Protocol):
@@ -94,7 +106,7 @@ class Pipelined:
         self.scale = 0.0
         values = boundaries(make, parallel, training, mesh)
         wrapped = [
-            PipelineStage(
+            _Stage(
                 module,
                 index,
                 len(parallel.stages),
@@ -105,9 +117,9 @@ class Pipelined:
             )
             for index, module in stages.items()
         ]
-        kind = _SCHEDULES[parallel.schedule]
         micro_batches = training.batch // parallel.data // parallel.micro_batch
-        held: Any = wrapped if kind is ScheduleInterleaved1F1B else wrapped[0]
+        held: Any = wrapped if parallel.schedule in _SEVERAL else wrapped[0]
+        kind = (_SEVERAL | _SINGLE)[parallel.schedule]
         self.schedule = kind(held, n_microbatches=micro_batches, loss_fn=self._scaled, scale_grads=False)
 
     def _scaled(self, output: Any, targets: Tensor) -> Tensor:
@@ -130,6 +142,28 @@ class Pipelined:
         losses: list[Tensor] | None = [] if self.last else None
         step(*inputs, target=targets if self.last else None, losses=losses, return_outputs=False, **keywords)
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=tokens.device)
+
+
+class _Stage(PipelineStage):
+    """torch's, mended where stages lie in a V: in an evaluation nothing is handed back between two stages of one rank (torch
+    asserts that gradients are there), neighbours are not greeted beforehand (torch 2.11 does so in an order that hangs on
+    gloo), and gradients of inputs, which have been handed on, are not kept beside the receive buffers."""
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **keywords)
+        for value in self.backward_state.get(bwd_chunk_id, ((),))[0]:
+            if isinstance(value, Tensor):
+                value.grad = None
+
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+        return []
 
 
 def keyword_inputs(module: nn.Module) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ class State(ABC):
         return {name: made[self._pipeline_ranks(stages)] for name, stages in self.plan.tied.items() if name in here}
 
     def _pipeline_ranks(self, stages: Sequence[int]) -> tuple[int, ...]:
-        return tuple(sorted({stage % self.parallel.pipeline for stage in stages}))
+        return tuple(sorted({self.parallel.pipeline_rank(stage) for stage in stages}))
 
     def _group_of(self, pipeline_ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """The group of these ranks of this rank's own pipeline, out of those that all pipelines make."""

@@ -77,14 +77,12 @@ class Trainer:
         self.parallel, self.training, self.mesh = parallel, training, mesh
         self.data, self.validation = data, validation
         self.done, self.tokens = 0, 0  # optimizer steps; valid tokens
-        mine = range(mesh.pipeline.rank, len(parallel.stages), parallel.pipeline)
-        stages = {index: on_meta(make, index, mesh) for index in mine}
+        stages = {index: on_meta(make, index, mesh) for index in parallel.stages_of(mesh.pipeline.rank)}
         self.state = make_state(stages, outline(make, parallel, mesh), parallel, training, mesh)
         self.engine = make_engine(stages, self.state, make, loss, parallel, training, mesh)
         rows = training.batch // parallel.data
         self.rows = (mesh.data.rank * rows, (mesh.data.rank + 1) * rows)
-        last = (len(parallel.stages) - 1) % parallel.pipeline
-        self.tells_loss = mesh.pipeline.rank == last and mesh.tensor.rank == 0
+        self.tells_loss = len(parallel.stages) - 1 in stages and mesh.tensor.rank == 0
 
     # ---- training ---------------------------------------------------------------------------------------------------
 

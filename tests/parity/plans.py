@@ -13,6 +13,7 @@ from itertools import count, product
 from typing import get_args
 
 from mlmdsl.planner.plan import PlanVariables, Recompute, Schedule
+from mlmdsl.planner.schedule import V_SHAPED, executable, recomputes, zeros
 from tests.parity.models import BATCH
 
 DEGREES = (1, 2, 4)
@@ -46,19 +47,18 @@ def lattice(model: str) -> Iterator[Case]:
     for tensor, pipeline, data in product(DEGREES, DEGREES, DEGREES):
         if tensor * pipeline * data > MAX_RANKS:
             continue
-        zeros = (0, 1, 3) if data > 1 else (0,)
         schedules: tuple[Schedule, ...] = SCHEDULES if pipeline > 1 else ("1f1b",)
-        for zero, schedule, recompute in product(zeros, schedules, RECOMPUTE):
-            yield _case(model, tensor, pipeline, data, zero, schedule, recompute, next(turn))
+        for zero, schedule, recompute in product((0, 1, 3) if data > 1 else (0,), schedules, RECOMPUTE):
+            if zero in zeros(schedule) and recompute in recomputes(schedule):
+                yield _case(model, tensor, pipeline, data, zero, schedule, recompute, next(turn))
 
 
 def _case(
     model: str, tensor: int, pipeline: int, data: int, zero: int, schedule: Schedule, recompute: Recompute, turn: int
 ) -> Case:
-    interleave = 2 if schedule == "interleaved_1f1b" else 1
+    interleave = 2 if schedule in ("interleaved_1f1b", *V_SHAPED) else 1
     rows = BATCH // data
-    least = pipeline if schedule == "1f1b" else 1  # micro-batches that the schedule needs
-    sizes = [size for size in (1, 2, 4, 8) if size <= rows and rows // size >= least]
+    sizes = [size for size in (1, 2, 4, 8) if size <= rows and executable(schedule, pipeline, rows // size)]
     variables = PlanVariables(
         tensor=tensor,
         sequence_parallel=tensor > 1 and turn % 3 != 0,
@@ -71,7 +71,7 @@ def _case(
         recompute=recompute,
         stages=stages(pipeline * interleave, uneven=turn % 2 == 0),
     )
-    illegal = "" if sizes else f"1f1b needs {pipeline} micro-batches, the {rows} rows of a data rank make {rows}"
+    illegal = "" if sizes else f"{schedule} over {pipeline} stages needs more micro-batches than the {rows} rows of a data rank"
     return Case(model, variables, illegal)
 
 

@@ -6,9 +6,12 @@ A dozen plans that between them have every degree, schedule, ZeRO stage and kind
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from mlmdsl.planner.plan import PlanVariables
+from mlmdsl.planner.schedule import V_SHAPED
 from tests.parity import reference
 from tests.parity.curve import SETTINGS, Synthetic, difference, train_curve
 from tests.parity.lattice import TOLERANCE, one_process, run
@@ -31,6 +34,8 @@ PLANS = (
     ("llama", dict(pipeline=2, data=2, zero=0, schedule="gpipe", micro_batch=1, stages=(1, 3))),
     ("llama", dict(pipeline=4, data=2, zero=1, micro_batch=1, stages=(2, 1, 1, 1))),
     ("llama", dict(data=2, zero=3, micro_batch=2, recompute="selective", stages=(4,))),
+    ("gpt", dict(pipeline=2, interleave=2, schedule="zb_v", tensor=2, data=2, zero=1, micro_batch=1, stages=(1, 1, 1, 1))),
+    ("llama", dict(pipeline=2, interleave=2, schedule="dualpipe_v", data=2, micro_batch=1, stages=(1, 1, 1, 1))),
 )
 CASES = tuple(Case(model, PlanVariables(**variables)) for model, variables in PLANS)
 
@@ -86,5 +91,6 @@ def test_the_lattice_covers_what_it_says():
             for recompute in ("none", "selective", "full")
             for schedule in ("gpipe", "1f1b", "interleaved_1f1b")
         }
+        assert {(v.zero, v.recompute, v.schedule) for v in legal} >= set(product((0, 1), ("none",), V_SHAPED))
         assert {len(set(v.stages)) > 1 for v in legal if v.pipeline > 1} == {True, False}
         assert {v.sequence_parallel for v in legal if v.tensor > 1} == {True, False}

@@ -86,8 +86,10 @@ def _on(place: Place, rows: int) -> Iterator[tuple[Place, Candidate]]:
         for schedule, interleave in _schedules(place, rows // micro_batch):
             for mode in range(3):
                 for zero in (0, 1, 3) if place.data > 1 else (0,):
+                    if schedule in ("zb_v", "dualpipe_v") and (mode or zero == 3):
+                        continue
                     sharding = place.bench.sharding
-                    cut = place.cut(micro_batch, mode, interleave)
+                    cut = place.cut(micro_batch, mode, schedule, interleave)
                     mesh = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
                     yield place, Candidate(*mesh, micro_batch, schedule, interleave, mode, zero, cut)
 
@@ -100,6 +102,10 @@ def _schedules(place: Place, m: int) -> Iterator[tuple[Schedule, int]]:
         yield "gpipe", 1
         if m < p or m % (m // p) == 0:
             yield from (("interleaved_1f1b", v) for v in range(2, layers // p + 1))
+        if layers >= 2 * p:
+            yield "zb_v", 2
+            if m >= 2 * p:
+                yield "dualpipe_v", 2
 
 
 def fits(place: Place, candidate: Candidate) -> bool:

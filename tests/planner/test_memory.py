@@ -151,6 +151,8 @@ PIPELINES: list[dict[str, Any]] = [
     {"pipeline": 2, "schedule": "gpipe", "recompute": "selective"},
     {"pipeline": 4, "schedule": "1f1b", "recompute": "full"},
     {"pipeline": 2, "schedule": "interleaved_1f1b", "interleave": 2},
+    {"pipeline": 2, "schedule": "zb_v"},
+    {"pipeline": 2, "schedule": "dualpipe_v"},
 ]
 
 

@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
+from mlmdsl.planner import schedule as schedules
+from mlmdsl.planner import zero_bubble
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.schedule import cannot_run, executable, in_flight, pipeline_bound, pipeline_seconds, rounds
+from mlmdsl.planner.schedule import Runs, cannot_run, executable, in_flight, pipeline_bound, pipeline_seconds, rounds
+from mlmdsl.runtime.config import Parallel
 from tests.planner.simulation import Action, actions, simulate
 
 Case = tuple[Schedule, int, int, int]  # schedule, pipeline, interleave, micro-batches
@@ -38,8 +42,8 @@ def closed(schedule: Schedule, forward: Sequence[float], backward: Sequence[floa
     return pipeline_seconds(schedule, each_alone(forward, backward), m, p, v)
 
 
-def each_alone(forward: Sequence[float], backward: Sequence[float]) -> tuple[tuple[int, float, float], ...]:
-    return tuple((1, f, b) for f, b in zip(forward, backward, strict=True))
+def each_alone(forward: Sequence[float], backward: Sequence[float], weight: Sequence[float] = ()) -> Runs:
+    return tuple((1, f, b, w) for f, b, w in zip(forward, backward, weight or [0.0] * len(forward), strict=True))
 
 
 # ---- the order ------------------------------------------------------------------------------------------------------
@@ -174,10 +178,10 @@ def test_many_rounds_of_interleaved_stages(data: st.DataObject) -> None:
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_alike_stages_may_be_given_together(data: st.DataObject) -> None:
-    runs = data.draw(st.lists(st.tuples(st.integers(1, 4), *(st.integers(1, 9).map(float),) * 2), min_size=1, max_size=4))
-    p = sum(count for count, _, _ in runs)
-    forward = [f for count, f, _ in runs for _ in range(count)]
-    backward = [b for count, _, b in runs for _ in range(count)]
+    runs = data.draw(st.lists(st.tuples(st.integers(1, 4), *(st.integers(1, 9).map(float),) * 3), min_size=1, max_size=4))
+    p = sum(count for count, *_ in runs)
+    forward = [f for count, f, _, _ in runs for _ in range(count)]
+    backward = [b for count, _, b, _ in runs for _ in range(count)]
     m = data.draw(st.integers(p, 3 * p))
     for schedule in ("gpipe", "1f1b"):
         assert pipeline_seconds(schedule, tuple(runs), m, p, 1) == pytest.approx(
@@ -189,3 +193,71 @@ def test_busy_ranks_and_their_bubble() -> None:
     timeline = simulate("1f1b", [1.0] * 4, [2.0] * 4, 8, 4, 1)
     assert timeline.seconds == (8 + 3) * 3.0
     assert [timeline.busy_seconds(rank) for rank in range(4)] == [24.0] * 4
+
+
+# ---- stages in a V --------------------------------------------------------------------------------------------------
+
+V_CASES = [(name, p, m) for name in schedules.V_SHAPED for p in (2, 3, 4, 5, 8) for m in range(1, 36) if executable(name, p, m)]
+
+
+TORCH: dict[object, zero_bubble.Kind] = {
+    torch_schedules.FORWARD: "F",
+    torch_schedules.BACKWARD_INPUT: "I",
+    torch_schedules.BACKWARD_WEIGHT: "W",
+    torch_schedules.FULL_BACKWARD: "B",
+}
+
+
+def torch_v_order(schedule: str, p: int, m: int, rank: int) -> list[zero_bubble.Pass]:
+    """Pairs of passes that torch would run at once one after the other, as it does run them."""
+    fake = SimpleNamespace(pp_group_size=p, _n_microbatches=m, num_stages=2 * p)
+    kind = torch_schedules.ScheduleZBVZeroBubble if schedule == "zb_v" else torch_schedules.ScheduleDualPipeV
+    each = (a for a in kind._calculate_single_rank_operations(fake, rank) if a is not None)
+    alone = [part for action in each for part in action.sub_actions or (action,)]
+    return [zero_bubble.Pass(TORCH[a.computation_type], a.stage_index, a.microbatch_index) for a in alone]
+
+
+def test_the_order_in_a_v_is_torchs() -> None:
+    for (schedule, p, m), rank in ((case, rank) for case in V_CASES for rank in range(case[1])):
+        assert list(zero_bubble.order(schedule, p, m, rank)) == torch_v_order(schedule, p, m, rank)
+
+
+def test_stages_and_ranks_as_torch_and_the_runtime_have_them() -> None:
+    for name, p in product(("interleaved_1f1b", *schedules.V_SHAPED), (2, 3, 4)):
+        mine = {s: schedules.pipeline_rank(name, p, s) for s in range(2 * p)}
+        style = "v" if name in schedules.V_SHAPED else "loop"
+        assert mine == generate_stage_to_rank_mapping(p, 2 * p, style=style)
+        parallel = Parallel(pipeline=p, interleave=2, schedule=name, stages=(1,) * (2 * p))
+        for rank in range(p):
+            assert schedules.stages_of(name, p, 2, rank) == parallel.stages_of(rank)
+    assert [schedules.hands_on("zb_v", 2, 2, stage) for stage in range(4)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("schedule", schedules.V_SHAPED)
+def test_equal_stages_in_a_v(schedule: Schedule) -> None:
+    """The paper's bubble: p - 1 passes of a stage, where forward, input and weight passes take alike."""
+    for _, p, m in (case for case in V_CASES if case[0] == schedule and case[2] >= 2 * case[1] - 1):
+        found = pipeline_seconds(schedule, each_alone([1.0] * 2 * p, [2.0] * 2 * p, [1.0] * 2 * p), m, p, 2)
+        assert found == pytest.approx(6 * m + p - 1)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_v_of_any_cost(data: st.DataObject) -> None:
+    """Not below the bound; like the whole schedule where it is long, within a twentieth."""
+    schedule, p, m = data.draw(st.sampled_from(V_CASES))
+    forward, inner, weight = (data.draw(st.lists(st.integers(1, 9).map(float), min_size=2 * p, max_size=2 * p)) for _ in "FIW")
+    backward = [i + w for i, w in zip(inner, weight, strict=True)]
+    runs = each_alone(forward, backward, weight)
+    found = pipeline_seconds(schedule, runs, m, p, 2)
+    assert pipeline_bound(schedule, runs, m, p, 2) <= found * (1 + 1e-12)
+    assert found == pytest.approx(zero_bubble.seconds(schedule, forward, backward, weight, m, p), rel=0.05)
+
+
+def test_held_in_a_v() -> None:
+    """2 p of the halves: as much as 1f1b holds of whole stages; DualPipeV one more (arXiv:2412.19437, table 2)."""
+    for (schedule, p, m), rank in ((case, rank) for case in V_CASES for rank in range(case[1])):
+        counts = in_flight(schedule, p, 2, m, rank)
+        if m >= 2 * p:
+            assert sum(counts) == 2 * p + (schedule == "dualpipe_v")
+        assert all(count <= m for count in counts)

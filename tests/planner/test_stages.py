@@ -148,14 +148,14 @@ def test_parts_hold_every_layer_once(sizes: list[int]) -> None:
 
 def test_alike_parts_are_one_object_and_stand_in_runs() -> None:
     made = chain((0, 12))
-    cut = cut_of(made, (2, 3, 3, 3, 1), 5)
+    cut = cut_of(made, (2, 3, 3, 3, 1), tuple((stage,) for stage in range(5)))
     assert cut.parts[1] is cut.parts[2] is cut.parts[3]
     assert [(part.layers, count) for part, count in cut.runs] == [((2,), 1), ((3,), 3), ((1,), 1)]
     assert [rank for rank, _ in cut.ranks] == [0, 1, 4]  # of alike ranks the first
 
 
 def test_ranks_of_an_interleaved_cut_hold_every_pipeline_th_part() -> None:
-    cut = cut_of(chain((0, 8)), (1, 1, 1, 1, 1, 1, 1, 1), 4)
+    cut = cut_of(chain((0, 8)), (1, 1, 1, 1, 1, 1, 1, 1), tuple((rank, rank + 4) for rank in range(4)))
     assert [rank for rank, _ in cut.ranks] == [0, 1, 3]
     first, middle, last = (held for _, held in cut.ranks)
     assert first == (cut.parts[0], cut.parts[4]) and middle == (cut.parts[1], cut.parts[5]) and last[1].last

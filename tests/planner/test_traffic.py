@@ -106,6 +106,8 @@ CASES = [
     ("gpt", dict(pipeline=2, schedule="1f1b")),
     ("llama", dict(pipeline=2, schedule="gpipe")),
     ("llama", dict(pipeline=2, schedule="interleaved_1f1b", interleave=2)),
+    ("gpt", dict(pipeline=2, schedule="zb_v")),
+    ("llama", dict(pipeline=2, schedule="dualpipe_v", data=2, zero=1, micro_batch=1)),
     ("gpt", dict(data=2, zero=0)),
     ("gpt", dict(data=2, zero=1)),
     ("gpt", dict(data=2, zero=3)),
