@@ -89,6 +89,15 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
         {"heads": 4, "kv_heads": 4, "head_dim": 16, "ff": 16, "experts": 8, "top_k": 3},
     ),
     "qwen3": ("qwen3_8b", {"heads": 4, "kv_heads": 4, "head_dim": 16, "ff": 64}),
+    "llama3p2": ("llama3p2_1b", {"heads": 8, "kv_heads": 4, "head_dim": 4, "ff": 64}),
+    "mistral": ("mistral_7b", {"heads": 8, "kv_heads": 4, "head_dim": 4, "ff": 64, "window": 5}),
+    "gemma": ("gemma_2b", {"heads": 8, "head_dim": 8, "ff": 64}),
+    "gemma2": ("gemma2_2b", {"d": 64, "heads": 8, "head_dim": 8, "ff": 128, "window": 5}),
+    "falcon": ("falcon_7b", {"heads": 8}),
+    "mpt": ("mpt_7b", {"heads": 4}),
+    "bloom": ("bloom_7b", {"heads": 4}),
+    "olmo": ("olmo_7b", {"heads": 4, "ff": 64}),
+    "qwen2": ("qwen2p5_7b", {"heads": 8, "ff": 64}),
 }
 
 
