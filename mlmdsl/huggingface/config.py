@@ -135,6 +135,11 @@ def _check_allowed(family: Family, fields: Mapping[str, Any]) -> None:
         for name in family.without
         if fields.get(name)
     ]
+    wrong += [
+        Diagnostic("MLM0804", f"{CONFIG} has {name} that are not {' and '.join(pattern)} in turn")
+        for name, pattern in family.pattern.items()
+        if any(kind != pattern[i % len(pattern)] for i, kind in enumerate(fields.get(name) or ()))
+    ]
     if wrong:
         raise RunError(wrong)
 
@@ -148,6 +153,7 @@ def _unknown_fields(family: Family, raw: Mapping[str, Any]) -> Iterator[Diagnost
         *family.defaults,
         *family.allowed,
         *family.without,
+        *family.pattern,
         *family.config,
         family.sequence,
         *aliases,
@@ -199,13 +205,22 @@ def recognised_as(family: Family, graph: Graph) -> Recognised | Difference:
             loose = match(family.graph(variant), graph, loosely=True)
             params = {**variant, **{name: _found(place, loose, graph) for name, place in family.model.items()}}
             reference = family.graph(params)
-            return Recognised(family, params, reference, match(reference, graph))
+            return Recognised(family, params, reference, _exactly(reference, graph))
         except Difference as difference:
             first = difference if first is None or difference.distance > first.distance else first
         except SpecError as problem:
             first = first or Difference(f"sizes that {family.name} cannot have: {problem.diagnostics[0].message}", None)
     assert first is not None
     return first
+
+
+def _exactly(reference: Graph, graph: Graph) -> Match:
+    """Of two whose operations agree: a difference in settings is a small one."""
+    try:
+        return match(reference, graph)
+    except Difference as difference:
+        difference.distance += len(graph.nodes)
+        raise
 
 
 def _not_of(family: Family, difference: Difference) -> Diagnostic:
@@ -222,7 +237,8 @@ def _found(place: Mapping[str, Any], loose: Match, graph: Graph) -> Any:
     """A param's value in a model."""
     if "repeat" in place:
         name = loose.regions[place["repeat"]]
-        return next(region.count for region in graph.regions if region.name == name and region.repeated)
+        count = next(region.count for region in graph.regions if region.name == name and region.repeated)
+        return count * int(place.get("times", 1))
     if "weight" in place:
         return graph.weights[loose.weights[place["weight"]]].shape[int(place["dim"])]
     node = graph.nodes[loose.nodes[place["node"]]]

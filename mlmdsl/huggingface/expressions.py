@@ -29,9 +29,12 @@ def evaluate(text: str, scope: Mapping[str, Any]) -> Any:
 
 
 def value_of(entry: Any, scope: Mapping[str, Any]) -> Any:
-    """An entry of a family file: a string is an expression, tables and lists hold entries, everything else is itself."""
+    """An entry of a family file: a string is an expression, tables and lists hold entries, everything else is itself. A table
+    with nothing but `integer` rounds what it holds."""
     if isinstance(entry, str):
         return evaluate(entry, scope)
+    if isinstance(entry, dict) and list(entry) == ["integer"]:  # pyright: ignore[reportUnknownArgumentType]
+        return round(value_of(entry["integer"], scope))  # pyright: ignore[reportUnknownArgumentType]
     if isinstance(entry, dict):
         return {key: value_of(part, scope) for key, part in entry.items()}  # pyright: ignore[reportUnknownVariableType]
     if isinstance(entry, list):

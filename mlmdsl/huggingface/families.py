@@ -17,7 +17,7 @@ from mlmdsl.huggingface.expressions import literal
 FOLDER = Path(__file__).resolve().parent / "families"
 _PARAM = re.compile(r"^param (\w+)(: \w+)? = (.+)$", re.M)
 
-Found = Mapping[str, Any]  # where a param is found in a model: {repeat}, {weight, dim} or {node, attribute | dim}
+Found = Mapping[str, Any]  # where a param is found in a model: {repeat, times}, {weight, dim} or {node, attribute | dim}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Family:
     defaults: Mapping[str, Any]
     allowed: Mapping[str, Sequence[Any]]
     without: tuple[str, ...]  # fields that must not be set
+    pattern: Mapping[str, Sequence[str]]  # lists with an entry for each layer, as often as there are layers
     params: Mapping[str, str]
     params_where: tuple[Mapping[str, str], ...]
     model: Mapping[str, Found]
@@ -128,6 +129,7 @@ def _family(path: Path) -> Family:
         defaults=raw.get("defaults", {}),
         allowed=raw.get("allowed", {}),
         without=tuple(raw.get("without", ())),
+        pattern=raw.get("pattern", {}),
         params=raw["params"],
         params_where=tuple(raw.get("params_where", ())),
         model=raw["model"],

@@ -47,7 +47,7 @@ def exchange(found: Recognised, model: Graph) -> Exchange:
         weights = [reference.weights[key] for key in keys]
         names = [model.weights[found.match.weights[key]] for key in keys]
         for index in range(reference.count_of(weights[0])):
-            for piece, name, shape in _lowered(layout, weights, {**scope, "i": index}):
+            for piece, name, shape in lowered(layout, weights, {**scope, "i": index}):
                 assert theirs.setdefault(name, shape) == shape, name
                 pieces.append(replace(piece, ours=names[keys.index(piece.ours)].instance(index)))
     assert mapped == set(reference.weights), f"{found.family.name}: no map for {set(reference.weights) - mapped}"
@@ -65,7 +65,7 @@ def _ignored(found: Recognised, reference: Graph) -> Iterator[str]:
 # ---- axes -----------------------------------------------------------------------------------------------------------
 
 
-def _lowered(layout: Layout, weights: Sequence[Weight], scope: Mapping[str, Any]) -> Iterator[tuple[Piece, str, Shape]]:
+def lowered(layout: Layout, weights: Sequence[Weight], scope: Mapping[str, Any]) -> Iterator[tuple[Piece, str, Shape]]:
     """Pieces of one pass, each with its name and shape of theirs; `ours` is the folded key still."""
     counted = {axis: int(value_of(entry, scope)) for axis, entry in layout.over.items()}
     parts = [int(value_of(part, scope)) for part in layout.parts]

@@ -98,21 +98,39 @@ class _Walk:
         self.same(one.initial, two.initial)
 
     def _inputs(self, one: Node, two: Node) -> None:
-        if one.op not in _COMMUTING or len(one.inputs) != 2:
-            for a, b in zip(one.inputs, two.inputs, strict=True):
-                self.same(a, b)
+        if one.op in _COMMUTING:
+            self._operands(self._flat(self.reference, one), self._flat(self.other, two), two)
             return
-        before = Match(dict(self.found.nodes), dict(self.found.weights), dict(self.found.regions))
-        try:
-            for a, b in zip(one.inputs, two.inputs, strict=True):
-                self.same(a, b)
-        except Difference as first:
-            self.found = before
+        for a, b in zip(one.inputs, two.inputs, strict=True):
+            self.same(a, b)
+
+    def _flat(self, graph: Graph, node: Node) -> list[str]:
+        """The operands of a sum of sums, or a product of products."""
+        found: list[str] = []
+        for path in node.inputs:
+            inner = graph.nodes[path]
+            nested = inner.op == node.op and graph.region_of[path] is graph.region_of[node.path]
+            found += self._flat(graph, inner) if nested else [path]
+        return found
+
+    def _operands(self, ones: list[str], twos: list[str], node: Node) -> None:
+        """The same operands in any order."""
+        if len(ones) != len(twos):
+            self._differ(f"has {len(twos)} operands instead of {len(ones)}", node.path)
+        if not ones:
+            return
+        furthest: Difference | None = None
+        for index, candidate in enumerate(twos):
+            before = Match(dict(self.found.nodes), dict(self.found.weights), dict(self.found.regions))
             try:
-                for a, b in zip(one.inputs, reversed(two.inputs), strict=True):
-                    self.same(a, b)
-            except Difference as second:
-                raise max(first, second, key=lambda d: d.distance) from None
+                self.same(ones[0], candidate)
+                self._operands(ones[1:], [*twos[:index], *twos[index + 1 :]], node)
+                return
+            except Difference as difference:
+                self.found = before
+                furthest = difference if furthest is None or difference.distance > furthest.distance else furthest
+        assert furthest is not None
+        raise furthest
 
     def _differ(self, message: str, path: str) -> None:
         raise Difference(f"{path} {message}", self.other.nodes[path], len(self.found.nodes))

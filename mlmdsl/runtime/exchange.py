@@ -12,7 +12,7 @@ import json
 import pickle
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -250,11 +250,13 @@ def _taken(stored: Stored, piece: Piece) -> torch.Tensor:
     return stored.box(piece.ours, *piece.ours_box())
 
 
-def blocks_of(pieces: Sequence[Piece], shape: tuple[int, ...], take: Any) -> Iterator[torch.Tensor]:
-    """A tensor of theirs, in blocks that follow one another in its file; whole where several of ours are woven into it. `take`
-    gives the box of ours that a piece is."""
+def blocks_of(
+    pieces: Sequence[Piece], shape: tuple[int, ...], take: Callable[[Piece], torch.Tensor], most: int = BLOCK_ELEMENTS
+) -> Iterator[torch.Tensor]:
+    """A tensor of theirs, in blocks of `most` elements that follow one another in its file; whole where several of ours are
+    woven into it. `take` gives the box of ours that a piece is."""
     if len(pieces) == 1:
-        for block in pieces[0].cut(BLOCK_ELEMENTS):
+        for block in pieces[0].cut(most):
             yield turned(block, take(block))
         return
     whole: torch.Tensor | None = None

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 
@@ -157,6 +158,27 @@ def test_trained_on_under_another_plan_and_exported(tmp_path: Path) -> None:
 
 def _one(folder: Path) -> Path:
     return sorted(folder.glob("*.safetensors"))[0]
+
+
+def test_an_imported_model_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its own tokenizer, greedily: what transformers' logits say."""
+    model = theirs(CASES["llama3.1"])
+    folder = saved(model, tmp_path / "theirs")
+    words = {f"w{i}": i for i in range(95)} | {"<|endoftext|>": 95}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    ids = [5, 17, 3, 40]
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    said = main(["generate", str(tmp_path / "run"), "--prompt", "w5 w17 w3 w40", "--tokens", "6", "--temperature", "0"])
+    assert said == 0 and 95 not in ids
+    written = capsys.readouterr().out.replace("w", " ").split()
+    assert [int(word) for word in written] == ids
 
 
 def test_an_imported_run_counts_from_zero_with_a_fresh_optimizer(tmp_path: Path) -> None:

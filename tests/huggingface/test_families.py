@@ -81,6 +81,18 @@ def _saved_gradients(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 def _described(model: Any) -> dict[str, Any]:
     """What a config says about the computation; dropout has no part in it."""
     fields = model.config.to_dict()
-    for name in ("_name_or_path", "dtype", "transformers_version", "architectures", "n_inner", "use_cache", "head_dim"):
+    for name in (
+        "_name_or_path",
+        "dtype",
+        "transformers_version",
+        "architectures",
+        "n_inner",
+        "use_cache",
+        "head_dim",
+        "hidden_activation",
+    ):
         fields.pop(name, None)
+    inner = fields.get("attn_config")
+    if inner:
+        inner.pop("dtype")
     return {name: value for name, value in fields.items() if "drop" not in name}

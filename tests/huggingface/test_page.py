@@ -17,10 +17,21 @@ PAGE = ROOT / "docs" / "huggingface.md"
 HEAD = "| family | model_type | class of transformers |\n| --- | --- | --- |\n"
 
 SHIPPED = {
+    "bloom_7b": "bloom",
+    "falcon_7b": "falcon",
+    "gemma2_27b": "gemma2",
+    "gemma_2b": "gemma",
     "gpt2_124m": "gpt2",
     "gpt3_175b": "gpt2",
     "llama2_70b": "llama",
+    "gpt_neox_20b": "gpt_neox",
     "llama3_405b": "llama",
+    "llama3p1_8b": "llama",
+    "llama3p2_1b": "llama",
+    "mistral_7b": "mistral",
+    "mpt_7b": "mpt",
+    "olmo_7b": "olmo",
+    "qwen2p5_7b": "qwen2",
     "olmo2_7b": "olmo2",
     "pythia_6p9b": "gpt_neox",
     "qwen3_0p6b": "qwen3",
