@@ -52,6 +52,20 @@ FUNCTIONS: Mapping[tuple[str | None, str | None], str] = {
 }
 
 
+AXES = {"tp": "mesh.tensor", "ep": "mesh.expert"}  # variables of programs
+
+
+def axes_in(lines: Iterable[str]) -> tuple[str, ...]:
+    """The axes that code mentions."""
+    text = list(lines)
+    return tuple(axis for axis in AXES if any(mentions(line, axis) for line in text))
+
+
+def own_axes(lines: Iterable[str]) -> list[str]:
+    """`tp = self.tp`, before a method's code that mentions the axis."""
+    return [f"{INDENT * 2}{axis} = self.{axis}" for axis in axes_in(lines)]
+
+
 @dataclass(frozen=True)
 class Sharded:
     """The graph with the plan's placements on the tensor axis."""
@@ -63,6 +77,10 @@ class Sharded:
     @property
     def axis(self) -> str | None:
         return "tp" if self.plan.tensor > 1 else None
+
+    @property
+    def expert(self) -> str | None:
+        return "ep" if self.plan.expert > 1 else None
 
     @cached_property
     def region_index(self) -> Mapping[str, int]:
@@ -260,6 +278,7 @@ class Passage:
                 strategy=self.sharded.strategy(node),
                 input_types=tuple(graph.nodes[value].type for value in node.inputs),
                 output_type=node.type,
+                expert=self.sharded.expert,
             )
         )
         return re.sub(r"(?<=[\d.]e-)0(?=\d)", "", text)  # 1e-05 -> 1e-5
@@ -389,33 +408,29 @@ class Layer:
             *self._init,
             "",
             self._head,
-            *([f"{INDENT * 2}tp = self.tp"] if self._uses_axis else []),
+            *own_axes(self._body),
             *self._body,
         ]
 
     @cached_property
-    def takes_axis(self) -> bool:
-        """Is the constructor given the tensor axis?"""
-        return any(mentions(line, "tp") for line in (*self._body, *self._weight_lines))
-
-    @property
-    def _uses_axis(self) -> bool:
-        return any(mentions(line, "tp") for line in self._body)
+    def taken(self) -> tuple[str, ...]:
+        """The axes that the constructor is given."""
+        return axes_in((*self._body, *self._weight_lines))
 
     @cached_property
     def _weight_lines(self) -> tuple[str, ...]:
-        weights = [(w.name, w, self.sharded.weight_placement(w)) for w in self.own]
+        weights = [(w.name, w, self.sharded.weight_placement(w), self.sharded.expert) for w in self.own]
         return tuple(line for _, line in declarations(weights, 2))
 
     @property
     def _init(self) -> list[str]:
-        if not self.takes_axis and not self._weight_lines:
+        if not self.taken and not self._weight_lines:
             return []
         return [
             "",
-            f"{INDENT}def __init__(self{', tp: Axis' if self.takes_axis else ''}):",
+            f"{INDENT}def __init__({', '.join(['self', *(f'{axis}: Axis' for axis in self.taken)])}):",
             f"{INDENT * 2}super().__init__()",
-            *([f"{INDENT * 2}self.tp = tp"] if self._uses_axis else []),
+            *(f"{INDENT * 2}self.{axis} = {axis}" for axis in axes_in(self._body)),
             *self._weight_lines,
         ]
 

@@ -19,7 +19,7 @@ from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.placement import REPLICATE
 from mlmdsl.planner.plan import Plan, PlanVariables
 
-OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "lo", "hi", "self", "mesh", "index", "block", "values"}) | {
+OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "ep", "lo", "hi", "self", "mesh", "index", "block", "values"}) | {
     "loss",
     "Stage",
     "PARALLEL",
@@ -113,6 +113,7 @@ def _parallel(plan: PlanVariables) -> Call:
         "data": plan.data,
         **({"context": plan.context} if plan.context > 1 else {}),
         "tensor": plan.tensor,
+        **({"expert": plan.expert} if plan.expert > 1 else {}),
         **({"interleave": plan.interleave} if plan.interleave > 1 else {}),
         **({"schedule": plan.schedule} if several else {}),
         "stages": plan.stages,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
-from mlmdsl.codegen.layers import Layer, Passage, Sharded
+from mlmdsl.codegen.layers import AXES, Layer, Passage, Sharded, axes_in, own_axes
 from mlmdsl.codegen.names import attribute, attribute_path, mentions, variable
 from mlmdsl.codegen.statements import Body, Key, Step, returning, slot, write
 from mlmdsl.codegen.text import INDENT, WIDTH
@@ -140,9 +140,8 @@ class StageModule:
             arguments = [next(iter(names)) if single else "*values", *keywords]
             comment = "the first stage is given " + ", ".join(f"{n}: {self._input_shape(n)}" for n in self._given_first)
         head = f"{INDENT}def forward({', '.join(['self', *arguments])}):"
-        axis = any(mentions(line, "tp") for line in body.lines)
-        lines = [f"{INDENT * 2}tp = self.tp"] if axis else []
-        return [f"{head}  # {comment}" if len(head) + len(comment) + 4 <= WIDTH else head, *lines, *body.lines]
+        head = f"{head}  # {comment}" if len(head) + len(comment) + 4 <= WIDTH else head
+        return [head, *own_axes(body.lines), *body.lines]
 
     @property
     def _given_first(self) -> tuple[str, ...]:
@@ -216,7 +215,7 @@ class StageModule:
         """The class."""
         forward = self.forward()
         made = list(self._made())
-        uses = {name: any(mentions(line, name) for line in (*forward, *made)) for name in ("tp", "self.lo", "self.hi")}
+        uses = {name: any(mentions(line, name) for line in (*forward, *made)) for name in ("self.lo", "self.hi")}
         own = [name for name in ("first", "last") if any(f"self.{name}" in line for line in (*forward, *made))]
         return [
             "class Stage(nn.Module):",
@@ -224,11 +223,7 @@ class StageModule:
             "",
             f"{INDENT}def __init__(self, index: int, mesh: Mesh):",
             f"{INDENT * 2}super().__init__()",
-            *(
-                [f"{INDENT * 2}{'self.tp = ' if uses['tp'] and self._forward_axis(forward) else ''}tp = mesh.tensor"]
-                if uses["tp"]
-                else []
-            ),
+            *self._axes(forward, made),
             *([f"{INDENT * 2}{', '.join(f'self.{n}' for n in own)} = {', '.join(_OWN[n] for n in own)}"] if own else []),
             *self._bounds(any(uses[n] for n in ("self.lo", "self.hi"))),
             *made,
@@ -236,8 +231,13 @@ class StageModule:
             *forward,
         ]
 
-    def _forward_axis(self, forward: Sequence[str]) -> bool:
-        return any(line.strip() == "tp = self.tp" for line in forward)
+    def _axes(self, forward: Sequence[str], made: Sequence[str]) -> list[str]:
+        """`self.tp = tp = mesh.tensor`, or without the attribute where the forward pass does not ask for it."""
+        kept = {axis for axis in AXES for line in forward if line.strip() == f"{axis} = self.{axis}"}
+        return [
+            f"{INDENT * 2}{f'self.{axis} = ' if axis in kept else ''}{axis} = {AXES[axis]}"
+            for axis in axes_in((*forward, *made))
+        ]
 
     def _bounds(self, kept: bool) -> list[str]:
         if not self.several:
@@ -296,7 +296,7 @@ class StageModule:
     def _scope(self, head: str) -> Iterable[tuple[str, str]]:
         """The declaration of one outermost scope; a weight used on several stages is declared on each of them."""
         weights = [w for key, w in self.sharded.graph.weights.items() if key in self._places and key.partition(".")[0] == head]
-        placed: list[Placed] = [(w.key, w, self.sharded.weight_placement(w)) for w in weights]
+        placed: list[Placed] = [(w.key, w, self.sharded.weight_placement(w), self.sharded.expert) for w in weights]
         places = {w.key: self._places[w.key] for w in weights}
         conditions = list(dict.fromkeys(c for found in places.values() for c in found))
         union = "" if () in places.values() else _any(conditions)
@@ -314,7 +314,7 @@ class StageModule:
 
     def _module_dict(self, region: int) -> str:
         layer, start, end = self.layers[region], self.starts[region], self.starts[region + 1]
-        made = f"{layer.class_name}({'tp' if layer.takes_axis else ''})"
+        made = f"{layer.class_name}({', '.join(layer.taken)})"
         lo = f"max(lo, {start})" if start else "lo"
         hi = f"min(hi, {end})" if end < self.starts[-1] else "hi"
         bounds = f"{lo}, {hi}" if self.several else str(end - start)

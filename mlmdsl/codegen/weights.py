@@ -9,17 +9,20 @@ from mlmdsl.codegen.text import Call, lay_out, literal
 from mlmdsl.graph.placement import WeightPlacement
 from mlmdsl.graph.tensor import Weight
 
-Placed = tuple[str, Weight, WeightPlacement]  # with the weight's name inside the module
+# With the weight's name inside the module, and the axis that shares out experts
+Placed = tuple[str, Weight, WeightPlacement, str | None]
 
 
-def declaration(weight: Weight, placement: WeightPlacement) -> Call:
-    """`weight((64, 64), normal(0.02), tp, shard=0)`."""
+def declaration(weight: Weight, placement: WeightPlacement, expert: str | None) -> Call:
+    """`weight((64, 64), normal(0.02), tp, shard=0)`; `expert` names the axis that shares out experts."""
     init = f"normal({weight.init.std:.6g})" if weight.init.kind == "normal" else weight.init.kind
     arguments = [("", literal(weight.shape)), ("", init)]
     if placement.dim is not None:
         arguments += [("", "tp"), ("shard", str(placement.dim))]
     elif placement.partial_gradient:
         arguments += [("", "tp"), ("partial", "True")]
+    if weight.expert and expert is not None:
+        arguments.append(("ep", expert))
     if weight.decay != (len(weight.shape) > 1):
         arguments.append(("decay", str(weight.decay)))
     return Call("weight", tuple(arguments))
@@ -44,21 +47,21 @@ def _tree(weights: Sequence[Placed]) -> Call:
 def _grouped(weights: Sequence[Placed]) -> dict[str, list[Placed]]:
     """By the first part of the name, the rest kept."""
     groups: dict[str, list[Placed]] = {}
-    for name, weight, placement in weights:
+    for name, weight, placement, expert in weights:
         head, _, rest = name.partition(".")
-        groups.setdefault(head, []).append((rest, weight, placement))
+        groups.setdefault(head, []).append((rest, weight, placement, expert))
     return groups
 
 
 def skeleton(weights: Sequence[Placed]) -> list[str]:
     """The scopes of the weights, empty still."""
     scopes = dict.fromkeys(
-        ".".join(parts[:length]) for name, _, _ in weights if (parts := name.split(".")) for length in range(1, len(parts))
+        ".".join(parts[:length]) for name, *_ in weights if (parts := name.split(".")) for length in range(1, len(parts))
     )
     return [f"self.{attribute_path(scope)} = Scope()" for scope in scopes]
 
 
 def late(weight: Placed) -> list[str]:
     """One weight put into a scope that exists."""
-    name, declared, placement = weight
-    return lay_out(f"self.{attribute_path(name)} = ", declaration(declared, placement), 0)
+    name, declared, placement, expert = weight
+    return lay_out(f"self.{attribute_path(name)} = ", declaration(declared, placement, expert), 0)

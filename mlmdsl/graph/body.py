@@ -432,6 +432,7 @@ class Body(Evaluator):
                 spec.shape,
                 spec.init,
                 spec.decay,
+                spec.expert,
             )
             self.state.weights[made.key] = made
             keys.append(made.key)

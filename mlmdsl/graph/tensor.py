@@ -59,6 +59,7 @@ class Weight:
     shape: tuple[int, ...]
     init: Init
     decay: bool = True  # weight decay applies: matrices yes, norms and biases no
+    expert: bool = False  # a stack of experts along dim 0, which the expert axis shares out
 
     @property
     def key(self) -> str:

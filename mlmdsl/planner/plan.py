@@ -50,6 +50,8 @@ class PlanVariables(Frozen):
             parts.append("sequence parallel")
         if self.pipeline > 1:
             parts.append(self.schedule + (f" x {self.interleave}" if self.schedule == "interleaved_1f1b" else ""))
+        if self.expert > 1:
+            parts.append(f"expert {self.expert}")
         if self.data > 1:
             parts.append(f"ZeRO {self.zero}")
         return ", ".join([*parts, f"micro-batch {self.micro_batch}", f"recompute {self.recompute}"])

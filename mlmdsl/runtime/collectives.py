@@ -18,7 +18,7 @@ operations, whose names are alike in torch 2.11 and 2.13. Sums in bfloat16 on th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,11 @@ def exchanged(x: Tensor, axis: Axis, source_dim: int, target_dim: int) -> Tensor
     sizes = [sent.size(0) // axis.size] * axis.size
     received = _ops.wait_tensor(_ops.all_to_all_single(sent, sizes, sizes, axis.group_name))
     return torch.cat(received.chunk(axis.size, 0), source_dim)
+
+
+def delivered(x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """Rows from every rank, in the order of ranks: `sent` of this rank's go to each, `received` come from each."""
+    return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), list(received), list(sent), axis.group_name))
 
 
 def _summable(x: Tensor) -> Tensor:
@@ -151,3 +156,8 @@ def all_to_all(x: Tensor, tp: Axis, source_dim: int, target_dim: int) -> Tensor:
     """A value cut along `source_dim`, cut along `target_dim` instead."""
     there, back = (source_dim, target_dim), (target_dim, source_dim)
     return _paired(x, tp, lambda x: exchanged(x, tp, *there), lambda grad: exchanged(grad, tp, *back))
+
+
+def deliver(x: Tensor, ep: Axis, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """Rows from every rank, `sent` and `received` of them; their gradients go back the same way."""
+    return _paired(x, ep, lambda x: delivered(x, ep, sent, received), lambda grad: delivered(grad, ep, received, sent))

@@ -15,12 +15,14 @@ class Parallel:
     """The plan's variables as executed. Ranks lie in the grid (pipeline, data, context, tensor), tensor innermost.
 
     `stages` gives layers per virtual stage in model order, pipeline * interleave of them. Ranks of data and context hold the
-    same weights: zero 0: gradients all-reduced over them; 1: optimizer state sharded; 3: weights sharded too (FSDP2)."""
+    same weights: zero 0: gradients all-reduced over them; 1: optimizer state sharded; 3: weights sharded too (FSDP2); but of
+    experts `expert` neighbours among them hold one set together."""
 
     pipeline: int = 1
     data: int = 1
     context: int = 1
     tensor: int = 1
+    expert: int = 1
     interleave: int = 1
     schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b, zb_v, dualpipe_v
     stages: tuple[int, ...] = (0,)

@@ -3,10 +3,12 @@
 A routing is one tensor of integers, [3, R + E]:
 
     row 0    R: which (token, slot) = token * k + slot each row is, sorted by expert; then E: rows of each expert
-    row 1    R: at which row each (token, slot) is; then E zeros
+    row 1    R: at which row each (token, slot) is; then E: rows that come from each rank of the expert axis for each of this
+             rank's experts, rank by rank
     row 2    R: the expert of each row, E where it goes nowhere, which sorts last; then E zeros
 
-Rows that go nowhere (a token with fewer gates than k) are zero. Everything is sorted stably, and gradients are gathered, never
+Rows that go nowhere (a token with fewer gates than k) are zero. With an expert axis rows travel to the ranks that have their
+experts and back, as many as there are: nothing is padded. Everything is sorted stably, and gradients are gathered, never
 scattered, so that results repeat on every device.
 """
 
@@ -17,6 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mlmdsl.runtime.collectives import deliver, delivered
+from mlmdsl.runtime.mesh import Axis
 
 
 def top_k(
@@ -52,7 +57,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def route(gates: Tensor, k: int) -> Tensor:
+def route(gates: Tensor, k: int, ep: Axis | None = None) -> Tensor:
     """Gates [B, S, E], zero but for the experts of each token -> the routing, [3, R + E]."""
     experts = gates.size(-1)
     closed = gates.flatten(0, -2) == 0
@@ -61,19 +66,65 @@ def route(gates: Tensor, k: int) -> Tensor:
     ordered, order = expert.sort(stable=True)
     ends = torch.searchsorted(ordered, torch.arange(experts + 1, device=gates.device))
     none = torch.zeros(experts, dtype=torch.int64, device=gates.device)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=gates.device))
-    rows = (torch.cat((order, ends.diff())), torch.cat((inverse, none)), torch.cat((ordered, none)))
+    counts = ends.diff()
+    coming = counts
+    if ep is not None and not gates.is_meta:
+        coming = delivered(counts, ep, *[[experts // ep.size] * ep.size] * 2)
+    rows = (torch.cat((order, counts)), torch.cat((_inverse(order), coming)), torch.cat((ordered, none)))
     return torch.stack(rows)
 
 
-def dispatch(x: Tensor, routing: Tensor, k: int) -> Tensor:
-    """Tokens [B, S, d] -> rows [R, d], sorted by expert."""
-    return _Dispatched.apply(x, routing[:, : x[..., 0].numel() * k], k)
+def dispatch(x: Tensor, routing: Tensor, k: int, ep: Axis | None = None) -> Tensor:
+    """Tokens [B, S, d] -> rows [R, d], sorted by expert; on an expert axis those of all its ranks for this rank's experts."""
+    count = x[..., 0].numel() * k
+    rows = _Dispatched.apply(x, routing[:, :count], k)
+    if ep is None or rows.is_meta:
+        return rows
+    journey = _Journey(routing[:, count:], ep)
+    arrived = deliver(rows[: sum(journey.sent)], ep, journey.sent, journey.received)
+    return _Permuted.apply(arrived, *journey.sorting)
 
 
-def combine(rows: Tensor, gates: Tensor, routing: Tensor) -> Tensor:
+def combine(rows: Tensor, gates: Tensor, routing: Tensor, ep: Axis | None = None) -> Tensor:
     """Rows [R, d] -> tokens [B, S, d]: each token's rows, weighted by its gates [B, S, E]."""
-    return _Combined.apply(rows, gates, routing[:, : rows.size(0)])
+    count = routing.size(1) - gates.size(-1)
+    if ep is not None and not rows.is_meta:
+        journey = _Journey(routing[:, count:], ep)
+        order, inverse = journey.sorting
+        back = deliver(_Permuted.apply(rows, inverse, order), ep, journey.received, journey.sent)
+        rows = F.pad(back, (0, 0, 0, count - back.size(0)))
+    return _Combined.apply(rows, gates, routing[:, :count])
+
+
+class _Journey:
+    """Of rows over the expert axis: how many this rank sends to and receives from each, and how what arrives, rank by rank, is
+    sorted by this rank's experts, with the way back."""
+
+    def __init__(self, counts: Tensor, ep: Axis):
+        coming = counts[1].view(ep.size, -1)
+        self.sent: list[int] = counts[0].view(ep.size, -1).sum(1).tolist()
+        self.received: list[int] = coming.sum(1).tolist()
+        expert = torch.arange(coming.size(1), device=counts.device).repeat(ep.size)
+        order = expert.repeat_interleave(coming.flatten(), output_size=sum(self.received)).argsort(stable=True)
+        self.sorting = order, _inverse(order)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order; `inverse` is the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
 
 
 class _Dispatched(torch.autograd.Function):
@@ -125,12 +176,15 @@ def _by_slot(gates: Tensor, routing: Tensor) -> tuple[Tensor, Tensor]:
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, routing: Tensor) -> Tensor:
-    """Rows [R, d] sorted by expert, each expert's times its own matrix: weight [E, out, d] -> [R, out].
+def grouped_linear(rows: Tensor, weight: Tensor, routing: Tensor, ep: Axis | None = None) -> Tensor:
+    """Rows [R, d] sorted by expert, each expert's times its own matrix: weight [E, out, d] -> [R, out]; on an expert axis this
+    rank's experts, in order.
 
     Rows that go nowhere give zero. One kernel for all experts where torch has a fast one (bfloat16 on CUDA), elsewhere one
     product per expert."""
-    counts = routing[0, rows.size(0) :]
+    ranks = 1 if ep is None else ep.size
+    tail = routing[:, routing.size(1) - ranks * weight.size(0) :]
+    counts = tail[0] if ep is None else tail[1].view(ranks, -1).sum(0)
     if rows.is_cuda and rows.dtype is torch.bfloat16:
         ends = counts.cumsum(0)
         y = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends.to(torch.int32))

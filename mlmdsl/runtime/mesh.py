@@ -33,7 +33,8 @@ class Axis:
 class Mesh:
     """`devices` names its axes (pipeline, tensor, replicas), the replicas being the ranks of data and context, which hold the
     same weights: FSDP cuts what the tensor axis has cut already, so a DTensor on (tensor, replicas) describes a weight in a
-    checkpoint. None in a single process."""
+    checkpoint. None in a single process. `sharers` has the same ranks with the axes (pipeline, tensor, copies, expert): the
+    replicas in groups of neighbours that share one set of experts; None where every rank has all of them."""
 
     tensor: Axis
     data: Axis
@@ -41,6 +42,8 @@ class Mesh:
     device: torch.device
     devices: DeviceMesh | None = field(default=None, compare=False)
     context: Axis = Axis("context", zigzag=True)
+    expert: Axis = Axis("expert")
+    sharers: DeviceMesh | None = field(default=None, compare=False)
 
     @property
     def replicas(self) -> Axis:
@@ -74,6 +77,12 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
     def axis(name: str, size: int) -> Axis:
         return Axis(name, size, devices.get_local_rank(name), devices.get_group(name).group_name)
 
+    sharers, expert = None, Axis("expert")
+    if parallel.expert > 1:
+        names = ("pipeline", "tensor", "copies", "expert")
+        shared = ranks.permute(0, 2, 1).unflatten(-1, (-1, parallel.expert))
+        sharers = DeviceMesh(device.type, shared.tolist(), mesh_dim_names=names)
+        expert = Axis("expert", parallel.expert, sharers.get_local_rank("expert"), sharers.get_group("expert").group_name)
     data, context = divmod(devices.get_local_rank("replicas"), parallel.context)
     return Mesh(
         tensor=axis("tensor", parallel.tensor),
@@ -82,6 +91,8 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
         device=device,
         devices=devices,
         context=Axis("context", parallel.context, context, _context_group(parallel), zigzag=True),
+        expert=expert,
+        sharers=sharers,
     )
 
 

@@ -32,13 +32,15 @@ StageClass = Callable[[int, Mesh], nn.Module]
 @dataclass(frozen=True)
 class WeightInfo:
     """`shape` is the whole weight's; `shard` the dim cut over the tensor axis, None where every rank has all of it; `partial`
-    says that each rank's gradient is a partial sum over the tensor axis; `decay` that weight decay applies."""
+    says that each rank's gradient is a partial sum over the tensor axis; `decay` that weight decay applies; `expert` that dim 0
+    is cut over the expert axis."""
 
     shape: tuple[int, ...]
     init: Init
     shard: int | None
     partial: bool
     decay: bool
+    expert: bool = False
 
 
 class Weight(nn.Parameter):
@@ -55,15 +57,19 @@ def weight(
     shard: int | None = None,
     partial: bool = False,
     decay: bool | None = None,
+    ep: Axis | None = None,
 ) -> nn.Parameter:
     """This rank's part of a weight of `shape`, cut along dim `shard` over the axis. Values come later (`initial.fill`).
 
-    decay None: matrices yes, vectors no."""
+    decay None: matrices yes, vectors no. ep: a stack of experts, which this axis shares out."""
     size = 1 if tp is None else tp.size
     local = list(shape)
     if shard is not None:
         assert local[shard] % size == 0, f"{tuple(shape)} cannot be cut along dim {shard} over {size} ranks"
         local[shard] //= size
+    if ep is not None:
+        assert local[0] % ep.size == 0, f"{shape[0]} experts cannot be shared out over {ep.size} ranks"
+        local[0] //= ep.size
     parameter = Weight(torch.empty(local))
     parameter.info = WeightInfo(
         shape=tuple(shape),
@@ -71,6 +77,7 @@ def weight(
         shard=shard if size > 1 else None,
         partial=partial and size > 1,
         decay=len(shape) > 1 if decay is None else decay,
+        expert=ep is not None and ep.size > 1,
     )
     return parameter
 
@@ -107,16 +114,18 @@ def on_meta(make: StageClass, index: int, mesh: Mesh) -> nn.Module:
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
-def wrap_sharded(stage: nn.Module, parallel: Parallel, replicas: DeviceMesh, precision: str) -> None:
-    """ZeRO 1 and 3: every layer a unit of its own, what stands around the layers another.
+def wrap_sharded(
+    stage: nn.Module, parallel: Parallel, replicas: DeviceMesh, precision: str, ignored: set[nn.Parameter]
+) -> None:
+    """ZeRO 1 and 3: every layer a unit of its own, what stands around the layers another; `ignored` stay as they are.
 
     With ZeRO 3 a layer's weights are let go after its forward pass and gathered again for its backward pass; the outer unit's
     backward pass follows its forward pass at once, so it keeps them. Gradients are summed, never averaged: the loss is divided
     by the count of valid tokens beforehand. set_gradient_divide_factor(1.0) alone still premultiplies, which gloo refuses."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else None
-    settings: dict[str, Any] = {"mesh": replicas} | ({"mp_policy": policy} if policy else {})
+    settings: dict[str, Any] = {"mesh": replicas, "ignored_params": ignored} | ({"mp_policy": policy} if policy else {})
     for layer in layers(stage):
-        if any(True for _ in layer.parameters()):
+        if any(parameter not in ignored for parameter in layer.parameters()):
             fully_shard(layer, reshard_after_forward=parallel.zero == 3, **settings)
     fully_shard(stage, reshard_after_forward=False, **settings)
     for unit in sharded_units(stage):
@@ -184,12 +193,16 @@ class Place:
 
 
 def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
-    """`sharded`: FSDP2 cuts dim 0 over the replicas, in chunks of ceil(rows / ranks)."""
+    """`sharded`: FSDP2 cuts dim 0 over the replicas, in chunks of ceil(rows / ranks), of all but experts that are shared
+    out."""
     local, offsets = list(info.shape), [0] * len(info.shape)
     if info.shard is not None:
         local[info.shard] //= mesh.tensor.size
         offsets[info.shard] = mesh.tensor.rank * local[info.shard]
-    if sharded:
+    if info.expert:
+        local[0] //= mesh.expert.size
+        offsets[0] += mesh.expert.rank * local[0]
+    elif sharded:
         rows = local[0]
         chunk = -(-rows // mesh.replicas.size)
         low = min(rows, mesh.replicas.rank * chunk)

@@ -6,7 +6,7 @@ Two ways to hold weights over the replicas (the ranks of data and context), one 
                           all_reduce over the replicas, and one over tensor for the part in front (partial gradients). In bf16
                           the weights that compute are bfloat16, with float32 masters and gradients.
     Sharded (ZeRO 1, 3)   FSDP2: float32 shards along dim 0, cast to bf16 for computing where asked; gradients reduce-scattered
-                          in float32.
+                          in float32. Experts that the expert axis shares out are held as by ZeRO 0.
 
 `Held.master` is this rank's float32 part, which the optimizer steps and checkpoints store. A weight that several stages hold
 (tied embeddings) has one Held on each; all start alike, their gradients are summed over the holders, so they stay alike.
@@ -79,7 +79,7 @@ class State(ABC):
     def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
         self.plan, self.parallel, self.training, self.mesh = plan, parallel, training, mesh
         self.held = [held for stage, module in stages.items() for held in self._made_real(stage, module)]
-        self.held.sort(key=lambda held: (not held.info.partial, held.stage, held.name))  # partial gradients in front
+        self.held.sort(key=lambda held: (_place_in_flat(held.info), held.stage, held.name))
         for held in self.held:
             self._fill(held)
         self.optimizer = Optimizer(training.optimizer, [h.master for h in self.held], [h.info.decay for h in self.held])
@@ -177,10 +177,15 @@ class State(ABC):
         shares = torch.tensor([1.0 / self._copies(held) for held in self.held], dtype=torch.float64)
         return float((squares * shares).sum())
 
+    @property
+    def _replicas(self) -> int:
+        """Ranks with the same elements of what is not shared out."""
+        return 1 if self.sharded else self.mesh.replicas.size
+
     def _copies(self, held: Held) -> int:
         """How many ranks (or stages of one rank) have the same elements."""
         tensor = 1 if held.info.shard is not None else self.mesh.tensor.size
-        replicas = 1 if self.sharded else self.mesh.replicas.size
+        replicas = self.mesh.replicas.size // self.mesh.expert.size if held.info.expert else self._replicas
         return tensor * replicas * len(self.plan.holders[held.name])
 
     @torch.no_grad()
@@ -233,41 +238,39 @@ class State(ABC):
     def _as_global(self, held: Held, part: Tensor) -> Tensor:
         if self.mesh.devices is None:
             return part.detach()
-        placements = (
-            Replicate() if held.info.shard is None else Shard(held.info.shard),
-            Shard(0) if self.sharded else Replicate(),
-        )
+        over_tensor = Replicate() if held.info.shard is None else Shard(held.info.shard)
+        placements = (over_tensor, Shard(0) if self.sharded else Replicate())
+        mesh = self.mesh.devices["tensor", "replicas"]
+        if held.info.expert:
+            assert self.mesh.sharers is not None
+            placements, mesh = (over_tensor, Replicate(), Shard(0)), self.mesh.sharers["tensor", "copies", "expert"]
         shape = torch.Size(held.info.shape)
         strides = torch.empty(shape, device="meta").stride()
-        mesh = self.mesh.devices["tensor", "replicas"]
         return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=shape, stride=strides)
 
 
-class Replicated(State):
-    sharded = False
+def _place_in_flat(info: WeightInfo) -> int:
+    """Partial gradients lie together, and those of experts that are shared out, at the end."""
+    return (2 if info.partial else 3) if info.expert else (1 if info.partial else 0)
 
-    def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
-        super().__init__(stages, plan, parallel, training, mesh)
-        sizes = [held.master.numel() for held in self.held]
-        self.flat = torch.zeros(sum(sizes), device=mesh.device)
-        self.partial = self.flat[: sum(size for size, held in zip(sizes, self.held, strict=True) if held.info.partial)]
-        self._gradients = [part.view(held.master.shape) for part, held in zip(self.flat.split(sizes), self.held, strict=True)]
-        self.publish()
-        for held, gradient in zip(self.held, self._gradients, strict=True):
-            if held.parameter.dtype == torch.float32:
-                held.parameter.grad = gradient  # the backward pass adds to it in place
-            else:
-                held.parameter.register_post_accumulate_grad_hook(_adding_to(gradient))
 
-    def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
-        bf16 = self.training.precision == "bf16"
-        for path, info in weights_of(module).items():
-            owner_path, _, attribute = path.rpartition(".")
-            shape = place(info, self.mesh, sharded=False).shape
-            master = torch.empty(shape, device=self.mesh.device)
-            parameter = nn.Parameter(torch.empty_like(master, dtype=torch.bfloat16) if bf16 else master)
-            setattr(module.get_submodule(owner_path), attribute, parameter)
-            yield Held(public_name(path), stage, info, parameter, parameter.data if not bf16 else master)
+class Flat:
+    """Weights that are whole on this rank, and their gradients in one float32 buffer: in front those that all replicas add up,
+    then those of experts."""
+
+    def __init__(self, held: Sequence[Held], mesh: Mesh):
+        self.held, self.mesh = held, mesh
+        sizes = [h.master.numel() for h in held]
+        bounds = [sum(n for n, h in zip(sizes, held, strict=True) if _place_in_flat(h.info) < end) for end in range(5)]
+        self.buffer = torch.zeros(sum(sizes), device=mesh.device)
+        self.common, self.partial, self.experts = (
+            self.buffer[low:high] for low, high in ((0, bounds[2]), (bounds[1], bounds[3]), (bounds[2], bounds[4]))
+        )
+        self.gradients = [part.view(h.master.shape) for part, h in zip(self.buffer.split(sizes), held, strict=True)]
+        for h, gradient in zip(held, self.gradients, strict=True):
+            h.parameter.register_post_accumulate_grad_hook(_adding_to(gradient))
+            if h.parameter.dtype == torch.float32:
+                h.parameter.grad = gradient  # the backward pass adds to it in place
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -275,33 +278,66 @@ class Replicated(State):
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
+    def sum_replicas(self) -> None:
+        if self.common.numel() and self.mesh.replicas.size > 1:
+            dist.all_reduce(self.common, group=self.mesh.group("replicas"))
+        if self.experts.numel() and self.mesh.replicas.size > self.mesh.expert.size:
+            assert self.mesh.sharers is not None
+            dist.all_reduce(self.experts, group=self.mesh.sharers.get_group("copies"))
+
+
+def _made_whole(stage: int, module: nn.Module, path: str, info: WeightInfo, mesh: Mesh, precision: str) -> Held:
+    """Puts a weight of this rank in the module's: in bf16 one to compute with, and a master beside it."""
+    owner_path, _, attribute = path.rpartition(".")
+    master = torch.empty(place(info, mesh, sharded=False).shape, device=mesh.device)
+    parameter = nn.Parameter(torch.empty_like(master, dtype=torch.bfloat16) if precision == "bf16" else master)
+    setattr(module.get_submodule(owner_path), attribute, parameter)
+    return Held(public_name(path), stage, info, parameter, master if precision == "bf16" else parameter.data)
+
+
+def _adding_to(gradient: Tensor):
+    """Moves a bfloat16 gradient into its float32 sum as soon as it is there; a float32 one too where the sum has been taken
+    away (torch's pipeline stages set the gradients of modules under FSDP2 to None when they are first run)."""
+
+    def hook(parameter: Tensor) -> None:
+        if parameter.grad is not gradient:
+            gradient.add_(parameter.grad)
+            parameter.grad = gradient if parameter.dtype == torch.float32 else None
+
+    return hook
+
+
+class Replicated(State):
+    sharded = False
+
+    def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
+        super().__init__(stages, plan, parallel, training, mesh)
+        self.flat = Flat(self.held, mesh)
+        self.publish()
+
+    def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
+        for path, info in weights_of(module).items():
+            yield _made_whole(stage, module, path, info, self.mesh, self.training.precision)
+
+    def publish(self) -> None:
+        self.flat.publish()
+
     def before_step(self) -> None:
-        self.flat.zero_()
+        self.flat.buffer.zero_()
 
     def before_micro_batch(self, *, last: bool) -> None:
         """Nothing to prepare."""
 
     def _sum_partial(self) -> None:
-        if self.partial.numel():
-            dist.all_reduce(self.partial, group=self.mesh.group("tensor"))
+        if self.flat.partial.numel():
+            dist.all_reduce(self.flat.partial, group=self.mesh.group("tensor"))
 
     def _sum_replicas(self) -> None:
-        if self.mesh.replicas.size > 1:
-            dist.all_reduce(self.flat, group=self.mesh.group("replicas"))
+        self.flat.sum_replicas()
 
     @property
     def gradients(self) -> list[Tensor]:
-        return self._gradients
-
-
-def _adding_to(gradient: Tensor):
-    """Moves a bfloat16 gradient into its float32 sum as soon as it is there."""
-
-    def hook(parameter: Tensor) -> None:
-        gradient.add_(parameter.grad)
-        parameter.grad = None
-
-    return hook
+        return self.flat.gradients
 
 
 class Sharded(State):
@@ -310,23 +346,32 @@ class Sharded(State):
     def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
         self.stages = list(stages.values())
         super().__init__(stages, plan, parallel, training, mesh)
+        self.cut = [held for held in self.held if not held.info.expert]
+        self.flat = Flat(self.held[len(self.cut) :], mesh)
+        self.publish()
 
     def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
         infos = weights_of(module)
         assert self.mesh.devices is not None
-        wrap_sharded(module, self.parallel, self.mesh.devices["replicas"], self.training.precision)
-        module.to_empty(device=self.mesh.device)
+        experts = {path: parameter for path, parameter in module.named_parameters() if infos[path].expert}
+        wrap_sharded(module, self.parallel, self.mesh.devices["replicas"], self.training.precision, set(experts.values()))
+        for path in experts:
+            yield _made_whole(stage, module, path, infos[path], self.mesh, self.training.precision)
+        module._apply(lambda x: torch.empty_like(x, device=self.mesh.device) if x.is_meta else x)
         for path, parameter in module.named_parameters():
-            yield Held(public_name(path), stage, infos[path], parameter, local_part(parameter.data))
+            if path not in experts:
+                yield Held(public_name(path), stage, infos[path], parameter, local_part(parameter.data))
 
     def publish(self) -> None:
         """FSDP2 gathers from the masters themselves; what an evaluation has gathered is let go."""
+        self.flat.publish()
         for stage in self.stages:
             for unit in sharded_units(stage):
                 unit.reshard()
 
     def before_step(self) -> None:
-        for held in self.held:
+        self.flat.buffer.zero_()
+        for held in self.cut:
             held.parameter.grad = None
 
     def before_micro_batch(self, *, last: bool) -> None:
@@ -345,14 +390,15 @@ class Sharded(State):
         torch._foreach_copy_(parts, [f.view_as(p) for f, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)])
 
     def _sum_replicas(self) -> None:
-        """FSDP2 has done it."""
+        """FSDP2 has done it, but for experts."""
+        self.flat.sum_replicas()
 
     @property
     def gradients(self) -> list[Tensor]:
-        for held in self.held:
+        for held in self.cut:
             if held.parameter.grad is None:  # no part in the loss
                 held.parameter.grad = torch.zeros_like(held.parameter)
-        return [local_part(held.parameter.grad) for held in self.held if held.parameter.grad is not None]
+        return [local_part(h.parameter.grad) for h in self.cut if h.parameter.grad is not None] + self.flat.gradients
 
 
 def make_state(stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh) -> State:

@@ -28,12 +28,14 @@ class ShapeProblem(Exception):
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A weight that an operation wants made: its leaf name ("weight", "bias"), shape and initialisation."""
+    """A weight that an operation wants made: its leaf name ("weight", "bias"), shape and initialisation; `expert`: one
+    slice of dim 0 per expert, which the expert axis shares out."""
 
     leaf: str
     shape: tuple[int, ...]
     init: Init
     decay: bool = True
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Emission:
     """What `Op.emit` is given: Python expressions for inputs and weights (None where an optional weight is absent), the node's
     attributes, the name of the tensor-axis variable ("tp"; None when tensor = 1), its size, the strategy in force, and the
     node's local output shape as Python expressions (e.g. ("B", "S", "16", "64"), where "B" and "S" stand for
-    `x.size(0)`, `x.size(1)`: -1 safe)."""
+    `x.size(0)`, `x.size(1)`: -1 safe); `expert` is the name of the expert-axis variable, None when expert = 1."""
 
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
@@ -89,6 +91,7 @@ class Emission:
     strategy: Strategy
     input_types: tuple[TensorType, ...]
     output_type: TensorType
+    expert: str | None = None
 
 
 @dataclass(frozen=True)

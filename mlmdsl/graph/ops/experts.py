@@ -167,6 +167,11 @@ def _combine_work(local: Local) -> Work:
     )
 
 
+def _called(name: str, *arguments: str | None) -> str:
+    """The call; the last argument is the expert axis, None where there is none."""
+    return f"{name}({', '.join(a for a in arguments if a is not None)})"
+
+
 OPS = (
     Op(
         name="route",
@@ -179,7 +184,7 @@ OPS = (
             Strategy("broadcast", (BROADCAST,), (), REPLICATE),
         ),
         work=_route_work,
-        emit=lambda e: f"route({e.inputs[0]}, {e.attrs['top_k']})",
+        emit=lambda e: _called("route", e.inputs[0], str(e.attrs["top_k"]), e.expert),
         imports=("route",),
     ),
     Op(
@@ -188,7 +193,7 @@ OPS = (
         infer=_dispatch_type,
         strategies=_dispatch_strategies,
         work=_dispatch_work,
-        emit=lambda e: f"dispatch({', '.join(e.inputs)}, {_chosen(e.input_types[1])})",
+        emit=lambda e: _called("dispatch", *e.inputs, str(_chosen(e.input_types[1])), e.expert),
         imports=("dispatch",),
     ),
     Op(
@@ -197,12 +202,13 @@ OPS = (
         infer=_grouped_type,
         strategies=_grouped_strategies,
         work=_grouped_work,
-        emit=lambda e: f"grouped_linear({e.inputs[0]}, {e.weights[0]}, {e.inputs[1]})",
+        emit=lambda e: _called("grouped_linear", e.inputs[0], e.weights[0], e.inputs[1], e.expert),
         weights=lambda types, attrs: (
             WeightSpec(
                 "weight",
                 (_routed(types[1], 1)[1], integer(attrs, "out"), features(types[0])),
                 Init("normal", number(attrs, "std")),
+                expert=True,
             ),
         ),
         imports=("grouped_linear",),
@@ -215,7 +221,7 @@ OPS = (
         infer=_combine_type,
         strategies=_combine_strategies,
         work=_combine_work,
-        emit=lambda e: f"combine({', '.join(e.inputs)})",
+        emit=lambda e: _called("combine", *e.inputs, e.expert),
         imports=("combine",),
     ),
 )
