@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlmdsl.codegen.emit import emit
 from mlmdsl.compile import compile_spec
 from mlmdsl.planner.plan import PlanVariables
 
@@ -118,13 +119,17 @@ def small_model(family: str) -> str:
 
 
 def program_text(model: str, variables: PlanVariables) -> str:
-    """The emitted program with every variable of the plan pinned; as many layers as its stages say."""
+    """The emitted program with every variable of the plan pinned; as many layers as its stages say. Experts are shared out
+    after planning: the planner lays out no expert axis."""
     overrides = (f"{model}.layers={sum(variables.stages)}", f"cluster.devices_per_node={variables.world_size}")
     pins = [f"{name}={_written(value)}" for name, value in variables if name not in ("context", "replicate", "expert")]
     text = MODELS[model] if model in MODELS else small_model(model)
     done = compile_spec(text + SETTINGS, path=f"/specs/{model}.mlm", overrides=overrides, pins=pins)
-    assert done.plan is not None and done.plan.plan == variables and done.program is not None
-    return done.program.text
+    assert done.plan is not None and done.program is not None and done.spec is not None and done.graph is not None
+    assert done.plan.plan == variables.model_copy(update={"expert": 1})
+    if variables.expert == 1:
+        return done.program.text
+    return emit(done.spec, done.graph, done.plan.model_copy(update={"plan": variables})).text
 
 
 def _written(value: object) -> str:

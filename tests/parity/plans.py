@@ -37,9 +37,9 @@ class Case:
         sequence = "+sp" if v.sequence_parallel else ""
         schedule = f" {v.schedule} [{stages}]" if v.pipeline > 1 else ""
         recompute = f" recompute {v.recompute}" if v.recompute != "none" else ""
-        return (
-            f"{self.model} t{v.tensor}{sequence} p{v.pipeline} d{v.data} zero{v.zero} micro{v.micro_batch}{schedule}{recompute}"
-        )
+        expert = f" e{v.expert}" if v.expert > 1 else ""
+        mesh = f"t{v.tensor}{sequence} p{v.pipeline} d{v.data}{expert}"
+        return f"{self.model} {mesh} zero{v.zero} micro{v.micro_batch}{schedule}{recompute}"
 
 
 def lattice(model: str) -> Iterator[Case]:
