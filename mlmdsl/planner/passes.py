@@ -47,8 +47,9 @@ class PassCost:
     """One pass of one region. Tuples have an entry per way of recomputing, in the order of MODES.
 
     saved_bytes: from forward to backward, the pass's arguments included; entry_bytes: of these, what came from the pass before;
-    working_bytes: what recomputing brings back while the backward pass runs; transient_bytes: the most that one operation needs
-    besides; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's output."""
+    working_bytes: what recomputing brings back while the backward pass runs, and what all passes share; transient_bytes: the
+    most that one operation needs besides; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's
+    output."""
 
     forward_seconds: float
     backward_seconds: float
@@ -101,7 +102,7 @@ class Passes:
             loss_bytes=int(loss.extra_saved_bytes) if loss else 0,
             loss_transient_bytes=int(loss.transient_bytes) if loss else 0,
             logits_bytes=self._bytes(self.graph.output, self.sharding.strategies[self.graph.output].output) if loss else 0,
-            transient_bytes=max((self._transient(node) for node in region.nodes), default=0),
+            transient_bytes=self._most_transient(region),
             **kept,
         )
 
@@ -186,42 +187,50 @@ class Passes:
         return value, ""
 
     def _kept(self, region: Region, moves: Iterable[Move]) -> Mapping[str, tuple[int, int, int]]:
-        """saved_bytes, entry_bytes and working_bytes by mode. Values made before the region count there, but for the last
-        pass's results: a repeat counts what its passes are given."""
+        """saved_bytes, entry_bytes and working_bytes by mode. Values made before the region count where they are made, if that
+        is straight code, but for the last pass's results: a repeat counts what its passes are given."""
         made = self._made_in(region)
-        plain = {key: size for key, size in self._saved_plain(region) if made(key)}
+        using = self.graph.regions[self.graph.regions.index(region) :] if not region.repeated else (region,)
+        plain = {key: size for user in using for _, key, size in self._saved_plain(user) if made(key)}
         extra = sum(int(self._works[n.path].extra_saved_bytes) for n in region.nodes if n.path != self.graph.loss)
         if not region.repeated:
             whole = sum(plain.values()) + extra
             return {"saved_bytes": (whole, whole, whole), "entry_bytes": (0, 0, 0), "working_bytes": (0, 0, 0)}
         entries = {self._storage(c.entry): self.boundary_bytes(c.entry) for c in region.carried}
         dear = entries | {key: size for key, size in self._saved_dear(region, moves) if made(key)}
-        lse = sum(int(self._works[n.path].extra_saved_bytes) for n in region.nodes if not CATALOGUE[n.op].cheap)
+        dear_works = [self._works[n.path] for n in region.nodes if not CATALOGUE[n.op].cheap]
+        lse = sum(int(work.extra_saved_bytes - work.extra_cheap_bytes) for work in dear_works)
         saved = (sum(plain.values()) + extra, sum(dear.values()) + lse, sum(entries.values()))
         cheap = sum(size for key, size in plain.items() if key not in dear) + extra - lse
         back = sum(size for key, size in plain.items() if key not in entries) + extra
+        once = max(int(self._works[n.path].standing_bytes) for n in region.nodes)
         came = sum(size for key, size in plain.items() if key in entries)
-        return {"saved_bytes": saved, "entry_bytes": (came, saved[2], saved[2]), "working_bytes": (0, cheap, back)}
+        return {
+            "saved_bytes": saved,
+            "entry_bytes": (came, saved[2], saved[2]),
+            "working_bytes": (once, once + cheap, once + back),
+        }
 
     def _made_in(self, region: Region) -> Callable[[Key], bool]:
         index = self.graph.regions.index(region)
-        inside = {node.path for node in region.nodes}
+        inside = {node.path for node in region.nodes if node.op != "input"}
         if not region.repeated:
             inside |= {name for r in self.graph.regions[:index] for c in r.carried for name in (c.entry, c.next)}
         brought = {(m.value, str(m.target)): m.region for m in self.sharding.moves}
         return lambda key: brought[key] == index if key in brought else key[0] in inside
 
-    def _saved_plain(self, region: Region) -> Iterator[tuple[Key, int]]:
+    def _saved_plain(self, region: Region) -> Iterator[tuple[Node, Key, int]]:
+        """Which operation saves what."""
         for node in region.nodes:
             strategy = self.sharding.strategies[node.path]
             for name in self._works[node.path].saved:
                 if name == "out":
-                    yield self._storage(node.path), self._bytes(node.path, strategy.output)
+                    yield node, self._storage(node.path), self._bytes(node.path, strategy.output)
                 else:
                     value, target = node.inputs[int(name[2:])], strategy.inputs[int(name[2:])]
-                    yield self._storage(value, target), self._bytes(value, target)
+                    yield node, self._storage(value, target), self._bytes(value, target)
             if node.op in _COMPOSED.get(self.kernels.device.kind, ()):
-                yield (node.path, "inside"), self._bytes(node.path, strategy.output)
+                yield node, (node.path, "inside"), self._bytes(node.path, strategy.output)
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
         for node in region.nodes:
@@ -235,6 +244,20 @@ class Passes:
         type = self.graph.nodes[value].type
         width = {"float": self.float_bytes, "fp32": 4, "int": 8}[type.dtype]
         return prod(self.sharding.local_shape(type, placement, self.sizes)) * width
+
+    def _most_transient(self, region: Region) -> int:
+        """The most that an operation's backward pass needs over what the region has saved: when its turn comes, what only later
+        ones saved is free again."""
+        made, seen = self._made_in(region), set[Key]()
+        kept = dict.fromkeys((node.path for node in region.nodes), 0)
+        for node, key, size in self._saved_plain(region):
+            kept[node.path] += size if made(key) and key not in seen else 0
+            seen.add(key)
+        most = free = 0
+        for node in reversed(region.nodes):
+            most = max(most, self._transient(node) - free)
+            free += kept[node.path]
+        return most
 
     def _transient(self, node: Node) -> int:
         """Its results and their gradients at one moment: output and inputs, and what the operation needs inside."""

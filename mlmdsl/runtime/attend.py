@@ -13,6 +13,7 @@ Over the context axis a rank has two chunks of the queries, each of which is att
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,14 +102,25 @@ def _last_rows(count: int, length: int, device: torch.device) -> Any:
 
 
 def _mask(q: Tensor, k: Tensor, bias: Tensor | None, offset: int, causal: bool, window: int | None) -> Tensor:
-    """What is added to the scores [.., S, T]; or, without a bias, which keys count."""
-    seen = visible(range(offset, offset + q.size(2)), range(k.size(2)), causal, window, q.device)
+    """What is added to the scores [.., S, T]."""
+    rows, keys = range(offset, offset + q.size(2)), range(k.size(2))
     if bias is None:
-        return seen
+        return _window_mask(rows, keys, causal, window, q.dtype, q.device)
+    seen = visible(rows, keys, causal, window, q.device)
     mask = bias[None].masked_fill(~seen, -torch.inf) if causal or window is not None else bias[None]
     if mask.dtype != q.dtype:  # softmax does not see a row's shift, rounding does
         mask = (mask - mask.detach().amax(-1, keepdim=True)).to(q.dtype)
     return mask
+
+
+@lru_cache(maxsize=8)
+def _window_mask(
+    queries: range, keys: range, causal: bool, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The same for all layers, so that it is in memory once: torch keeps it for the backward pass."""
+    with torch.inference_mode(False):
+        hidden = ~visible(queries, keys, causal, window, device)
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def visible(queries: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor:
@@ -188,6 +200,11 @@ def _blocks(
 _SETTINGS = "int offset, bool causal, float scale, int? window, float? softcap"
 
 
+def _shape(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    """[B, H, S, E], laid out so that [B, S, H * E] is a view of it; on the meta device, what stages hand on."""
+    return q.new_empty(q.size(0), q.size(2), q.size(1), v.size(-1)).transpose(1, 2)
+
+
 @torch.library.custom_op(
     "mlmdsl::blockwise_attention",
     mutates_args=(),
@@ -196,7 +213,7 @@ _SETTINGS = "int offset, bool causal, float scale, int? window, float? softcap"
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
     """q [B, H, S, D], k and v [B, K, T, ..] -> [B, H, S, E]. One operation to autograd and to selective recomputation, so
     that q, k, v and the result are all that stays for the backward pass."""
-    y = q.new_empty(*q.shape[:3], v.size(-1))
+    y = _shape(q, k, v)
     for block in _blocks(q, k, bias, *settings):
         values = v[:, :, block.keys.start : block.keys.stop]
         part = block.product(block.weights.to(v.dtype), values).flatten(1, 2)
@@ -243,11 +260,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, bias, y = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.mlmdsl.blockwise_attention_backward(grad, y, q, k, v, bias, *ctx.settings)
     return dq, dk, dv, None if bias is None else dbias, None, None, None, None, None
-
-
-def _shape(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-    """On the meta device, where stages learn what they hand on."""
-    return q.new_empty(*q.shape[:3], v.size(-1))
 
 
 _forward.register_fake(_shape)

@@ -178,23 +178,27 @@ def _attend_work(local: Local) -> Work:
 
 
 def _masked_work(fused: Work, local: Local, pairs: float, *, made: bool, shared: bool) -> Work:
-    """With an explicit mask every score is computed. `made`: the mask is a tensor of its own, which stays for the backward
-    pass, and not just the bias; `shared`: a copy of keys and values for every head stays, too."""
+    """With an explicit mask every score is computed. `made`: the mask is a tensor of its own and not just the bias; with a bias
+    it stays for the backward pass, that of a window alone is there once for all layers. `shared`: a copy of keys and values
+    for every head stays, too."""
     batch, queries, heads, size = local.inputs[0]
     keys, width = local.inputs[1][1], local.output_bytes
     bias = local.inputs[3:]
     mask = float(queries * keys * (bias[0][0] if bias else 1) * width)
     read = mask * (batch if bias else 1)
     copies = float(batch * keys * heads * (size + local.output[3]) * width) if shared else 0.0
+    kept = copies + (mask if made and bias else 0.0)
     saved = ("in0", *(() if shared else ("in1", "in2")), *(() if made or not bias else ("in3",)), "out")
     return replace(
         fused,
-        bytes_forward=fused.bytes_forward + read + (3 * mask if made else 0.0) + 2 * copies,
+        bytes_forward=fused.bytes_forward + read + (3 * mask if made and bias else 0.0) + 2 * copies,
         bytes_backward=fused.bytes_backward + 2 * read + 2 * copies,
         saved=saved,
-        extra_saved_bytes=fused.extra_saved_bytes + (mask if made else 0.0) + copies,
-        transient_bytes=mask if made else 0.0,
-        kernels_forward=1 + 2 * shared + 6 * made,
+        extra_saved_bytes=fused.extra_saved_bytes + kept,
+        extra_cheap_bytes=kept,
+        standing_bytes=mask if made and not bias else 0.0,
+        transient_bytes=mask if made and bias else 0.0,
+        kernels_forward=1 + 2 * shared + (6 if made and bias else 0),
         kernels_backward=2 + 2 * shared,
         computed=queries * keys / pairs,
     )
@@ -215,7 +219,7 @@ def _blockwise_work(fused: Work, local: Local, pairs: float) -> Work:
         bytes_backward=fused.bytes_backward + scores * (8 * width + 100),
         saved=("in0", "in1", "in2", *(("in3",) if len(local.inputs) > 3 else ()), "out"),
         extra_saved_bytes=0.0,
-        transient_bytes=float(batch * heads * block * keys * (12 + 2 * width)),
+        transient_bytes=float(batch * heads * block * keys * (12 + (width if width < 4 else 0))),
         kernels_forward=10 * blocks,
         kernels_backward=24 * blocks,
         computed=executed / pairs,

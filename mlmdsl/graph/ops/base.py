@@ -46,7 +46,8 @@ class Work:
     matmul: (M, K, N) of a "matmul"; attention: (batch, heads, queries, keys, head_dim) of an "attention"; computed: what its
     kernel computes over what its mask leaves, which is what the FLOPs count.
     saved: which values stay until the backward pass, by reference so that a value saved by several operations counts once:
-    "in0", "in1", "out"; extra_saved_bytes: what else does (log-sum-exp, masks)."""
+    "in0", "in1", "out"; extra_saved_bytes: what else does (log-sum-exp, masks); extra_cheap_bytes: of these, what selective
+    recomputation makes again though it keeps the operation's result."""
 
     kind: Literal["matmul", "attention", "memory", "none"]
     flops_forward: float = 0.0
@@ -55,6 +56,8 @@ class Work:
     bytes_backward: float = 0.0
     saved: tuple[str, ...] = ()
     extra_saved_bytes: float = 0.0
+    extra_cheap_bytes: float = 0.0
+    standing_bytes: float = 0.0  # stays, but once for all passes of the layer (the mask of a window)
     transient_bytes: float = 0.0  # live only while it runs, forward or backward (fp32 logits, unfused scores)
     kernels_forward: int = 1
     kernels_backward: int = 1

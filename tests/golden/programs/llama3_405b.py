@@ -4,7 +4,7 @@ Plan: tensor 8 x pipeline 8 x data 256, sequence parallel, interleaved_1f1b x 8,
 Written by mlmdsl from llama3_405b.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nnodes 2048 --nproc-per-node 8 program.py --out runs/llama3_405b
 Predicted: 7.23 s a step, 142 tokens/s and 357 TFLOP/s per device (MFU 36.1 % of 989 TFLOP/s, counting matrix products only,
-causal attention half); peak memory 48.95 GiB to 51.73 GiB.
+causal attention half); peak memory 48.94 GiB to 51.73 GiB.
 
 Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens); n/tp is a dim divided over the 8 ranks of the tensor axis.
 Ranks: torch.arange(16384).view(8, 256, 1, 8): pipeline, data, context, tensor. Collectives over data and pipeline are the
