@@ -7,6 +7,7 @@ the tensor axis; FSDP2 cuts them further along dim 0 over the replicas (ZeRO 1 a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial as bound
@@ -91,10 +92,13 @@ class Scope(nn.Module):
             setattr(self, name, child)
 
 
+_PASS = re.compile(r"_\d+")  # of a repeat inside a block: names of users that begin with an underscore end with one, too
+
+
 def public_name(path: str) -> str:
     """The weight's name in checkpoints: its path in the module, less one trailing underscore of each part (which stands there
-    where the user's name would hide an attribute or a word of Python)."""
-    return ".".join(part.removesuffix("_") for part in path.split("."))
+    where the user's name would hide an attribute or a word of Python), and less that before the number of a pass."""
+    return ".".join(part[1:] if _PASS.fullmatch(part) else part.removesuffix("_") for part in path.split("."))
 
 
 def weights_of(module: nn.Module) -> dict[str, WeightInfo]:

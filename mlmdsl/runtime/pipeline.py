@@ -35,6 +35,7 @@ _SEVERAL = {  # virtual stages on each rank
     "zb_v": ScheduleZBVZeroBubble,
     "dualpipe_v": ScheduleDualPipeV,
 }
+_SPLITTING = ("zb_v", "dualpipe_v")  # take backward passes apart
 
 
 class Engine(Protocol):
@@ -120,6 +121,9 @@ class Pipelined:
         micro_batches = training.batch // parallel.data // parallel.micro_batch
         held: Any = wrapped if parallel.schedule in _SEVERAL else wrapped[0]
         kind = (_SEVERAL | _SINGLE)[parallel.schedule]
+        if parallel.schedule in _SPLITTING:
+            for module in stages.values():
+                module.register_forward_hook(_own_outputs)
         self.schedule = kind(held, n_microbatches=micro_batches, loss_fn=self._scaled, scale_grads=False)
 
     def _scaled(self, output: Any, targets: Tensor) -> Tensor:
@@ -164,6 +168,13 @@ class _Stage(PipelineStage):
 
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         return []
+
+
+def _own_outputs(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+    """Outputs that are views are copied: torch detaches a stage's outputs in place, and views refuse that."""
+    if isinstance(output, tuple):
+        return tuple(x.clone() if x._is_view() else x for x in output)
+    return output.clone() if output._is_view() else output
 
 
 def keyword_inputs(module: nn.Module) -> tuple[str, ...]:

@@ -119,12 +119,17 @@ def small_model(family: str) -> str:
 
 
 def program_text(model: str, variables: PlanVariables) -> str:
-    """The emitted program with every variable of the plan pinned; as many layers as its stages say. Experts are shared out
-    after planning: the planner lays out no expert axis."""
-    overrides = (f"{model}.layers={sum(variables.stages)}", f"cluster.devices_per_node={variables.world_size}")
+    """The emitted program with every variable of the plan pinned; as many layers as its stages say."""
+    layers = f"{model}.layers={sum(variables.stages)}"
+    return emitted(MODELS[model] if model in MODELS else small_model(model), variables, layers)
+
+
+def emitted(text: str, variables: PlanVariables, *overrides: str) -> str:
+    """The program of a model's text, every variable pinned. Experts are shared out after planning: the planner lays out no
+    expert axis."""
+    devices = f"cluster.devices_per_node={variables.world_size}"
     pins = [f"{name}={_written(value)}" for name, value in variables if name not in ("context", "replicate", "expert")]
-    text = MODELS[model] if model in MODELS else small_model(model)
-    done = compile_spec(text + SETTINGS, path=f"/specs/{model}.mlm", overrides=overrides, pins=pins)
+    done = compile_spec(text + SETTINGS, path="/specs/model.mlm", overrides=(*overrides, devices), pins=pins)
     assert done.plan is not None and done.program is not None and done.spec is not None and done.graph is not None
     assert done.plan.plan == variables.model_copy(update={"expert": 1})
     if variables.expert == 1:
