@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 WIDTHS = (16, 32, 48, 64)
 HEADS = (2, 4, 8)
+POINTWISE = ("gelu", "relu", "silu", "sigmoid", "tanh", "softplus", "softmax")
 
 # What a random statement does not call, and why
 LEFT_OUT = {
@@ -76,7 +77,7 @@ class Body:
 
 def pointwise(b: Body) -> Value:
     x = b.pick() or b.flat()
-    return b.add(f"{b.one('gelu', 'relu', 'silu', 'sigmoid', 'tanh', 'softmax')}({x.name})", x)
+    return b.add(f"{b.one(*POINTWISE)}({x.name})", x)
 
 
 def norm(b: Body) -> Value:
@@ -101,7 +102,16 @@ def linear(b: Body) -> Value:
 def arithmetic(b: Body) -> Value:
     x = b.pick() or b.flat()
     y = b.pick(lambda value: (value.width, value.heads) == (x.width, x.heads)) or x
-    form = b.one("{} + {}", "{} - {}", "{} * sigmoid({})", "{} / (1.5 + sigmoid({}))", "{} * 0.5 + {}", "1.0 - {} * {}")
+    form = b.one(
+        "{} + {}",
+        "{} - {}",
+        "{} * sigmoid({})",
+        "{} / (1.5 + sigmoid({}))",
+        "{} * 0.5 + {}",
+        "1.0 - {} * {}",
+        "{} * exp(-1.0 * softplus({}))",
+        "1 / (1.0 + exp(tanh({})))",
+    )
     return b.add(str(form).format(x.name, y.name), x)
 
 
@@ -180,7 +190,7 @@ STATEMENTS: Mapping[Callable[[Body], Value], int] = {
 
 @st.composite
 def blocks(draw: st.DrawFn, *, careful: bool = True, most: int = 10) -> str:
-    """A model of `layers` passes of one random block, without the items around it."""
+    """A model of four passes of one random block, without the items around it."""
     b = Body(draw, [Value("x", 32)])
     makers = [maker for maker, weight in STATEMENTS.items() for _ in range(weight)] + [careless] * (not careful) * 3
     for _ in range(draw(st.integers(1, most))):
@@ -204,7 +214,7 @@ TEMPLATE = """block Random(x: [B, S, d]) {{
 }}
 
 model random {{
-  param layers = 2
+  param layers = 4
   input tokens: int[B, S]
   h = Embedding(tokens, vocab = 64, dim = 32)
   repeat layers as blocks {{ h = Random(h) }}

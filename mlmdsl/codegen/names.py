@@ -41,13 +41,13 @@ WORDS = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) | frozenset(di
 
 
 def attribute(name: str) -> str:
-    """The attribute that holds a module or weight of this name: one underscore more where the name is taken or ends in one, and
-    one before the number of a pass of a repeat inside a block."""
+    """The attribute that holds a module or weight of this name: one underscore more where the name is taken or ends in one, two
+    where it begins with one, and one before the number of a pass of a repeat inside a block."""
     if name.isdigit():
         return f"_{name}"
-    taken = name in MODULE_ATTRIBUTES or name in OWN_ATTRIBUTES or keyword.iskeyword(name) or name.startswith("_")
-    if name.startswith("__") and not name.endswith("_"):
+    if name.startswith("_"):
         return name + "__"  # Python rewrites names in a class that start with two underscores, unless they end with two
+    taken = name in MODULE_ATTRIBUTES or name in OWN_ATTRIBUTES or keyword.iskeyword(name)
     return name + "_" if taken or name.endswith("_") else name
 
 

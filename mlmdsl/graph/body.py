@@ -476,22 +476,33 @@ class Body(Evaluator):
         if both:
             path = self.names.value(target or op)
             return self._node(expr.span, path, op, (left, right), {}, None, None, target or "")
-        tensor: Any = left if isinstance(left, TensorValue) else right
-        number: Any = right if isinstance(left, TensorValue) else left
-        path = self.names.value(target or ("scale" if expr.operator in "*/" else "offset"))
-        if expr.operator in "*/":
-            factor = float(number) if expr.operator == "*" else 1.0 / number
-            return self._node(expr.span, path, "scale", (tensor,), {"factor": factor}, None, None, target or "")
-        term = float(number) if expr.operator == "+" else -float(number)
-        return self._node(expr.span, path, "offset", (tensor,), {"term": term}, None, None, target or "")
+        if isinstance(left, TensorValue):
+            return self._with_number(expr.span, expr.operator, left, right, target)
+        return self._number_with(expr, left, right, target)
+
+    def _number_with(self, expr: s.Binary, number: float, tensor: TensorValue, target: str | None) -> Any:
+        """`1 - x` is a sum with -x, `1 / x` a product with a reciprocal."""
+        if expr.operator == "-":
+            return self._with_number(expr.span, "+", self._number_node(expr.span, "scale", tensor, -1.0), number, target)
+        if expr.operator == "/":
+            inverse = self._node(expr.span, self.names.value("reciprocal"), "reciprocal", (tensor,), {}, None, None, "")
+            return self._with_number(expr.span, "*", inverse, number, target)
+        return self._with_number(expr.span, expr.operator, tensor, number, target)
+
+    def _with_number(self, span: Span, operator: str, tensor: TensorValue, number: Any, target: str | None) -> Any:
+        if operator in "*/":
+            return self._number_node(span, "scale", tensor, float(number) if operator == "*" else 1.0 / number, target)
+        return self._number_node(span, "offset", tensor, float(number) if operator == "+" else -float(number), target)
+
+    def _number_node(self, span: Span, op: str, tensor: TensorValue, number: float, target: str | None = None) -> Any:
+        path, name = self.names.value(target or op), "factor" if op == "scale" else "term"
+        return self._node(span, path, op, (tensor,), {name: number}, None, None, target or "")
 
     def unary(self, expr: s.Unary) -> Any:
         target = self._take_target()
         value = self.value(expr.operand)
         if expr.operator == "-" and isinstance(value, TensorValue):
-            return self._node(
-                expr.span, self.names.value(target or "scale"), "scale", (value,), {"factor": -1.0}, None, None, target or ""
-            )
+            return self._number_node(expr.span, "scale", value, -1.0, target)
         return POISON if value is POISON else self.applied(expr, value)
 
     # ---- names ------------------------------------------------------------------------------------------------------
@@ -535,11 +546,11 @@ class Body(Evaluator):
 
 
 def _scalable(operator: str, left: Any, right: Any) -> bool:
-    """A tensor and a number: all but number / tensor and number - tensor."""
+    """A tensor and a number, which is no divisor if it is zero."""
     number = right if isinstance(left, TensorValue) else left
     if isinstance(number, bool) or not isinstance(number, int | float):
         return False
-    return operator in "+*" or (isinstance(left, TensorValue) and not (operator == "/" and number == 0))
+    return not (operator == "/" and isinstance(left, TensorValue) and number == 0)
 
 
 def _kind(value: object) -> str:

@@ -63,6 +63,8 @@ SIGNATURES: Mapping[str, Signature] = {
     "silu": Signature("silu", ("x",)),
     "sigmoid": Signature("sigmoid", ("x",)),
     "tanh": Signature("tanh", ("x",)),
+    "exp": Signature("exp", ("x",)),
+    "softplus": Signature("softplus", ("x",)),
     "softmax": Signature("softmax", ("x",)),
     "split_heads": Signature("split_heads", ("x",), (Argument("heads", "int"),)),
     "merge_heads": Signature("merge_heads", ("x",)),

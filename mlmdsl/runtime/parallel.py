@@ -96,9 +96,15 @@ _PASS = re.compile(r"_\d+")  # of a repeat inside a block: names of users that b
 
 
 def public_name(path: str) -> str:
-    """The weight's name in checkpoints: its path in the module, less one trailing underscore of each part (which stands there
-    where the user's name would hide an attribute or a word of Python), and less that before the number of a pass."""
-    return ".".join(part[1:] if _PASS.fullmatch(part) else part.removesuffix("_") for part in path.split("."))
+    """The weight's name in checkpoints: its path in the module, less the underscores of each part that stand there where the
+    user's name would hide an attribute or a word of Python, and less that before the number of a pass."""
+    return ".".join(_public_part(part) for part in path.split("."))
+
+
+def _public_part(part: str) -> str:
+    if _PASS.fullmatch(part):
+        return part[1:]
+    return part.removesuffix("__") if part.startswith("_") else part.removesuffix("_")
 
 
 def weights_of(module: nn.Module) -> dict[str, WeightInfo]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mlmdsl.compile import compile_spec
@@ -15,10 +15,10 @@ from tests.parity.models import SETTINGS, emitted
 from tests.random_blocks import LEFT_OUT, blocks
 
 PLANS = (
-    PlanVariables(stages=(2,)),
-    PlanVariables(tensor=2, stages=(2,)),
-    PlanVariables(tensor=4, sequence_parallel=True, stages=(2,)),
-    PlanVariables(tensor=2, sequence_parallel=True, pipeline=2, stages=(1, 1)),
+    PlanVariables(stages=(4,)),
+    PlanVariables(tensor=2, stages=(4,)),
+    PlanVariables(tensor=2, sequence_parallel=True, stages=(4,)),
+    PlanVariables(tensor=2, sequence_parallel=True, pipeline=2, stages=(2, 2)),
 )
 
 
@@ -42,9 +42,13 @@ def test_a_block_is_planned_or_refused_with_its_place(text: str) -> None:
         raise AssertionError(text) from other
 
 
-@given(st.lists(blocks(most=14), min_size=40, max_size=40))
-@settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_operation_comes_up_or_is_left_out_for_a_reason(texts: list[str]) -> None:
-    called = {name for text in texts for name in re.findall(r"\b(\w+)\(", text)}
-    assert called >= SIGNATURES.keys() - LEFT_OUT.keys()
-    assert SIGNATURES.keys() >= LEFT_OUT.keys()
+def test_every_operation_comes_up_or_is_left_out_for_a_reason() -> None:
+    called: set[str] = set()
+
+    @given(blocks(most=14))
+    @settings(max_examples=200, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    def collect(text: str) -> None:
+        called.update(re.findall(r"\b(\w+)\(", text))
+
+    collect()
+    assert SIGNATURES.keys() - called == LEFT_OUT.keys() - {"Embedding"}  # which the model around the block calls

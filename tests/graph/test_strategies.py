@@ -77,7 +77,7 @@ CASES = [
     Case("offset", (floats("B", "S", 6),), (), (("term", 0.5),)),
     Case("gelu", (floats("B", "S", 6),), (), (("tanh", False),)),
     Case("gelu", (floats("B", "S", 6),), (), (("tanh", True),)),
-    *(Case(name, (floats("B", "S", 6),)) for name in ("relu", "silu", "sigmoid", "tanh", "softmax")),
+    *(Case(name, (ROWS,)) for name in ("relu", "silu", "sigmoid", "tanh", "exp", "softplus", "reciprocal", "softmax")),
     Case("split_heads", (floats("B", "S", 24),), (), (("heads", 4),)),
     Case("merge_heads", (HEADS,)),
     *(Case("rotary", (HEADS,), (), (*ROTARY, ("factor", f), ("dim", dim))) for f, dim in ((1.0, None), (8.0, None), (1.0, 4))),

@@ -44,8 +44,9 @@ def test_one_rank_has_no_parts():
     assert info["a"].shard is None and not info["b"].partial
 
 
-def test_names_lose_one_underscore():
+def test_names_lose_the_underscores_that_python_needs():
     assert public_name("blocks.0.half_.keys__.weight") == "blocks.0.half.keys_.weight"
+    assert public_name("blocks.0.inner._1._2__.weight") == "blocks.0.inner.1._2.weight"
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.sampled_from([1, 2, 4]), st.sampled_from([None, 0, 1]))

@@ -94,5 +94,8 @@ OPS = (
     _unary("silu", "SiLU, x sigmoid(x) (arXiv:1702.03118).", "F.silu({x})", ("in0",)),
     _unary("sigmoid", "Logistic sigmoid.", "torch.sigmoid({x})", ("out",)),
     _unary("tanh", "Hyperbolic tangent.", "torch.tanh({x})", ("out",)),
+    _unary("exp", "Exponential.", "torch.exp({x})", ("out",)),
+    _unary("softplus", "log(1 + exp(x)), a smooth ReLU.", "F.softplus({x})", ("in0",)),
+    _unary("reciprocal", "One over a tensor, as in `1 / x`.", "1.0 / {x}", ("out",)),
     SOFTMAX,
 )
