@@ -81,9 +81,20 @@ def _executed(program_text: str) -> dict[str, Any]:
     return names
 
 
-def train_curve(program_text: str, ranks: int, steps: int = 5, *, vocab: int = 64, timeout: float = 120.0) -> Curve:
-    """Runs an emitted program on `ranks` forked processes; what rank 0 saw. Optimizer settings are replaced by SETTINGS."""
-    return run_ranks(_curve_of_rank, ranks, program_text, steps, vocab, timeout=timeout)[0]
+def train_curve(
+    program_text: str, ranks: int, steps: int = 5, *, vocab: int = 64, timeout: float = 120.0, double: bool = False
+) -> Curve:
+    """Runs an emitted program on `ranks` forked processes; what rank 0 saw. Optimizer settings are replaced by SETTINGS. With
+    `double` every float32 is a float64: what then differs is no rounding."""
+    run = _double_curve_of_rank if double else _curve_of_rank
+    return run_ranks(run, ranks, program_text, steps, vocab, timeout=timeout)[0]
+
+
+def _double_curve_of_rank(*arguments: Any) -> Curve | None:
+    """In a process that was forked for it alone."""
+    torch.set_default_dtype(torch.float64)
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    return _curve_of_rank(*arguments)
 
 
 def _curve_of_rank(rank: int, program_text: str, steps: int, vocab: int) -> Curve | None:

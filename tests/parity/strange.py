@@ -144,7 +144,7 @@ PLANS = (
 ALONE = PlanVariables(micro_batch=8, stages=(4,))
 
 
-def difference(text: str, variables: PlanVariables) -> float:
+def difference(text: str, variables: PlanVariables, *, double: bool = False) -> float:
     """The largest of losses, norms and gradients from those of one process."""
-    one = train_curve(emitted(text, ALONE), 1)
-    return compare(one, train_curve(emitted(text, variables), variables.world_size)).largest
+    one, many = (train_curve(emitted(text, plan), plan.world_size, double=double) for plan in (ALONE, variables))
+    return compare(one, many).largest

@@ -22,5 +22,6 @@ def test_a_strange_model_keeps_parity(name: str, variables):
 @given(blocks(most=12), st.sampled_from(PLANS))
 @settings(max_examples=6, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 def test_random_blocks_keep_parity(text: str, variables: PlanVariables) -> None:
-    """None of them is made smaller on failure: that would take eight processes many times."""
-    assert difference(text, variables) < TOLERANCE
+    """In float64: what a random block computes may magnify rounding by any factor. None of them is made smaller on failure:
+    that would take eight processes many times."""
+    assert difference(text, variables, double=True) < 1e-10
