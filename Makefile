@@ -3,6 +3,7 @@
 # make check  formatter, linter and types
 # make golden rewrites the golden files: read the diff
 # make fuzz   property tests with examples that no run has seen
+# make published  parameters and FLOPs per token of every shipped spec beside published figures and transformers' own models
 # make parity every plan of the lattice, and every architecture, against one process (long)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check golden fuzz parity clean
+.PHONY: demo test check golden fuzz published parity clean
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("mlmdsl needs Python 3.11 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -40,6 +41,9 @@ golden: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest --hypothesis-profile fuzz $$(grep -rl '@given' tests)
+
+published: $(STAMP)
+	$(BIN)/python -m tests.published.independent
 
 parity: $(STAMP)
 	$(BIN)/python -m tests.parity.lattice

@@ -83,7 +83,7 @@ def compiled(name: str) -> Compilation:
     return compile_spec(path.read_text(encoding="utf-8"), path=str(path), until="graph")
 
 
-def flops_per_token(model: Published, seq_len: int) -> float:
+def closed_form(model: Published, seq_len: int) -> float:
     """Forward and backward: 6 FLOPs for each weight that multiplies, and causal attention's 6 S d (half of 12 S d) a layer,
     d being the width of all heads. A window w takes a triangle of (S - w)^2 / 2 off the S^2 / 2 of causal attention."""
     head_dim = model.head_dim or model.hidden // model.heads
@@ -104,12 +104,12 @@ def test_parameters_are_those_of_the_checkpoint(name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_flops_per_token_are_those_of_the_closed_form(name: str) -> None:
-    from mlmdsl.graph.flops import flops_per_token as counted
+    from mlmdsl.graph.flops import flops_per_token
 
     done = compiled(name)
     assert done.graph is not None and done.spec is not None
     seq_len = done.spec.train.seq_len
-    assert counted(done.graph, seq_len) == pytest.approx(flops_per_token(TABLE[name], seq_len), rel=1e-12)
+    assert flops_per_token(done.graph, seq_len) == pytest.approx(closed_form(TABLE[name], seq_len), rel=1e-12)
 
 
 def test_every_shipped_model_stands_in_the_table() -> None:
