@@ -56,10 +56,10 @@ class Tokens:
 
     batches = 0
 
-    def batch(self, step: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, low: int, high: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(step)
         rows = torch.randint(0, VOCAB, (high - low, SEQUENCE + 1), generator=generator)
-        return rows[:, :-1], rows[:, 1:]
+        return {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
 
 
 def plain() -> Callable[[], object]:
@@ -70,7 +70,7 @@ def plain() -> Callable[[], object]:
 
     def step() -> None:
         nonlocal done
-        tokens, targets = data.batch(done, 0, BATCH)
+        tokens, targets = data.batch(done, 0, BATCH).values()
         F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

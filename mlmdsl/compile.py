@@ -62,7 +62,7 @@ def compile_spec(
         found.raise_if_errors()
         return Compilation(tuple(found.items), {path: text}, syntax)
     resolved = resolve(path, text, found, overrides=overrides, pins=pins, folder=folder)
-    graph = build(resolved.model, found) if resolved.model else None
+    graph = build(resolved.model, found, resolved.spec.train if resolved.spec else None) if resolved.model else None
     spec = resolved.spec
     if spec and graph and not found.errors:
         check(spec, graph, found)

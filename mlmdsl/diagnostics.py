@@ -182,6 +182,7 @@ CODES: Mapping[str, str] = {
     "MLM0313": "an unknown word",
     "MLM0314": "an unknown kind",
     "MLM0315": "a setting given twice",
+    "MLM0316": "data that the objective cannot read",
     "MLM0320": "a plan variable of another type",
     "MLM0321": "a rule that is no condition",
     # 04xx: divisibility, contradictions between constraints, model, batch and cluster
@@ -223,6 +224,9 @@ CODES: Mapping[str, str] = {
     "MLM0521": "a computation with an unknown size",
     "MLM0522": "an operator that tensors do not have",
     "MLM0523": "a model of too many statements",
+    "MLM0524": "an input that the objective does not feed",
+    "MLM0525": "an input that the objective needs",
+    "MLM0526": "inputs whose lengths differ under one name",
     # 06xx: planning and saved plans
     # 07xx: the run: data, tokenizers, checkpoints, processes
     "MLM0601": "no plan fits the memory of the devices",
@@ -245,6 +249,9 @@ CODES: Mapping[str, str] = {
     "MLM0710": "the tokenizer cannot be read",
     "MLM0711": "the tokenizer has no end-of-text token",
     "MLM0712": "the folder for token files cannot be written",
+    "MLM0713": "the tokenizer lacks a token that the objective needs",
+    "MLM0714": "a record that is no conversation",
+    "MLM0715": "a chat template that fails",
     "MLM0720": "a process was killed",
     "MLM0721": "a process failed",
     "MLM0722": "the run was interrupted",

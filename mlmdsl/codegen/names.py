@@ -31,7 +31,7 @@ OWN_ATTRIBUTES = frozenset({"tp", "ep", "first", "last", "lo", "hi", "self"})
 # Everything an emitted program may refer to by a bare name: no variable and no class is called so.
 PROGRAM_NAMES = _words(
     """torch F nn tp ep lo hi self mesh index block values loss main Stage PARALLEL TRAINING
-    AdamW Axis Data Mesh Parallel Schedule Scope Tokenizer Training
+    AdamW Axis Data Mesh Objective Parallel Schedule Scope Tokenizer Training
     all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split
     attention cross_entropy normal ones positions recomputed rotary vocab_parallel_cross_entropy vocab_parallel_embedding
     weight zeros

@@ -13,7 +13,7 @@ from mlmdsl.codegen.names import PROGRAM_NAMES, mentions, variable
 from mlmdsl.codegen.stages import StageModule
 from mlmdsl.codegen.statements import Key, returning, write
 from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, plain, wrap
-from mlmdsl.grammar.spec import Spec, Train
+from mlmdsl.grammar.spec import Objective, Spec, Train
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.placement import REPLICATE
@@ -43,13 +43,13 @@ def program_text(spec: Spec, graph: Graph, plan: Plan) -> str:
         ['if __name__ == "__main__":', f"{INDENT}main(Stage, loss, PARALLEL, TRAINING)"],
     ]
     code = "\n\n\n".join("\n".join(part) for part in parts) + "\n"
-    return "\n".join([*_docstring(spec, plan), "", *_imports(code, graph), "", code])
+    return "\n".join([*_docstring(spec, graph, plan), "", *_imports(code, graph), "", code])
 
 
 # ---- docstring ------------------------------------------------------------------------------------------------------
 
 
-def _docstring(spec: Spec, plan: Plan) -> list[str]:
+def _docstring(spec: Spec, graph: Graph, plan: Plan) -> list[str]:
     name, source = plain(plan.model.name), plain(PurePath(spec.path).name)
     lines = [
         f"{name} on {plain(plan.cluster.name)}.",
@@ -59,7 +59,7 @@ def _docstring(spec: Spec, plan: Plan) -> list[str]:
         f"{INDENT}torchrun {_processes(plan)}program.py --out runs/{name}",
         *wrap(_predicted(plan)),
         "",
-        *wrap(_shapes(plan)),
+        *wrap(_shapes(plan, graph)),
         *wrap(_grid(plan.plan)),
     ]
     while not lines[-1]:
@@ -85,9 +85,10 @@ def _predicted(plan: Plan) -> str:
     )
 
 
-def _shapes(plan: Plan) -> str:
+def _shapes(plan: Plan, graph: Graph) -> str:
+    others = "".join(f", {plain(name)} = {length:,}" for name, length in graph.lengths.items())
     divided = f"; n/tp is a dim divided over the {plan.plan.tensor} ranks of the tensor axis" if plan.plan.tensor > 1 else ""
-    return f"Shapes: B = {plan.plan.micro_batch} (sequences of a micro-batch), S = {plan.seq_len:,} (tokens){divided}."
+    return f"Shapes: B = {plan.plan.micro_batch} (sequences of a micro-batch), S = {plan.seq_len:,} (tokens){others}{divided}."
 
 
 def _grid(plan: PlanVariables) -> str:
@@ -126,7 +127,7 @@ def _parallel(plan: PlanVariables) -> Call:
 
 def _training(train: Train, graph: Graph, plan: Plan) -> Call:
     data, tokenizer, optimizer, schedule = train.data, train.tokenizer, train.optimizer, train.schedule
-    fields = (("field", literal(data.field)),) if data.field is not None else ()
+    fields = tuple((k, literal(v)) for k in ("field", "source", "target") if (v := getattr(data, k)) is not None)
     path = (("", literal(tokenizer.path)),) if tokenizer.path is not None else ()
     shape = (("warmup", str(schedule.warmup_steps)), ("min_lr", number(schedule.min_lr))) if schedule.kind != "constant" else ()
     adamw = (
@@ -143,6 +144,7 @@ def _training(train: Train, graph: Graph, plan: Plan) -> Call:
         (
             ("data", Call("Data", (("", literal(data.kind)), ("", paths), *fields, ("validation", number(data.validation))))),
             ("tokenizer", Call("Tokenizer", (("", literal(tokenizer.kind)), *path))),
+            *_reading(train.objective, graph),
             ("vocab", str(vocabulary(graph))),
             ("sequence", str(train.seq_len)),
             ("batch", str(train.batch)),
@@ -157,6 +159,18 @@ def _training(train: Train, graph: Graph, plan: Plan) -> Call:
     )
 
 
+def _reading(objective: Objective, graph: Graph) -> Iterable[tuple[str, Call | str]]:
+    """What is predicted, and from what; nothing where it is the next token from tokens alone."""
+    if objective.kind != "next_token":
+        defaults, settings = Objective(kind=objective.kind), tuple(Objective.model_fields)[1:]
+        values = ((key, getattr(objective, key)) for key in settings if getattr(objective, key) != getattr(defaults, key))
+        shown = tuple((key, number(value) if isinstance(value, float) else str(value)) for key, value in values)
+        yield "objective", Call("Objective", (("", literal(objective.kind)), *shown))
+    if len(graph.inputs) > 2:
+        read = {source for node in graph.nodes.values() for source in node.inputs}
+        yield "inputs", literal(tuple(name for name in graph.inputs[:-1] if name in read))
+
+
 def _optional(train: Train) -> Iterable[tuple[str, str]]:
     """Settings that most specs leave alone."""
     settings = {
@@ -169,11 +183,10 @@ def _optional(train: Train) -> Iterable[tuple[str, str]]:
 
 
 def vocabulary(graph: Graph) -> int:
-    """Rows of the embedding of a model input; 0 where there is none."""
-    for node in graph.nodes.values():
-        if node.op == "embedding" and graph.nodes[node.inputs[0]].op == "input":
-            return graph.weights[node.weights[0]].shape[0]
-    return 0
+    """Rows of the embedding of the tokens; 0 where there is none."""
+    tables = {node.inputs[0]: node for node in reversed(tuple(graph.nodes.values())) if node.op == "embedding"}
+    found = next((tables[name] for name in ("tokens", *graph.inputs) if name in tables), None)
+    return graph.weights[found.weights[0]].shape[0] if found else 0
 
 
 # ---- loss -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mlmdsl.diagnostics import Span
 from mlmdsl.grammar import syntax
+from mlmdsl.runtime import config
 
 
 class Frozen(BaseModel):
@@ -76,9 +77,11 @@ class Cluster(Frozen):
 class Data(Frozen):
     """`paths` are absolute patterns (resolved against the spec's folder); for "python" they are module names."""
 
-    kind: Literal["text", "jsonl", "parquet", "python"]
+    kind: Literal["text", "jsonl", "parquet", "python", "python_source", "pairs", "conversations"]
     paths: tuple[str, ...]
-    field: str | None = None  # the text column of jsonl and parquet
+    field: str | None = None  # of jsonl and parquet that of the text, of conversations that of the messages
+    source: str | None = None  # fields of pairs
+    target: str | None = None
     validation: float = 0.05  # share of the token stream held out at its end
 
 
@@ -89,7 +92,17 @@ class Tokenizer(Frozen):
 
 
 class Objective(Frozen):
-    kind: Literal["next_token"]
+    """As runtime/config.py's, which says what each feeds."""
+
+    kind: Literal["next_token", "masked_token", "span_corruption", "seq2seq", "chat"]
+    probability: float = 0.15
+    density: float = 0.15
+    mean_length: float = 3.0
+    target: int | None = None
+
+    @property
+    def feeds(self) -> config.Objective:
+        return config.Objective(self.kind, self.probability, self.density, self.mean_length, self.target)
 
 
 class Optimizer(Frozen):

@@ -8,19 +8,29 @@ from typing import Any
 from mlmdsl.grammar.evaluate import POISON, CallValue, Poison
 from mlmdsl.grammar.settings import Settings
 from mlmdsl.grammar.spec import Data, LearningRateSchedule, Objective, Optimizer, Tokenizer, Train
+from mlmdsl.runtime.config import span_lengths
 from mlmdsl.units import Quantity
 
-_DATA = ("text", "jsonl", "parquet", "python")
+_TEXTS = ("text", "jsonl", "parquet", "python", "python_source")
+_RECORDS = {"seq2seq": "pairs", "chat": "conversations"}  # what each of these objectives reads
+_OBJECTIVES = ("next_token", "masked_token", "span_corruption", "seq2seq", "chat")
+_MODULES = ("python", "python_source")
+_TEXT_FIELDS = {  # of each kind of data: its own setting, where it stands in `Data`, its default
+    "jsonl": (("field", "field", "text"),),
+    "parquet": (("column", "field", "text"),),
+    "pairs": (("source", "source", "source"), ("target", "target", "target")),
+    "conversations": (("field", "field", "messages"),),
+}
 
 
 def read_train(settings: Settings, folder: str) -> Train | None:
     """`folder`: where the spec lies; data paths are relative to it."""
     data = _data(settings, folder)
     tokenizer = _tokenizer(settings, folder)
-    objective = settings.call("objective", ("next_token",), example="next_token()")
-    if objective is not None:
-        settings.failed |= not settings.of_call(objective).finish()
     seq_len = settings.quantity("seq_len", "tokens", required=True)
+    objective = _objective(settings, int(seq_len or 0))
+    if data is not None:
+        _check_kind(settings, data, objective)
     batch = _batch(settings, seq_len)
     steps = _steps(settings, seq_len, batch)
     optimizer = _optimizer(settings)
@@ -35,7 +45,7 @@ def read_train(settings: Settings, folder: str) -> Train | None:
     return Train(
         data=data or Data(kind="text", paths=(os.path.join(folder, "corpus/*.txt"),)),
         tokenizer=tokenizer,
-        objective=Objective(kind="next_token"),
+        objective=objective,
         seq_len=int(seq_len),
         batch=batch,
         steps=steps,
@@ -50,14 +60,56 @@ def read_train(settings: Settings, folder: str) -> Train | None:
     )
 
 
+def _objective(settings: Settings, seq_len: int) -> Objective:
+    call = settings.call("objective", _OBJECTIVES, example="next_token()")
+    if call is None:
+        return Objective(kind="next_token")
+    inner = settings.of_call(call)
+    kind: Any = call.name
+    found: dict[str, Any] = {}
+    if kind == "masked_token":
+        found["probability"] = inner.number("probability", 0.15, above=True, most=1.0, example="0.15")
+    if kind == "span_corruption":
+        found["density"] = inner.number("density", 0.15, above=True, most=0.5, example="0.15")
+        found["mean_length"] = inner.number("mean_length", 3.0, least=1.0, example="3")
+    if kind in ("span_corruption", "seq2seq"):
+        target = inner.quantity("target_len", "tokens")
+        found["target"] = _whole(inner, "target_len", target) if target else None
+    if inner.finish() and kind == "span_corruption" and seq_len:
+        found["target"] = _span_target(inner, found, seq_len)
+    settings.failed |= inner.failed
+    if kind == "seq2seq" and found["target"] is None:
+        found["target"] = seq_len or None
+    return Objective(kind=kind, **{key: value for key, value in found.items() if value is not None})
+
+
+def _span_target(inner: Settings, found: dict[str, Any], seq_len: int) -> int | None:
+    """As long as the spans of a full row make it, rounded up to a multiple of 8 for the tensor axis."""
+    length, _, least = span_lengths(seq_len, found["density"], found["mean_length"])
+    if not length:
+        inner.problem("MLM0312", f"`seq_len` = {seq_len} has no room for spans", help="4 tok is the least")
+        return None
+    if found["target"] is not None and found["target"] < least:
+        message = f"`target_len` = {found['target']} does not hold the spans of a row, {least} tokens"
+        inner.problem("MLM0312", message, "target_len", help=f"target_len = {least} tok, or leave it out")
+    return found["target"] or -(-least // 8) * 8
+
+
+def _check_kind(settings: Settings, data: Data, objective: Objective) -> None:
+    wanted = _RECORDS.get(objective.kind)
+    if data.kind != wanted if wanted else data.kind in _RECORDS.values():
+        message = f"{objective.kind}() reads {wanted or 'text'}, not {data.kind}"
+        example = f'{wanted}("{wanted}.jsonl")' if wanted else 'text("corpus/*.txt")'
+        settings.problem("MLM0316", message, "data", help=f"write data = {example}")
+
+
 def _data(settings: Settings, folder: str) -> Data | None:
-    call = settings.call("data", _DATA, required=True, example='text("corpus/*.txt")')
+    call = settings.call("data", (*_TEXTS, *_RECORDS.values()), required=True, example='text("corpus/*.txt")')
     if call is None:
         return None
     kind: Any = call.name
     inner = settings.of_call(CallValue(call.name, (), call.keywords, call.span, call.spans, call.names))
-    field_name = {"jsonl": "field", "parquet": "column"}.get(kind)
-    field = inner.text(field_name, "text", example='"text"') if field_name else None
+    fields = {key: inner.text(name, default, example=f'"{default}"') for name, key, default in _TEXT_FIELDS.get(kind, ())}
     validation = inner.number("validation", 0.05, most=0.5, example="0.05")
     paths = tuple(p for p in call.positional if isinstance(p, str))
     if POISON in call.positional:
@@ -68,8 +120,8 @@ def _data(settings: Settings, folder: str) -> Data | None:
         settings.failed = True
         return None
     assert validation is not None
-    found = paths if kind == "python" else tuple(os.path.join(folder, p) for p in paths)
-    return Data(kind=kind, paths=found, field=field, validation=validation)
+    found = paths if kind in _MODULES else tuple(os.path.join(folder, p) for p in paths)
+    return Data(kind=kind, paths=found, validation=validation, **fields)
 
 
 def _tokenizer(settings: Settings, folder: str) -> Tokenizer:

@@ -11,20 +11,19 @@ from dataclasses import replace
 from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar.evaluate import POISON
 from mlmdsl.grammar.modules import shipped
-from mlmdsl.grammar.spec import ModelSource
+from mlmdsl.grammar.spec import ModelSource, Train
 from mlmdsl.graph.arguments import describe
 from mlmdsl.graph.body import Body
 from mlmdsl.graph.graph import Graph, Node, Region
-from mlmdsl.graph.ops import CATALOGUE
-from mlmdsl.graph.ops.base import ShapeProblem
+from mlmdsl.graph.objective import add_loss
 from mlmdsl.graph.state import State
-from mlmdsl.graph.tensor import TensorType
 from mlmdsl.graph.values import Scope, TensorValue
 from mlmdsl.graph.walk import unused
 
 
-def build(model: ModelSource, diagnostics: Diagnostics) -> Graph | None:
-    """The training graph of a next-token model: its nodes, the targets and the loss; None where a mistake was reported."""
+def build(model: ModelSource, diagnostics: Diagnostics, train: Train | None = None) -> Graph | None:
+    """The training graph of a model: its nodes, the targets and the loss; None where a mistake was reported. Without `train`
+    the objective is next_token."""
     before = len(diagnostics.errors)
     state = State(model, diagnostics)
     names = {name: source.qualified for name, source in model.blocks.items() if ":" not in name}
@@ -35,8 +34,8 @@ def build(model: ModelSource, diagnostics: Diagnostics) -> Graph | None:
     output = _output(body, model, diagnostics)
     if output is None or len(diagnostics.errors) > before:
         return None
-    loss = _loss(state, output, diagnostics)
-    graph = loss and _finished(state, model.model.name, output, loss)
+    loss = add_loss(state, output, train, diagnostics)
+    graph = loss and _finished(state, model.model.name, output, *loss)
     if graph is None:
         return None
     body.expectations({"params": graph.parameters, "layers": graph.layers})
@@ -79,29 +78,7 @@ def _output(body: Body, model: ModelSource, diagnostics: Diagnostics) -> TensorV
     return None
 
 
-def _loss(state: State, output: TensorValue, diagnostics: Diagnostics) -> Node | None:
-    """Adds the targets, whose shape is the tokens', and the cross entropy."""
-    tokens = [state.paths[path].type for path in state.inputs if state.paths[path].type.dtype == "int"]
-    if not tokens:
-        where = state.model.model.name_span
-        help = "write input tokens: int[B, S]"
-        diagnostics.report("MLM0512", "the model has no input of integers, whose next ones it could predict", where, help=help)
-        return None
-    targets = TensorType("int", tokens[0].shape)
-    try:
-        kind = CATALOGUE["cross_entropy"].infer((output.type, targets), {})
-    except ShapeProblem as problem:
-        diagnostics.report(problem.code, str(problem), output.span, help=problem.help)
-        return None
-    state.inputs.append("targets")
-    state.first_nodes.append(Node("targets", "input", (), targets, variable="targets"))
-    path = "loss" if "loss" not in state.paths else "cross_entropy"
-    node = Node(path, "cross_entropy", (output.path, "targets"), kind, span=output.span)
-    state.add(node)
-    return node
-
-
-def _finished(state: State, name: str, output: TensorValue, loss: Node) -> Graph:
+def _finished(state: State, name: str, output: TensorValue, loss: Node, lengths: dict[str, int]) -> Graph:
     """The regions without what the loss does not need."""
     state.close_straight()
     regions = tuple(state.regions)
@@ -111,7 +88,7 @@ def _finished(state: State, name: str, output: TensorValue, loss: Node) -> Graph
     kept = tuple(r for r in (_without_dead(region, needed) for region in regions) if r.nodes)
     used = {key for region in kept for node in region.nodes for key in node.weights}
     weights = {key: weight for key, weight in state.weights.items() if key in used}
-    return Graph(name, kept, weights, tuple(state.inputs), output.path, loss.path)
+    return Graph(name, kept, weights, tuple(state.inputs), output.path, loss.path, lengths)
 
 
 def _with_first(regions: tuple[Region, ...], nodes: Sequence[Node]) -> tuple[Region, ...]:

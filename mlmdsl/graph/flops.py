@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
-from mlmdsl.graph.tensor import TensorType, symbols_of
+from mlmdsl.graph.tensor import TensorType
 
 _BYTES = {"int": 8, "float": 2, "fp32": 4}
 
@@ -36,7 +36,7 @@ def work_of(graph: Graph, node: Node, sizes: Mapping[str, int]) -> Work:
 
 def flops_per_sequence(graph: Graph, seq_len: int) -> tuple[float, float]:
     """(forward, backward) FLOPs of one sequence of `seq_len` tokens through the whole model."""
-    sizes = _symbols(graph, seq_len)
+    sizes = graph.sizes(1, seq_len)
     forward = backward = 0.0
     for region in graph.regions:
         for node in region.nodes:
@@ -53,12 +53,6 @@ def active_parameters(graph: Graph) -> int:
         share = CATALOGUE[node.op].active(tuple(graph.nodes[source].type for source in node.inputs))
         shares.update((key, max(share, shares.get(key, 0.0))) for key in node.weights)
     return sum(round(share * graph.weights[key].elements) * graph.count_of(graph.weights[key]) for key, share in shares.items())
-
-
-def _symbols(graph: Graph, seq_len: int) -> dict[str, int]:
-    """One sequence: B is 1, every other symbol the sequence's length."""
-    found = {name for node in graph.nodes.values() for dim in node.type.shape for name in symbols_of(dim)}
-    return {name: 1 if name == "B" else seq_len for name in found}
 
 
 def flops_per_token(graph: Graph, seq_len: int) -> float:

@@ -17,7 +17,7 @@ from functools import cached_property
 import networkx as nx
 
 from mlmdsl.diagnostics import Span
-from mlmdsl.graph.tensor import TensorType, Weight
+from mlmdsl.graph.tensor import TensorType, Weight, symbols_of
 
 Scalar = int | float | bool | str | None | tuple[int, ...]
 
@@ -75,6 +75,12 @@ class Graph:
     inputs: tuple[str, ...]  # what the data loader feeds: ("tokens", "targets")
     output: str
     loss: str
+    lengths: Mapping[str, int] = field(default_factory=lambda: dict[str, int]())  # of symbols that are not seq_len
+
+    def sizes(self, batch: int, seq_len: int) -> dict[str, int]:
+        """What the symbols of shapes stand for."""
+        found = {name for node in self.nodes.values() for dim in node.type.shape for name in symbols_of(dim)}
+        return {"B": batch, **dict.fromkeys(sorted(found - {"B"}), seq_len), **self.lengths}
 
     @cached_property
     def nodes(self) -> Mapping[str, Node]:

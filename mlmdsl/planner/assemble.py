@@ -28,7 +28,7 @@ def plan_of(place: Place, candidate: Candidate, report: SearchReport) -> Plan:
     """Without runners-up, wishes and notes."""
     setting = place.bench.setting
     train = setting.spec.train
-    sizes = {"B": candidate.micro_batch, "S": train.seq_len}
+    sizes = setting.graph.sizes(candidate.micro_batch, train.seq_len)
     return Plan(
         spec_sha256=setting.spec.sha256,
         overrides=setting.spec.overrides,

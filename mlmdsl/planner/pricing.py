@@ -123,7 +123,7 @@ class Setting:
         if tensor == 1:
             return Bench(self, replicated(self.graph), group_of(self.mesh(1, 1, 1), "tensor", self.network))
         group = group_of(self.mesh(tensor, 1, 1), "tensor", self.network)
-        sizes = {"B": reference_micro_batch(self.spec.train.seq_len), "S": self.spec.train.seq_len}
+        sizes = self.graph.sizes(reference_micro_batch(self.spec.train.seq_len), self.spec.train.seq_len)
         share = self.network.inter_bytes_per_second
         found = shard_graph(self.graph, tensor, sequence_parallel, Costs(self.kernels, group, share, self.width, sizes))
         return found if isinstance(found, Infeasible) else Bench(self, found, group)
@@ -156,7 +156,7 @@ class Bench:
 
     def passes(self, micro_batch: int) -> Passes:
         if micro_batch not in self._passes:
-            sizes = {"B": micro_batch, "S": self.setting.spec.train.seq_len}
+            sizes = self.setting.graph.sizes(micro_batch, self.setting.spec.train.seq_len)
             setting = self.setting
             self._passes[micro_batch] = Passes(setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
         return self._passes[micro_batch]

@@ -21,7 +21,7 @@ _WIDTHS = {"fp32": 4, "bf16": 2}
 def verify_layout(graph: Graph, plan: Plan) -> None:
     """The layout of a plan; one for a single rank on the tensor axis has nothing to verify."""
     if plan.plan.tensor > 1:
-        sizes = {"B": plan.plan.micro_batch, "S": plan.seq_len}
+        sizes = graph.sizes(plan.plan.micro_batch, plan.seq_len)
         width = _WIDTHS[plan.precision]
         verify_regions(graph, plan.layout, plan.plan.tensor, plan.plan.sequence_parallel, sizes, width)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         reduce_scatter,
         split,
     )
-    from mlmdsl.runtime.config import AdamW, Data, Parallel, Schedule, Tokenizer, Training
+    from mlmdsl.runtime.config import AdamW, Data, Objective, Parallel, Schedule, Tokenizer, Training
     from mlmdsl.runtime.distances import alibi, relative_positions
     from mlmdsl.runtime.experts import combine, dispatch, grouped_linear, route, top_k
     from mlmdsl.runtime.functions import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attend": "attention",
     "collectives": "all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split",
-    "config": "AdamW Data Parallel Schedule Tokenizer Training",
+    "config": "AdamW Data Objective Parallel Schedule Tokenizer Training",
     "distances": "alibi relative_positions",
     "functions": "cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
     "experts": "combine dispatch grouped_linear route top_k",
@@ -52,6 +52,7 @@ __all__ = [
     "Data",
     "Init",
     "Mesh",
+    "Objective",
     "Parallel",
     "Schedule",
     "Scope",

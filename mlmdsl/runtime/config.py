@@ -47,16 +47,65 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Data:
-    kind: str  # text, jsonl, parquet, python
+    kind: str  # text, jsonl, parquet, python, python_source, pairs, conversations
     paths: tuple[str, ...]
     field: str | None = None
     validation: float = 0.05
+    source: str | None = None  # fields of pairs
+    target: str | None = None
+
+    @property
+    def records(self) -> bool:
+        """Read record by record, and not as one stream."""
+        return self.kind in ("pairs", "conversations")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     kind: str  # bytes, hf
     path: str | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is predicted. `probability` of a token to be masked; `density` of spans that are cut out, of `mean_length` tokens;
+    `target` is the length of decoder_tokens and of their targets, None where there are none."""
+
+    kind: str = "next_token"  # next_token, masked_token, span_corruption, seq2seq, chat
+    probability: float = 0.15
+    density: float = 0.15
+    mean_length: float = 3.0
+    target: int | None = None
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The inputs that a model has to have; the targets have the last one's shape."""
+        if self.kind == "seq2seq":
+            return ("tokens", "valid", "decoder_tokens")
+        return ("tokens", "decoder_tokens") if self.kind == "span_corruption" else ("tokens",)
+
+    @property
+    def fed(self) -> tuple[str, ...]:
+        """All inputs that it can feed."""
+        more = {"masked_token": ("segments",), "span_corruption": ("decoder_tokens",), "seq2seq": ("decoder_tokens",)}
+        return ("tokens", "valid", *more.get(self.kind, ()))
+
+    def length(self, name: str, sequence: int) -> int:
+        """Tokens of a row of the input `name`, where those of `tokens` are `sequence`."""
+        return self.target or sequence if name == "decoder_tokens" else sequence
+
+
+def span_lengths(sequence: int, density: float, mean_length: float) -> tuple[int, int, int]:
+    """(tokens of text, spans cut out, tokens of the target) such that text with its spans replaced by one sentinel each, and an
+    end, fills `sequence` tokens (arXiv:1910.10683, section 3.1.4)."""
+    found = (0, 0, 0)
+    for length in range(2, 2 * sequence + 2):
+        noise = min(max(round(length * density), 1), length - 1)
+        spans = max(1, min(round(noise / mean_length), noise, length - noise))
+        if length - noise + spans + 1 > sequence:
+            break
+        found = (length, spans, noise + spans + 1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -93,4 +142,6 @@ class Training:
     checkpoint_every: int | None = None
     flops_per_token: float = 0.0  # of the model, forward and backward, for MFU
     peak_flops_per_second: float = 0.0  # of one device, what MFU is divided by
+    objective: Objective = Objective()
+    inputs: tuple[str, ...] = ("tokens",)  # that the model reads, in its order
     vocab: int = 0  # of the model: no token id may reach it; 0 is unchecked

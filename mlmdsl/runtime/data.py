@@ -6,101 +6,123 @@ what it was made from (paths, sizes, modification times, tokenizer), so a change
 process comes first writes it, under a lock, and renames it into place; the others wait. Nodes with discs of their own each
 make the same file.
 
-The last `validation` share of the stream is held out. The rest is cut into windows of `sequence` tokens; a target is the
-token after, so neighbouring windows share one. Sample i of a run is window i mod W of epoch i div W, under a permutation
-that depends on seed and epoch alone: no state, nothing to restore on resume, the same batches under every plan. The last
-window of a split may be short: its missing targets are -100 and do not count.
+What a row holds is the objective's business (objectives.py). The last `validation` share of the stream, or of the records, is
+held out. The rest of a stream is cut into windows of `sequence` tokens; where a target is the token after, neighbouring windows
+share one. Sample i of a run is window (or record) i mod W of epoch i div W, under a permutation that depends on seed and epoch
+alone: no state, nothing to restore on resume, the same batches under every plan. The last window of a split may be short: its
+missing targets are -100 and do not count.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import os
-import socket
-import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 import torch
 
 from mlmdsl.diagnostics import Diagnostic, RunError
 from mlmdsl.runtime import tokenizer as tokenizers
-from mlmdsl.runtime.config import Data, Training
-from mlmdsl.runtime.documents import Piece, pieces, sources
-
-IGNORE = -100  # a target that does not count
-FORMAT = 1  # of the token file: another number, another file
-ENDS_BYTES = 1 << 20  # how much of either end of a token file its checksum covers
-BATCH_CHARACTERS = 1 << 22  # text handed to the tokenizer at once
+from mlmdsl.runtime.config import Training
+from mlmdsl.runtime.objectives import Form, Row
+from mlmdsl.runtime.packed import FIRST, LEARNT, Packed, prepare
 
 Split = Literal["train", "validation"]
+_SALT = {"train": 0, "validation": 1}  # validation draws other numbers
 
 
 class TokenDataset:
-    """One split of the token stream. `windows` samples an epoch; `batches` of validation (0 where nothing is held out)."""
+    """One split of the data. `windows` samples an epoch; `batches` of validation (0 where nothing is held out)."""
 
     def __init__(self, training: Training, split: Split, cache: Path):
-        """Tokenises where no process has yet, in `cache`. Raises RunError MLM0700 to MLM0712."""
+        """Tokenises where no process has yet, in `cache`. Raises RunError MLM0700 to MLM0716."""
         self.training = training
         self.split: Split = split
-        packed = prepare(training, cache)
-        self._check_vocabulary(packed)
-        held_out = round(packed.count * training.data.validation)
+        text = tokenizers.load(training.tokenizer)
+        self.packed = prepare(training, text, cache)
+        self.form = Form(training, text)
+        self._check_vocabulary(self.packed)
+        if training.data.records:
+            self._records()
+        else:
+            self._stream()
+
+    def _stream(self) -> None:
+        packed, form = self.packed, self.form
+        held_out = round(packed.count * self.training.data.validation)
         cut = packed.count - held_out
-        self.tokens = packed.tokens[:cut] if split == "train" else packed.tokens[cut:]
-        self.windows = max(0, -(-(len(self.tokens) - 1) // training.sequence))
-        if cut <= training.sequence:
-            _fail(
-                "MLM0705",
-                f"{cut:,} tokens to train on ({held_out:,} of {packed.count:,} held out) are fewer than one sequence of "
-                f"{training.sequence:,} and the token after it",
-                "give more text, or a shorter seq_len",
+        self.tokens = packed.tokens[:cut] if self.split == "train" else packed.tokens[cut:]
+        self.windows = max(0, -(-(len(self.tokens) - form.shared) // (form.window - form.shared)))
+        if cut < form.window:
+            after = " and the token after it" if form.shared else ""
+            self._too_little(
+                f"{cut:,} tokens", held_out, f"{packed.count:,}", f"one sequence of {form.window - form.shared:,}{after}"
             )
+
+    def _records(self) -> None:
+        held_out = round((len(self._starts) - 1) * self.training.data.validation)
+        cut = len(self._starts) - 1 - held_out
+        self.first, self.windows = (0, cut) if self.split == "train" else (cut, held_out)
+        if not cut:
+            self._too_little("0 records", held_out, f"{held_out:,}", "one")
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first run of each record; one entry more at the end."""
+        return np.append(np.flatnonzero(self.packed.bounds[:, 1] & FIRST), self.packed.runs)
+
+    def _too_little(self, what: str, held_out: int, whole: str, wanted: str) -> None:
+        message = f"{what} to train on ({held_out:,} of {whole} held out) are fewer than {wanted}"
+        raise RunError([Diagnostic("MLM0705", message, help="give more text, or a shorter seq_len")])
 
     @property
     def batches(self) -> int:
         """Validation batches to take: `validation_batches`, or fewer where the held-out share is smaller."""
         return min(self.training.validation_batches, -(-self.windows // self.training.batch))
 
-    def batch(self, step: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows low to high of global batch `step` (from 0): tokens and targets, int64 [high - low, sequence].
+    def batch(self, step: int, low: int, high: int) -> dict[str, torch.Tensor]:
+        """Rows low to high of global batch `step` (from 0): the model's inputs and the targets, int64 [high - low, length].
 
-        Training goes round the windows for ever, in another order each epoch. Validation takes them in order, once: rows
-        past the end are all -100."""
+        Training goes round the samples for ever, in another order each epoch. Validation takes them in order, once: the targets
+        of rows past the end are all -100."""
         first = step * self.training.batch
-        rows = [self._row(first + i) for i in range(low, high)]
-        length = self.training.sequence
-        tokens = np.zeros((high - low, length), dtype=np.int64)
-        targets = np.full((high - low, length), IGNORE, dtype=np.int64)
-        for row, window in enumerate(rows):
-            tokens[row, : len(window[:-1])] = window[:-1]
-            targets[row, : len(window[1:])] = window[1:]
-        return torch.from_numpy(tokens), torch.from_numpy(targets)
+        return self.form.batch([self._row(first + i) for i in range(low, high)])
 
-    def _row(self, sample: int) -> np.ndarray:
-        """The tokens of one sample and the one after them."""
+    def _row(self, number: int) -> Row:
+        """The row of one sample of the run."""
+        sample = number
         if self.split == "train":
-            epoch, position = divmod(sample, self.windows)
+            epoch, position = divmod(number, self.windows)
             sample = permuted(position, self.windows, self.training.seed, epoch)
-        start = sample * self.training.sequence
-        return self.tokens[start : start + self.training.sequence + 1]
+        counts = None
+        if self.training.data.records:
+            ids, counts = self._record(sample)
+        else:
+            step = self.form.window - self.form.shared
+            ids = self.tokens[sample * step : sample * step + self.form.window]
+        return self.form.row(ids, counts, number, _SALT[self.split])
+
+    def _record(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Its tokens, and which of them are learnt; none past the end."""
+        if sample >= self.windows:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+        low, high = self._starts[self.first + sample], self._starts[self.first + sample + 1]
+        bounds = self.packed.bounds
+        start, stop = bounds[low, 0], bounds[high, 0] if high < len(bounds) else self.packed.count
+        lengths = np.diff(np.append(bounds[low:high, 0], stop))
+        return self.packed.tokens[start:stop], np.repeat((bounds[low:high, 1] & LEARNT) > 0, lengths)
 
     def _check_vocabulary(self, packed: Packed) -> None:
-        vocab = self.training.vocab
-        if vocab and packed.max_id >= vocab:
-            _fail(
-                "MLM0706",
-                f"the text holds token {packed.max_id:,}, but the model's vocabulary ends at {vocab - 1:,}: "
-                f"the tokenizer ({self.training.tokenizer.kind}) has {packed.vocab:,} tokens",
-                f"give the model's Embedding vocab = {packed.vocab} or more",
+        vocab, largest = self.training.vocab, max(packed.max_id, *self.form.special, 0)
+        if vocab and largest >= vocab:
+            what = "the text holds" if largest == packed.max_id else "the objective needs"
+            needed = max(packed.vocab, largest + 1)
+            message = (
+                f"{what} token {largest:,}, but the model's vocabulary ends at {vocab - 1:,}: "
+                f"the tokenizer ({self.training.tokenizer.kind}) has {packed.vocab:,} tokens"
             )
+            raise RunError([Diagnostic("MLM0706", message, help=f"give the model's Embedding vocab = {needed} or more")])
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------
@@ -133,142 +155,3 @@ def _mixed(value: int) -> int:
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return value ^ value >> 31
-
-
-# ---- the packed token file ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A token file and what stands in the .json beside it."""
-
-    path: Path
-    dtype: str
-    count: int
-    max_id: int
-    vocab: int  # of the tokenizer
-    checksum: int
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
-
-
-def prepare(training: Training, cache: Path) -> Packed:
-    """The token file of this data and tokenizer, made now where it is missing or damaged."""
-    tokenizer = tokenizers.load(training.tokenizer)
-    path = cache / f"{_key(training.data, tokenizer.identity)}.tokens"
-    if found := _opened(path):
-        return found
-    with _writable(cache), _locked(path.with_suffix(".lock")):
-        return _opened(path) or _made(path, training.data, tokenizer)
-
-
-def _key(data: Data, tokenizer: str) -> str:
-    """Names the stream by all that it is made from."""
-    files: list[tuple[str, int, int]] = []
-    for path in sources(data):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            _fail("MLM0708", f"{path}: {error.strerror or error}")
-        files.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
-    text = json.dumps([FORMAT, data.kind, data.field, files, tokenizer])
-    return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
-
-
-def _opened(path: Path) -> Packed | None:
-    """The finished file, or None where there is none or where it is not what its description says."""
-    try:
-        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        packed = Packed(path, **described)
-        sound = path.stat().st_size == packed.count * np.dtype(packed.dtype).itemsize and _checksum(path) == packed.checksum
-    except (OSError, ValueError, TypeError):
-        return None
-    return packed if sound else None
-
-
-def _made(path: Path, data: Data, tokenizer: tokenizers.TextTokenizer) -> Packed:
-    """Writes tokens, then description, each under a name of its own until it is whole."""
-    host = socket.gethostname()
-    for stale in path.parent.glob(f"{path.stem}.{host}.*.part"):  # of a process that died: the lock is ours now
-        stale.unlink(missing_ok=True)
-    part = path.with_name(f"{path.stem}.{host}.{os.getpid()}.part")
-    dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
-    try:
-        with part.open("wb") as file:
-            count, largest = _write_tokens(file, data, tokenizer, dtype)
-            file.flush()
-            os.fsync(file.fileno())
-        packed = Packed(path, dtype, count, largest, tokenizer.vocab, _checksum(part))
-        part.replace(path)
-        part.write_text(json.dumps({k: v for k, v in asdict(packed).items() if k != "path"}), encoding="utf-8")
-        part.replace(path.with_suffix(".json"))
-    finally:
-        part.unlink(missing_ok=True)
-    return packed
-
-
-def _write_tokens(file: IO[bytes], data: Data, tokenizer: tokenizers.TextTokenizer, dtype: str) -> tuple[int, int]:
-    """Count of tokens and the largest id."""
-    count = largest = characters = 0
-    end = np.array([tokenizer.end_of_text], dtype=dtype)
-    for batch in _text_batches(data):
-        texts = [text for text, _ in batch]
-        characters += sum(map(len, texts))
-        for ids, (_, last) in zip(tokenizer.encode_batch(texts), batch, strict=True):
-            written = np.concatenate([ids.astype(dtype), end]) if last else ids.astype(dtype)
-            file.write(written.tobytes())
-            count += len(written)
-            largest = max(largest, int(written.max(initial=0)))
-    if not characters:
-        _fail("MLM0701", f"no text in {', '.join(data.paths)}", "the files are there, but hold nothing to train on")
-    return count, largest
-
-
-def _text_batches(data: Data) -> Iterator[list[Piece]]:
-    """Enough text at a time for the tokenizer to use its threads."""
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces(data):
-        batch.append(piece)
-        size += len(piece[0]) + 1
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32 of the first and last MiB: finds a truncated, overwritten or sparse file at once, whatever its size."""
-    with path.open("rb") as file:
-        head = file.read(ENDS_BYTES)
-        file.seek(max(len(head), path.stat().st_size - ENDS_BYTES))
-        return zlib.crc32(file.read(ENDS_BYTES), zlib.crc32(head))
-
-
-@contextlib.contextmanager
-def _writable(cache: Path) -> Iterator[None]:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        _fail(
-            "MLM0712",
-            f"token files cannot be written in {cache}: {error.strerror or error}",
-            "set MLMDSL_CACHE to a folder with room",
-        )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits for the lock; the kernel frees it when its holder dies. Where a network file system has no locks the work is
-    done more than once, and renamed into place whole each time."""
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _fail(code: str, message: str, help: str = "") -> NoReturn:
-    raise RunError([Diagnostic(code, message, help=help)])

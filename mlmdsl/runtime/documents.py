@@ -1,4 +1,4 @@
-"""Where the text comes from: plain files, JSON lines, parquet columns, string literals of an installed Python module.
+"""Where the text comes from: plain files, JSON lines, parquet columns, string literals or sources of installed Python modules.
 
 `pieces(data)` gives the documents one after another without holding the whole corpus; `sources(data)` names the files that
 they come from, in the order in which they are read (sorted by path, each once). Every problem is a RunError with a code from
@@ -27,7 +27,7 @@ Piece = tuple[str, bool]
 
 def sources(data: Data) -> list[Path]:
     """The files that hold the data. Raises MLM0700 where a pattern matches none, MLM0707 for a module without source."""
-    find = _module_source if data.kind == "python" else _matches
+    find = {"python": _module_source, "python_source": _package_sources}.get(data.kind, _matches)
     return sorted({path for pattern in data.paths for path in find(pattern)})
 
 
@@ -88,13 +88,19 @@ def _not_utf8(path: Path, at: int, byte: int, where: str = "") -> NoReturn:
 
 def _read_jsonl(path: Path, field: str | None) -> Iterator[Piece]:
     """The text in `field` ("text" unless it is named) of each line; empty lines are skipped."""
+    for place, record in json_lines(path, field or "text"):
+        yield text_of(place, record, field or "text", 'jsonl("...", field = '), True
+
+
+def json_lines(path: Path, field: str = "source") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's place and object."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _json_text(f"{path}:{number}", line, field or "text"), True
+                yield f"{path}:{number}", _json_object(f"{path}:{number}", line, field)
 
 
-def _json_text(place: str, line: bytes, field: str) -> str:
+def _json_object(place: str, line: bytes, field: str) -> dict[str, Any]:
     try:
         record: Any = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -103,8 +109,13 @@ def _json_text(place: str, line: bytes, field: str) -> str:
         _fail("MLM0703", f"{place}: not valid JSON: {error}", "each line must be one JSON object")
     if not isinstance(record, dict):
         _fail("MLM0703", f"{place}: the line is {_kind(record)}, not an object", f'write {{"{field}": "..."}}')
+    return record
+
+
+def text_of(place: str, record: dict[str, Any], field: str, call: str) -> str:
+    """The text in `field`; `call` is how a spec would name another field."""
     if field not in record:
-        _fail("MLM0704", f'{place}: no field "{field}"', _instead(list(record), "jsonl"))
+        _fail("MLM0704", f'{place}: no field "{field}"', _instead(list(record), call))
     return _text_of(place, f'field "{field}"', record[field])
 
 
@@ -121,7 +132,7 @@ def _kind(value: object) -> str:
 
 
 def _instead(names: list[str], call: str) -> str:
-    return f'it has {", ".join(names[:8]) or "none"}: name one, {call}("...", field = "{names[0]}")' if names else ""
+    return f'it has {", ".join(names[:8]) or "none"}: name one, {call}"{names[0]}")' if names else ""
 
 
 # ---- parquet --------------------------------------------------------------------------------------------------------
@@ -150,7 +161,7 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
     import pyarrow.types as types
 
     if column not in schema.names:
-        _fail("MLM0704", f'{path}: no column "{column}"', _instead(schema.names, "parquet"))
+        _fail("MLM0704", f'{path}: no column "{column}"', _instead(schema.names, 'parquet("...", field = '))
     kind = schema.field(column).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(value) or types.is_large_string(value) or str(value) == "string_view"):
@@ -175,6 +186,12 @@ def _module_source(name: str) -> list[Path]:
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         _fail("MLM0707", f'module "{name}" has no Python source to read text from')
     return [Path(spec.origin)]
+
+
+def _package_sources(name: str) -> list[Path]:
+    """The source file of a module; of a package every one under its folder."""
+    path = _module_source(name)[0]
+    return sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
 
 
 def _read_python(path: Path, _field: str | None) -> Iterator[Piece]:
@@ -203,7 +220,13 @@ def _literals(root: ast.AST) -> Iterator[str]:
             stack.extend(reversed(list(ast.iter_child_nodes(node))))
 
 
-READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "python": _read_python}
+READERS = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "python": _read_python,
+    "python_source": _read_text,
+}
 
 
 def _fail(code: str, message: str, help: str = "") -> NoReturn:

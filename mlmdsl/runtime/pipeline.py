@@ -1,8 +1,9 @@
 """Forward and backward passes of one step: micro-batch by micro-batch in one process, or through a pipeline of stages.
 
-Both engines are given this data rank's rows of the global batch and return the sum of the losses (zero on ranks that do not
-hold the last stage). `train` leaves gradients of `scale` times the loss, summed over the rows; the caller chooses scale as
-1 / (valid tokens of the whole step), so that micro-batches and ranks with unequal counts weigh as they should.
+Both engines are given this data rank's rows of the global batch (a tensor for each input that the model reads, by name, and the
+"targets") and return the sum of the losses (zero on ranks that do not hold the last stage). `train` leaves gradients of `scale`
+times the loss, summed over the rows; the caller chooses scale as 1 / (valid tokens of the whole step), so that micro-batches
+and ranks with unequal counts weigh as they should.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mlmdsl.runtime.parallel import StageClass, on_meta
 from mlmdsl.runtime.state import State
 
 LossFunction = Callable[[Any, Tensor, Mesh], Tensor]
+Batch = Mapping[str, Tensor]  # inputs by name, and "targets": rows first
 
 _SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 _SEVERAL = {  # virtual stages on each rank
@@ -39,11 +41,11 @@ _SPLITTING = ("zb_v", "dualpipe_v")  # take backward passes apart
 
 
 class Engine(Protocol):
-    def train(self, tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def train(self, batch: Batch, scale: float) -> Tensor:
         """Gradients of scale * loss; the unscaled sum of losses."""
         ...
 
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, batch: Batch) -> Tensor:
         """The sum of losses, without gradients."""
         ...
 
@@ -58,31 +60,35 @@ def make_engine(
     mesh: Mesh,
 ) -> Engine:
     if parallel.pipeline == 1:
-        return Accumulated(stages[0], state, loss, parallel, mesh)
+        return Accumulated(stages[0], state, loss, parallel, training, mesh)
     return Pipelined(stages, make, loss, parallel, training, mesh)
 
 
 class Accumulated:
     """No pipeline: one micro-batch after another."""
 
-    def __init__(self, module: nn.Module, state: State, loss: LossFunction, parallel: Parallel, mesh: Mesh):
+    def __init__(self, module: nn.Module, state: State, loss: LossFunction, parallel: Parallel, training: Training, mesh: Mesh):
         self.module, self.state, self.loss, self.mesh, self.micro_batch = module, state, loss, mesh, parallel.micro_batch
+        self.names = (*training.inputs, "targets")
 
-    def train(self, tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
-        pairs = list(zip(tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
-        total = torch.zeros((), device=tokens.device)
-        for i, (inputs, expected) in enumerate(pairs):
-            self.state.before_micro_batch(last=i == len(pairs) - 1)
-            value = self.loss(self.module(inputs), expected, self.mesh)
+    def _split(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+        return list(zip(*(batch[name].split(self.micro_batch) for name in self.names), strict=True))
+
+    def train(self, batch: Batch, scale: float) -> Tensor:
+        parts = self._split(batch)
+        total = torch.zeros((), device=batch["targets"].device)
+        for i, (*inputs, expected) in enumerate(parts):
+            self.state.before_micro_batch(last=i == len(parts) - 1)
+            value = self.loss(self.module(*inputs), expected, self.mesh)
             total += value.detach()
             (value * scale).backward()
         return total
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), device=tokens.device)
-        for inputs, expected in zip(tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True):
-            total += self.loss(self.module(inputs), expected, self.mesh)
+    def evaluate(self, batch: Batch) -> Tensor:
+        total = torch.zeros((), device=batch["targets"].device)
+        for *inputs, expected in self._split(batch):
+            total += self.loss(self.module(*inputs), expected, self.mesh)
         return total
 
 
@@ -103,7 +109,7 @@ class Pipelined:
     ):
         self.loss, self.mesh = loss, mesh
         self.first, self.last = 0 in stages, len(parallel.stages) - 1 in stages
-        self.keywords = keyword_inputs(next(iter(stages.values())))
+        self.positional, self.keywords = placed_inputs(next(iter(stages.values())), training)
         self.scale = 0.0
         values = boundaries(make, parallel, training, mesh)
         wrapped = [
@@ -129,23 +135,25 @@ class Pipelined:
     def _scaled(self, output: Any, targets: Tensor) -> Tensor:
         return self.loss(output, targets, self.mesh) * self.scale
 
-    def train(self, tokens: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def train(self, batch: Batch, scale: float) -> Tensor:
         self.scale = scale
-        total = self._run(self.schedule.step, tokens, targets)
+        total = self._run(self.schedule.step, batch)
         return total / scale if scale else total
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, batch: Batch) -> Tensor:
         self.scale = 1.0
-        return self._run(self.schedule.eval, tokens, targets)
+        return self._run(self.schedule.eval, batch)
 
-    def _run(self, step: Callable[..., Any], tokens: Tensor, targets: Tensor) -> Tensor:
+    def _run(self, step: Callable[..., Any], batch: Batch) -> Tensor:
         """return_outputs=False: otherwise the last stage keeps the logits of every micro-batch."""
-        inputs = (tokens,) if self.first else ()
-        keywords = {name: tokens for name in self.keywords}
+        inputs = tuple(batch[name] for name in self.positional) if self.first else ()
+        keywords = {argument: batch[name] for argument, name in self.keywords.items()}
         losses: list[Tensor] | None = [] if self.last else None
-        step(*inputs, target=targets if self.last else None, losses=losses, return_outputs=False, **keywords)
-        return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=tokens.device)
+        step(*inputs, target=batch["targets"] if self.last else None, losses=losses, return_outputs=False, **keywords)
+        return (
+            torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros((), device=batch["targets"].device)
+        )
 
 
 class _Stage(PipelineStage):
@@ -177,24 +185,36 @@ def _own_outputs(_module: nn.Module, _arguments: Any, output: Any) -> Any:
     return output.clone() if output._is_view() else output
 
 
-def keyword_inputs(module: nn.Module) -> tuple[str, ...]:
-    """Model inputs that every stage is given besides what the stage before it returns."""
+def placed_inputs(module: nn.Module, training: Training) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of the inputs that the first stage is given in order; those that every stage is given besides what the stage before
+    it returns, by its argument. The only input of a model may have any name there."""
     parameters = inspect.signature(module.forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+    arguments = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    only = training.inputs[0] if len(training.inputs) == 1 else None
+    keywords = {argument: only or argument for argument in arguments}
+    return tuple(name for name in training.inputs if name not in keywords.values()), keywords
 
 
 def boundaries(make: StageClass, parallel: Parallel, training: Training, mesh: Mesh) -> list[tuple[Tensor, ...]]:
     """Meta tensors that stand before each virtual stage, and after the last. torch takes a value's need of a gradient from
     them, too."""
-    tokens = torch.empty(parallel.micro_batch, training.sequence // parallel.context, dtype=torch.int64, device="meta")
-    values: list[tuple[Tensor, ...]] = [(tokens,)]
+    inputs = {name: _empty(name, parallel, training) for name in training.inputs}
+    positional, keywords = placed_inputs(on_meta(make, 0, mesh), training)
+    # a first stage that is given everything by keyword has no positional arguments
+    values: list[tuple[Tensor, ...]] = [tuple(inputs[name] for name in positional)]
     for index in range(len(parallel.stages)):
         module = on_meta(make, index, mesh)
         if training.precision == "bf16":
             module = module.to(torch.bfloat16)
         given: Sequence[Tensor] = values[-1]
         with torch.no_grad():
-            output = module(*given, **{name: tokens for name in keyword_inputs(module)})
+            output = module(*given, **{argument: inputs[name] for argument, name in keywords.items()})
         made = output if isinstance(output, tuple) else (output,)
         values.append(tuple(torch.empty_like(x, requires_grad=x.is_floating_point()) for x in made))
     return values
+
+
+def _empty(name: str, parallel: Parallel, training: Training) -> Tensor:
+    """A micro-batch of an input on the meta device."""
+    length = training.objective.length(name, training.sequence) // parallel.context
+    return torch.empty(parallel.micro_batch, length, dtype=torch.int64, device="meta")

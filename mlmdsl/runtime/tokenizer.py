@@ -1,6 +1,7 @@
 """Text to token ids and back: single bytes, or a Hugging Face tokenizer.json.
 
-    bytes   the 256 byte values; id 0 (NUL, which text does not contain) ends a document
+    bytes   the 256 byte values; id 0 (NUL, which text does not contain) ends a document; 256 is the mask, 257 to 356 are
+            sentinels of spans
     hf      any tokenizer.json, through `tokenizers`; the end-of-text token is looked up beside it and in it
 
 `load(settings)` raises RunError MLM0710 (no file, not a tokenizer) or MLM0711 (no end-of-text token).
@@ -13,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,11 +41,22 @@ END_OF_TEXT = (  # as the well-known tokenizers spell it, the most specific firs
 )
 
 
+MASKS, PADS = ("[MASK]", "<mask>", "<|mask|>"), ("<pad>", "[PAD]", "<|pad|>")
+SENTINELS = 100
+
+
 class TextTokenizer(Protocol):
-    """`identity` names what the ids mean: two tokenizers with the same identity give the same ids."""
+    """`identity` names what the ids mean: two tokenizers with the same identity give the same ids. `vocab` counts the ids that
+    text has; `pad` fills rows and starts a decoder; `mask` is None and `sentinels` are none where the tokenizer lacks them;
+    `end` spells `end_of_text`; `template` is a chat template in jinja2."""
 
     vocab: int
     end_of_text: int
+    pad: int
+    mask: int | None
+    sentinels: Sequence[int]
+    end: str
+    template: str | None
 
     @property
     def identity(self) -> str: ...
@@ -68,6 +81,11 @@ class ByteTokenizer:
 
     vocab = 256
     end_of_text = 0
+    end = "\0"
+    pad = 0
+    mask: int | None = 256
+    sentinels: Sequence[int] = range(257, 257 + SENTINELS)
+    template: str | None = None
     identity = "bytes"
 
     def encode(self, text: str) -> list[int]:
@@ -96,11 +114,26 @@ class HuggingFaceTokenizer:
     end_of_text: int
     vocab: int = field(init=False)
     identity: str = field(init=False)
+    pad: int = field(init=False)
+    mask: int | None = field(init=False)
+    sentinels: Sequence[int] = field(init=False)
+    end: str = field(init=False)
+    template: str | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.identity = f"hf:{hashlib.sha256(self.path.read_bytes()).hexdigest()}:{self.end_of_text}"
         ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab = max(ids, default=-1) + 1  # ids may have gaps: what counts is the largest
+        pad = self._first(PADS)
+        self.pad = self.end_of_text if pad is None else pad
+        self.mask = self._first(MASKS)
+        found = (self.tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(SENTINELS))
+        self.sentinels = list(takewhile(lambda token: token is not None, found))
+        self.end = self.tokenizer.id_to_token(self.end_of_text) or ""
+        self.template = _template_beside(self.path)
+
+    def _first(self, names: Sequence[str]) -> int | None:
+        return next((found for name in names if (found := self.tokenizer.token_to_id(name)) is not None), None)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -189,6 +222,21 @@ def _named_beside(path: Path) -> list[str]:
         token = token.get("content") if isinstance(token, dict) else token
         names += [token] if isinstance(token, str) else []
     return names
+
+
+def _template_beside(path: Path) -> str | None:
+    """chat_template.jinja, or `chat_template` of tokenizer_config.json: one, or the default of several."""
+    try:
+        return path.with_name("chat_template.jinja").read_text(encoding="utf-8")
+    except OSError:
+        pass
+    try:
+        found: Any = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(found, list):
+        found = next((item.get("template") for item in found if item.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 def _error(code: str, message: str, help: str) -> RunError:

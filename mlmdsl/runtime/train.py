@@ -35,17 +35,17 @@ from mlmdsl.runtime.functions import IGNORE
 from mlmdsl.runtime.mesh import Mesh
 from mlmdsl.runtime.optimizer import learning_rate
 from mlmdsl.runtime.parallel import StageClass, on_meta
-from mlmdsl.runtime.pipeline import LossFunction, make_engine
+from mlmdsl.runtime.pipeline import Batch, LossFunction, make_engine
 from mlmdsl.runtime.state import make_state, outline
 
 
 class Dataset(Protocol):
-    """What a trainer asks of its data: rows low to high of global batch `step`, tokens and targets [rows, sequence]."""
+    """What a trainer asks of its data: rows low to high of global batch `step`, each [rows, length]."""
 
     @property
     def batches(self) -> int: ...
 
-    def batch(self, step: int, low: int, high: int) -> tuple[Tensor, Tensor]: ...
+    def batch(self, step: int, low: int, high: int) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,16 @@ class Trainer:
 
     def backward(self) -> tuple[int, Tensor]:
         """Whole gradients of the next step's loss in `state`; its count of valid tokens, this rank's sum of losses."""
-        tokens, targets = self._local(self.data.batch(self.done, *self.rows))
-        count = self._counted(targets)
+        batch = self._local(self.data.batch(self.done, *self.rows))
+        count = self._counted(batch["targets"])
         self.state.before_step()
-        total = self.engine.train(tokens, targets, 1.0 / count if count else 0.0)
+        total = self.engine.train(batch, 1.0 / count if count else 0.0)
         self.state.synchronise()
         return count, total
 
-    def _local(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def _local(self, batch: Batch) -> Batch:
         """This rank's part of its rows: all of them, or the context axis' share of each."""
-        return tuple(sliced(x, self.mesh.context, 1).to(self.mesh.device) for x in batch)
+        return {name: sliced(x, self.mesh.context, 1).to(self.mesh.device) for name, x in batch.items()}
 
     def _counted(self, targets: Tensor) -> int:
         """Valid targets of the whole batch."""
@@ -147,10 +147,10 @@ class Trainer:
             return None
         sums = torch.zeros(2, dtype=torch.float64)
         for k in range(self.validation.batches):
-            tokens, targets = self._local(self.validation.batch(k, *self.rows))
-            loss = self.engine.evaluate(tokens, targets)
+            batch = self._local(self.validation.batch(k, *self.rows))
+            loss = self.engine.evaluate(batch)
             if self.tells_loss:
-                sums += torch.tensor([float(loss), float((targets != IGNORE).sum())], dtype=torch.float64)
+                sums += torch.tensor([float(loss), float((batch["targets"] != IGNORE).sum())], dtype=torch.float64)
         loss, count = self._summed(sums)
         return loss / count if count else None
 

@@ -74,7 +74,7 @@ class Case:
 
         overrides, pins = [_plain(o) for o in self.overrides], [_plain(p) for p in self.pins]
         resolved = resolve(ENTRY, _plain(self.marked), found, overrides=overrides, pins=pins, read=read)
-        graph = build(resolved.model, found) if resolved.model else None
+        graph = build(resolved.model, found, resolved.spec and resolved.spec.train) if resolved.model else None
         return found, resolved, graph
 
     def checked(self) -> tuple[Diagnostics, Resolved, Graph | None]:

@@ -100,7 +100,7 @@ def front_end(text: str) -> list[Diagnostic]:
     """All problems that the passes before the search report."""
     found = Diagnostics()
     resolved = resolve(PATH, text, found)
-    graph = build(resolved.model, found) if resolved.model else None
+    graph = build(resolved.model, found, resolved.spec and resolved.spec.train) if resolved.model else None
     if resolved.spec and graph and not found.errors:
         check(resolved.spec, graph, found)
     return found.items

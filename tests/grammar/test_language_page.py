@@ -236,15 +236,28 @@ PLACES = [
     Place("The cluster", "cluster", "device", "cpu", base=(("fp32", "40 GFLOPS"),)),
     Place("The cluster", "cluster", "intra", "nvlink"),
     Place("Training", "train", "data", "jsonl", leading='"a.jsonl"'),
+    Place("Training", "train", "objective", "masked_token"),
+    Place("Training", "train", "objective", "span_corruption"),
     Place("Training", "train", "optimizer", "adamw"),
     Place("Training", "train", "schedule", "cosine"),
 ]
 ROWS = [(place, row) for place in PLACES for row in place.rows]
 
 
+TWO_SIDED = """model two_sided {
+  input tokens: int[B, S]
+  input decoder_tokens: int[B, T]
+  table = Embedding(tokens, vocab = 400, dim = 64)
+  h = Embedding(decoder_tokens, weight = table.weight)
+  output Linear(h + CrossAttention(h, table, heads = 4), weight = table.weight)
+}
+"""
+
+
 def said(item: str, values: dict[str, str]) -> tuple[list[str], dict[str, Any] | None]:
     text = "".join(f"{key} = {value}\n" for key, value in values.items())
-    found, resolved, _ = Case(wrapped("file", f"{item} {'here ' if item == 'cluster' else ''}{{\n{text}}}\n"), {}).run()
+    model = TWO_SIDED if "span_corruption" in text else ""
+    found, resolved, _ = Case(wrapped("file", f"{model}{item} {'here ' if item == 'cluster' else ''}{{\n{text}}}\n"), {}).run()
     read = resolved.cluster if item == "cluster" else resolved.train
     return told(found.items), read and rounded(read.model_dump(exclude={"span", "spans"}))
 
@@ -285,7 +298,16 @@ def test_a_setting_is_as_its_row_says(place: Place, row: list[str]) -> None:
 
 
 def test_other_data_have_the_settings_that_the_page_says() -> None:
-    for call, settings in {"text": ["validation"], "python": ["validation"], "parquet": ["column", "validation"]}.items():
+    rest = {
+        "text": [],
+        "python": [],
+        "python_source": [],
+        "parquet": ["column"],
+        "pairs": ["source", "target"],
+        "conversations": ["field"],
+    }
+    for call, own in rest.items():
+        settings = sorted([*own, "validation"])
         messages, _ = said("train", {**REQUIRED["train"], "data": f'{call}("a", zzqq = 1)'})
         assert offered([m.replace("(...)", "") for m in messages], "MLM0211") == settings
 

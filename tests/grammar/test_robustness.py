@@ -53,7 +53,7 @@ def front_end(text: str, path: str = "spec.mlm", overrides: tuple[str, ...] = ()
     """The diagnostics of every pass before the search, each checked to be presentable."""
     found = Diagnostics()
     resolved = resolve(path, text, found, overrides=overrides)
-    graph = build(resolved.model, found) if resolved.model else None
+    graph = build(resolved.model, found, resolved.spec and resolved.spec.train) if resolved.model else None
     if resolved.spec and graph and not found.errors:
         check(resolved.spec, graph, found)
     assert found.errors or (resolved.spec is not None and graph is not None), "a pass failed without a word"

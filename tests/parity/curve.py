@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlmdsl.runtime import mesh as meshes
-from mlmdsl.runtime.config import AdamW, Data, Parallel, Schedule, Tokenizer, Training
+from mlmdsl.runtime.config import AdamW, Data, Objective, Parallel, Schedule, Tokenizer, Training
 from mlmdsl.runtime.parallel import place
 from mlmdsl.runtime.train import Trainer
 from tests.parity.ranks import run_ranks
 
 # AdamW divides by the square root of the second moment: with its usual epsilon a gradient of 1e-9 moves its weight as far as
 # one of 1, and rounding decides where to. With a large one it is close to SGD with momentum, and curves can be compared.
+NEXT_TOKEN = Objective()
 STRETCH = 4.0  # of initial weights
 SETTINGS = AdamW(lr=0.05, betas=(0.9, 0.95), eps=0.1, weight_decay=0.1, clip=1.0)
 
@@ -39,27 +40,42 @@ def training(sequence: int = 16, batch: int = 8, steps: int = 8, **changes: Any)
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Tokens by a formula; each row has another length, the rest of it is padding; some rows have no valid token at all."""
+    """Tokens by a formula; each row has another length, the rest of it is padding; some rows have no valid token at all.
+
+    `inputs` of the model and their objective as in Training: `valid` says what is no padding, `segments` changes half-way."""
 
     batch_size: int
     sequence: int
     vocab: int
     batches: int = 2
+    inputs: tuple[str, ...] = ("tokens",)
+    objective: Objective = NEXT_TOKEN
 
-    def batch(self, step: int, low: int, high: int) -> tuple[Tensor, Tensor]:
-        rows = [self._row(step * self.batch_size + row) for row in range(low, high)]
-        stream = torch.stack([tokens for tokens, _ in rows])
-        targets = stream[:, 1:].clone()
-        for target, (_, length) in zip(targets, rows, strict=True):
-            target[length:] = -100
-        return stream[:, :-1].contiguous(), targets
+    def batch(self, step: int, low: int, high: int) -> dict[str, Tensor]:
+        rows = range(step * self.batch_size + low, step * self.batch_size + high)
+        predicted = self.objective.required[-1]
+        stream = {name: self._rows(rows, name) for name in (*self.inputs, predicted) if name.endswith("tokens")}
+        lengths = {name: found[1] for name, found in stream.items()}
+        made = {name: found[0][:, :-1].contiguous() for name, found in stream.items()}
+        places = torch.arange(self.sequence)
+        made["valid"] = (places < lengths.get("tokens", lengths[predicted]).clamp(min=1)[:, None]).long()
+        made["segments"] = (places >= self.sequence // 2).long().expand(len(rows), -1)
+        targets = stream[predicted][0][:, 1:].clone()
+        targets[torch.arange(targets.size(1)) >= lengths[predicted][:, None]] = -100
+        return {**{name: made[name] for name in self.inputs}, "targets": targets}
 
-    def _row(self, sample: int) -> tuple[Tensor, int]:
+    def _rows(self, rows: Sequence[int], name: str) -> tuple[Tensor, Tensor]:
+        """Tokens [rows, length + 1], and how many of each are to be learnt."""
+        length = self.objective.length(name, self.sequence)
+        found = [self._row(sample + 1000 * (name != "tokens"), length) for sample in rows]
+        return torch.stack([tokens for tokens, _ in found]), torch.tensor([valid for _, valid in found])
+
+    def _row(self, sample: int, size: int) -> tuple[Tensor, int]:
         generator = torch.Generator().manual_seed(1000 + sample)
         start, stride = (int(x) for x in torch.randint(1, 7, (2,), generator=generator))
-        noise = torch.randint(0, 3, (self.sequence + 1,), generator=generator)
-        length = int(torch.randint(1, self.sequence + 1, (), generator=generator)) if sample % 5 else 0
-        return (start + stride * torch.arange(self.sequence + 1) + noise) % self.vocab, length
+        noise = torch.randint(0, 3, (size + 1,), generator=generator)
+        length = int(torch.randint(1, size + 1, (), generator=generator)) if sample % 5 else 0
+        return (start + stride * torch.arange(size + 1) + noise) % self.vocab, length
 
 
 @dataclass(frozen=True)
@@ -118,7 +134,7 @@ def make_trainer(program_text: str, vocab: int = 64, device: torch.device | None
     names = _executed(program_text)
     parallel: Parallel = names["PARALLEL"]
     run: Training = replace(names["TRAINING"], optimizer=SETTINGS)
-    data = Synthetic(run.batch, run.sequence, vocab)
+    data = Synthetic(run.batch, run.sequence, vocab, inputs=run.inputs, objective=run.objective)
     grid = meshes.create(parallel, device or torch.device("cpu"))
     return Trainer(names["Stage"], names["loss"], parallel, run, grid, data, data)
 

@@ -60,7 +60,7 @@ def test_one_process_is_plain_pytorch(model: str):
         decay=SETTINGS.weight_decay,
         clip=SETTINGS.clip or 0.0,
     )
-    batches = [data.batch(step, 0, BATCH) for step in range(6)]
+    batches = [(b["tokens"], b["targets"]) for b in (data.batch(step, 0, BATCH) for step in range(6))]
     losses, norms, gradients = reference.curve(reference.MODELS[model], curve.beginning, batches, 4, settings)
     assert curve.losses == pytest.approx(losses, rel=TOLERANCE)
     assert curve.norms == pytest.approx(norms, rel=TOLERANCE)

@@ -92,7 +92,7 @@ def held_by_rank(rank: int, text: str) -> tuple[int, int]:
     trainer = make_trainer(text)
     engine: Any = trainer.engine
     trainer.state.before_step()
-    tokens, targets = trainer.data.batch(0, *trainer.rows)
+    tokens, targets = trainer.data.batch(0, *trainer.rows).values()
     tokens, targets = tokens[: engine.micro_batch].clone(), targets[: engine.micro_batch].clone()
     weights = [held.parameter for held in trainer.state.held]
     with Storages((*weights, *trainer.state.gradients, tokens, targets)) as found:

@@ -14,15 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmdsl.diagnostics import RunError
-from mlmdsl.runtime import data as data_module
 from mlmdsl.runtime import documents
+from mlmdsl.runtime import packed as packed_module
+from mlmdsl.runtime import tokenizer as tokenizers
 from mlmdsl.runtime.config import AdamW, Data, Tokenizer, Training
-from mlmdsl.runtime.data import IGNORE, TokenDataset, permuted, prepare
+from mlmdsl.runtime.data import TokenDataset, permuted
+from mlmdsl.runtime.functions import IGNORE
+from mlmdsl.runtime.packed import Packed
 
 
 def training(data: Data, **settings: object) -> Training:
     defaults: dict[str, object] = dict(sequence=4, batch=2, steps=1, optimizer=AdamW(1e-3), tokenizer=Tokenizer("bytes"))
     return Training(data=data, **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+def prepare(settings: Training, cache: Path) -> Packed:
+    return packed_module.prepare(settings, tokenizers.load(settings.tokenizer), cache)
 
 
 def text(folder: Path, *contents: str, validation: float = 0.0) -> Data:
@@ -66,15 +73,15 @@ def test_any_division_into_ranks_sees_the_same_batch(tmp_path: Path) -> None:
     for ranks in (2, 4, 8):
         rows = 8 // ranks
         parts = [dataset.batch(5, r * rows, (r + 1) * rows) for r in range(ranks)]
-        for index in range(2):
-            assert torch.equal(torch.cat([p[index] for p in parts]), whole[index])
+        for name in ("tokens", "targets"):
+            assert torch.equal(torch.cat([p[name] for p in parts]), whole[name])
 
 
 def test_an_epoch_covers_every_target_once(tmp_path: Path) -> None:
     content = "abcdefghijklmnopqrst" + "u" * 3
     dataset = TokenDataset(training(text(tmp_path, content), batch=1), "train", tmp_path / "c")
     assert dataset.windows == 6  # 24 tokens with the end-of-text: 23 targets
-    rows = [dataset.batch(i, 0, 1) for i in range(dataset.windows)]
+    rows = [tuple(dataset.batch(i, 0, 1).values()) for i in range(dataset.windows)]
     targets = torch.cat([y[0][y[0] != IGNORE] for _, y in rows])
     assert sorted(targets.tolist()) == sorted((content[1:] + "\0").encode())
     short = [(x[0].tolist(), y[0].tolist()) for x, y in rows if (y == IGNORE).any()]
@@ -83,7 +90,7 @@ def test_an_epoch_covers_every_target_once(tmp_path: Path) -> None:
 
 def test_targets_are_the_next_tokens(tmp_path: Path) -> None:
     dataset = TokenDataset(training(text(tmp_path, "0123456789" * 5), batch=4), "train", tmp_path / "c")
-    tokens, targets = dataset.batch(0, 0, 4)
+    tokens, targets = dataset.batch(0, 0, 4).values()
     assert tokens.dtype == targets.dtype == torch.int64
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
 
@@ -97,7 +104,7 @@ def test_validation_is_the_end_of_the_stream_in_order(tmp_path: Path) -> None:
     train, held = TokenDataset(settings, "train", tmp_path / "c"), TokenDataset(settings, "validation", tmp_path / "c")
     assert bytes(train.tokens.tolist()) == b"t" * 80
     assert held.batches == 3  # 20 tokens: 5 windows
-    rows = [held.batch(k, 0, 2) for k in range(held.batches)]
+    rows = [tuple(held.batch(k, 0, 2).values()) for k in range(held.batches)]
     assert bytes(rows[0][0][0].tolist()) == b"abcd"
     seen = torch.cat([y[y != IGNORE] for _, y in rows])
     assert bytes(seen.tolist()) == b"bcdefghijklmnopqrs\0"
@@ -156,7 +163,7 @@ def test_the_text_that_every_cpython_carries(tmp_path: Path) -> None:
 def test_made_once_and_again_when_the_text_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = text(tmp_path, "first text")
     made = prepare(training(data), tmp_path / "c")
-    monkeypatch.setattr(data_module, "_made", lambda *_: pytest.fail("made twice"))
+    monkeypatch.setattr(packed_module, "_made", lambda *_: pytest.fail("made twice"))
     assert prepare(training(data), tmp_path / "c").path == made.path
     monkeypatch.undo()
     (tmp_path / "0.txt").write_text("another text")
@@ -184,7 +191,7 @@ def test_leftovers_of_a_process_that_died_are_cleared(tmp_path: Path) -> None:
     data = text(tmp_path, "some text")
     path = prepare(training(data), tmp_path / "c").path
     path.unlink()
-    part = path.with_name(f"{path.stem}.{data_module.socket.gethostname()}.1.part")
+    part = path.with_name(f"{path.stem}.{packed_module.socket.gethostname()}.1.part")
     part.write_bytes(b"half")
     prepare(training(data), tmp_path / "c")
     assert sorted(p.suffix for p in path.parent.iterdir()) == [".json", ".lock", ".tokens"]

@@ -195,8 +195,10 @@ def test_norms_count_every_element_once():
 def silent(rank: int) -> None:
     parallel = Parallel(data=2, stages=(4,), micro_batch=4)
     trainer: Trainer = make_trainer(program(repr(parallel), repr(training())))
-    tokens, targets = trainer.data.batch(0, 0, 4)
-    trainer.data = type("Padding", (), {"batch": lambda self, *_: (tokens, torch.full_like(targets, -100)), "batches": 1})()
+    tokens, targets = trainer.data.batch(0, 0, 4).values()
+    trainer.data = type(
+        "Padding", (), {"batch": lambda self, *_: {"tokens": tokens, "targets": torch.full_like(targets, -100)}, "batches": 1}
+    )()
     report = trainer.step()
     assert report.loss == 0 and report.grad_norm == 0 and report.tokens == 0
     assert all(held.master.isfinite().all() for held in trainer.state.held)
