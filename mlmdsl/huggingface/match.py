@@ -1,4 +1,4 @@
-"""Whether two models compute the same, whatever their names: two graphs walked together from the loss back to the inputs.
+"""Whether two models compute the same, whatever their names: two graphs walked together from the output back to the inputs.
 
 Order of the operands of sums and products does not matter. `loosely` compares operations and wiring alone, so that sizes can be
 read off; otherwise settings and shapes have to agree too.
@@ -39,7 +39,7 @@ def match(reference: Graph, other: Graph, *, loosely: bool = False) -> Match:
     """Raises Difference."""
     walk = _Walk(reference, other, loosely)
     with _deep():
-        walk.same(reference.loss, other.loss)
+        walk.same(reference.output, other.output)
     return walk.found
 
 

@@ -74,6 +74,15 @@ _FALCON_11B = {
     "tie_word_embeddings": False,
     "ffn_hidden_size": 80,
 }
+_QWEN3_MOE = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "intermediate_size": 24,
+    "router_aux_loss_coef": 0.0,
+}
 
 CASES: dict[str, Case] = {
     "gpt2": Case("gpt2", "GPT2", _GPT2, head="LMHeadModel"),
@@ -106,6 +115,9 @@ CASES: dict[str, Case] = {
         query_pre_attn_scalar=144,
         attn_logit_softcapping=3.0,
     ),
+    "mixtral": _case("mixtral", "Mixtral", num_key_value_heads=2, num_local_experts=4),
+    "qwen3 moe": _case("qwen3_moe", "Qwen3Moe", **_QWEN3_MOE),
+    "qwen3 moe renormalised": _case("qwen3_moe", "Qwen3Moe", **_QWEN3_MOE, norm_topk_prob=True, tie_word_embeddings=True),
     "mpt": Case("mpt", "Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3, "vocab_size": VOCAB, "max_seq_len": 64}),
     "bloom": Case("bloom", "Bloom", {"hidden_size": 32, "n_head": 4, "n_layer": 3, "vocab_size": VOCAB}),
     "olmo": _case("olmo", "Olmo", num_key_value_heads=2),

@@ -29,12 +29,14 @@ SHIPPED = {
     "llama3p1_8b": "llama",
     "llama3p2_1b": "llama",
     "mistral_7b": "mistral",
+    "mixtral_8x7b": "mixtral",
     "mpt_7b": "mpt",
     "olmo_7b": "olmo",
     "qwen2p5_7b": "qwen2",
     "olmo2_7b": "olmo2",
     "pythia_6p9b": "gpt_neox",
     "qwen3_0p6b": "qwen3",
+    "qwen3_30b_a3b": "qwen3_moe",
     "qwen3_32b": "qwen3",
 }
 
