@@ -78,6 +78,7 @@ SIGNATURES: Mapping[str, Signature] = {
             Argument("high_freq_factor", "float", 4.0),
             Argument("original_max", "int", 8192),
             Argument("dim", "optional int", None),
+            Argument("interleaved", "bool", False),
         ),
     ),
     "attend": Signature(
@@ -117,6 +118,9 @@ SIGNATURES: Mapping[str, Signature] = {
         ),
         optional=("by",),
     ),
+    "first": Signature("first", ("x",), (Argument("size", "int"),)),
+    "last": Signature("last", ("x",), (Argument("size", "int"),)),
+    "concat": Signature("concat", ("x", "y")),
     "sum": Signature("sum", ("x",), (Argument("keep", "bool", False),)),
     "route": Signature("route", ("gates",), (Argument("top_k", "int"),)),
     "dispatch": Signature("dispatch", ("x", "routing")),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlmdsl.runtime.distances import alibi, relative_positions
     from mlmdsl.runtime.experts import combine, dispatch, grouped_linear, route, top_k
     from mlmdsl.runtime.functions import (
+        concat,
         cross_entropy,
         positions,
         rotary,
@@ -37,7 +38,7 @@ _HOMES = {
     "collectives": "all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split",
     "config": "AdamW Data Objective Parallel Schedule Tokenizer Training",
     "distances": "alibi relative_positions",
-    "functions": "cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
+    "functions": "concat cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
     "experts": "combine dispatch grouped_linear route top_k",
     "initial": "Init normal ones zeros",
     "mesh": "Axis Mesh",
@@ -65,6 +66,7 @@ __all__ = [
     "all_to_all",
     "attention",
     "combine",
+    "concat",
     "copy_to",
     "cross_entropy",
     "dispatch",

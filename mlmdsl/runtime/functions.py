@@ -27,6 +27,12 @@ def sequence_positions(length: int, cut: Sequence[Axis], device: torch.device | 
     return places
 
 
+def concat(x: Tensor, y: Tensor) -> Tensor:
+    """The last dims joined; the others broadcast."""
+    leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+    return torch.cat((x.expand(*leading, -1), y.expand(*leading, -1)), -1)
+
+
 def rotary(
     x: Tensor,
     theta: float = 10000.0,
@@ -36,12 +42,18 @@ def rotary(
     high_freq_factor: float = 4.0,
     original_max: int = 8192,
     dim: int | None = None,
+    interleaved: bool = False,
     cut: Sequence[Axis] = (),
 ) -> Tensor:
     """Rotary positions (arXiv:2104.09864) on x [B, S, H, D], the halves of D paired as in Hugging Face checkpoints.
 
-    `factor` other than 1 stretches low frequencies as Llama 3.1 does; of `dim` features the rest is left as it is (GPT-NeoX).
-    """
+    `factor` other than 1 stretches low frequencies as Llama 3.1 does; of `dim` features the rest is left as it is (GPT-NeoX);
+    `interleaved` pairs neighbours instead of halves, as the paper does."""
+    if interleaved:
+        halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        scaled = {"factor": factor, "low_freq_factor": low_freq_factor, "high_freq_factor": high_freq_factor}
+        turned = rotary(halves, theta, **scaled, original_max=original_max, cut=cut)
+        return turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     places = sequence_positions(x.size(1), cut, x.device)
     if dim is not None and dim < x.size(-1):
         scaling = (factor, low_freq_factor, high_freq_factor, original_max)

@@ -31,7 +31,7 @@ _ASKED = {
     "divide": ((_X, _X), {}),
     "split_heads": ((_X,), {"heads": 4}),
     "merge_heads": ((_HEADS,), {}),
-    "rotary": ((_HEADS,), {"dim": None}),
+    "rotary": ((_HEADS,), {"dim": None, "interleaved": False}),
     "attend": (
         (*(_HEADS,) * 3, TensorType("float", (4, "S", "S"))),
         {"causal": True, "scale": None, "window": None, "softcap": None},
@@ -43,6 +43,9 @@ _ASKED = {
     "alibi": ((_X,), {"heads": 4, "bidirectional": False}),
     "cross_entropy": ((_X, _TOKENS), {}),
     "top_k": ((_X,), {"k": 2, "groups": 1, "group_limit": None}),
+    "first": ((_X,), {"size": 4}),
+    "last": ((_X,), {"size": 4}),
+    "concat": ((_HEADS, TensorType("float", ("B", "S", 1, 4))), {}),
     "sum": ((_X,), {"keep": False}),
     "route": ((_X,), {"top_k": 2}),
     "dispatch": ((_X, _ROUTING), {}),

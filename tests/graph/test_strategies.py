@@ -53,7 +53,7 @@ def rms(offset: float = 0.0, affine: bool = True) -> tuple[tuple[str, Scalar], .
 
 
 HEADS = floats("B", "S", 4, 6)
-ROTARY = (("theta", 1e4), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max", 8192))
+ROTARY = (("theta", 1e4), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max", 8192), ("interleaved", False))
 ROWS = floats("B", "S", 6)
 RELATIVE = (("heads", 4), ("buckets", 8), ("max_distance", 6))
 TOP_K = (("k", 2), ("fill", 0.0), ("groups", 3), ("group_limit", 2), ("group_best", 1))
@@ -96,6 +96,9 @@ CASES = [
     Case("top_k", (floats("B", "S", 6),), (), TOP_K),
     Case("top_k", (floats("B", "S", 6), floats("B", "S", 6)), (), TOP_K),
     *(Case("sum", (floats("B", "S", 6),), (), (("keep", keep),)) for keep in (False, True)),
+    *(Case(name, (floats("B", "S", 6),), (), (("size", 4),)) for name in ("first", "last")),
+    Case("concat", (floats("B", "S", 4, 6), floats("B", "S", 1, 2))),
+    Case("concat", (floats("B", "S", 6), floats("B", "S", 2))),
     Case("route", (floats("B", "S", 4),), (), (("top_k", 2),)),
     Case("dispatch", (floats("B", "S", 6), ROUTING)),
     Case("grouped_linear", (floats("2*B*S", 6), ROUTING), ((4, 8, 6),), (("out", 8),)),

@@ -30,7 +30,7 @@ PLANS = (
 )
 
 
-EXPERT_FAMILIES = ("mixtral", "qwen3_moe")
+EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")
 EXPERT_PLANS = (
     PlanVariables(data=2, expert=2, zero=3, micro_batch=2, recompute="full", stages=(2,)),
     PlanVariables(data=4, expert=4, micro_batch=2, stages=(2,)),

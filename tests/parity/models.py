@@ -85,6 +85,11 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
     "olmo2": ("olmo2_7b", {"d": 64, "heads": 8, "ff": 128}),
     "pythia": ("pythia_6p9b", {"heads": 4}),
     "mixtral": ("mixtral_8x7b", {"heads": 8, "kv_heads": 4, "ff": 32, "experts": 4}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"heads": 4, "query_rank": 16, "kv_rank": 16, "head_dim": 8, "rope_dim": 4, "ff": 32, "expert_ff": 16}
+        | {"dense": 1, "experts": 8, "top_k": 2, "groups": 4, "group_limit": 2},
+    ),
     "qwen3_moe": (
         "qwen3_30b_a3b",
         {"heads": 4, "kv_heads": 4, "head_dim": 16, "ff": 16, "experts": 8, "top_k": 3},

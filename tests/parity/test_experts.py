@@ -16,7 +16,7 @@ from tests.parity.lattice import TOLERANCE
 from tests.parity.models import program_text
 from tests.parity.ranks import run_ranks
 
-CASES = [(EXPERT_FAMILIES[i % 2], variables) for i, variables in enumerate(EXPERT_PLANS)]
+CASES = [(EXPERT_FAMILIES[i % 3], variables) for i, variables in enumerate(EXPERT_PLANS)]
 ONE = PlanVariables(micro_batch=4, stages=(2,))
 
 

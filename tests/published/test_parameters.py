@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,16 @@ class Published:
     top_k: int = 1  # experts of a token
     window: int = 0
     every: int = 1
+    own_form: Callable[[int], float] | None = None  # FLOPs per token by sequence length, where the sizes above don't say
+
+
+def deepseek_v3_flops_per_token(seq_len: int) -> float:
+    """Latent attention: queries through a rank of 1536, keys and values through 512, 64 features turned beside the 128 of each
+    of 128 heads. Three dense layers; 58 of one shared and eight routed experts of 2048."""
+    latent = 7168 * 1536 + 1536 * 128 * (128 + 64) + 7168 * (512 + 64) + 512 * 128 * (128 + 128) + 128 * 128 * 7168
+    scores = 128 * seq_len * ((128 + 64) + 128) / 2
+    dense, sparse = 3 * 7168 * 18432, 3 * 7168 * 2048 * (1 + 8) + 7168 * 256
+    return 6 * (61 * (latent + scores) + 3 * dense + 58 * sparse + 129280 * 7168)
 
 
 TABLE = {
@@ -50,6 +61,7 @@ TABLE = {
     "qwen3_32b": Published(32_762_123_264, 5120, 64, 64, 8, 25600, 151936, True, 128),
     "mixtral_8x7b": Published(46_702_792_704, 4096, 32, 32, 8, 14336, 32000, True, experts=8, top_k=2),
     "qwen3_30b_a3b": Published(30_532_122_624, 2048, 48, 32, 4, 768, 151936, True, 128, experts=128, top_k=8),
+    "deepseek_v3": Published(671_026_404_352, 7168, 61, 128, 128, 2048, 129280, True, own_form=deepseek_v3_flops_per_token),
     "llama3_8b": Published(8_030_261_248, 4096, 32, 32, 8, 14336, 128256, True),
     "llama3_70b": Published(70_553_706_496, 8192, 80, 64, 8, 28672, 128256, True),
     "llama3_405b": Published(405_853_388_800, 16384, 126, 128, 8, 53248, 128256, True),
@@ -86,6 +98,8 @@ def compiled(name: str) -> Compilation:
 def closed_form(model: Published, seq_len: int) -> float:
     """Forward and backward: 6 FLOPs for each weight that multiplies, and causal attention's 6 S d (half of 12 S d) a layer,
     d being the width of all heads. A window w takes a triangle of (S - w)^2 / 2 off the S^2 / 2 of causal attention."""
+    if model.own_form:
+        return model.own_form(seq_len)
     head_dim = model.head_dim or model.hidden // model.heads
     width, kv = model.heads * head_dim, model.kv_heads * head_dim
     router = model.experts if model.experts > 1 else 0

@@ -86,6 +86,7 @@ def _rotary_emit(e: Emission) -> str:
     ]
     if e.attrs["dim"] not in (None, e.output_type.shape[-1]):
         scaling.append(f"dim={e.attrs['dim']}")
+    scaling += ["interleaved=True"] if e.attrs["interleaved"] else []
     if e.strategy.name == "sequence":
         scaling.append(f"cut=({e.axis},)")
     return f"rotary({', '.join([e.inputs[0], repr(e.attrs['theta']), *scaling])})"
@@ -252,7 +253,7 @@ OPS = (
     Op(
         name="rotary",
         doc="Rotary positions (arXiv:2104.09864) of paired halves, or of the first `dim` features only; `factor` > 1 scales the"
-        " frequencies as Llama 3.1 does.",
+        " frequencies as Llama 3.1 does; `interleaved` pairs neighbours, not halves.",
         infer=_rotary_type,
         strategies=lambda types, out, weights, attrs, n: pointwise(types, out, n, 0, besides=(3,)),
         work=lambda local: memory_bound(local, kernels=6, backward=1.0),

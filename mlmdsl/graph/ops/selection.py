@@ -1,12 +1,12 @@
-"""Choosing among and adding up the values of the last dim."""
+"""Choosing among, adding up, cutting and joining the values of the last dim."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from mlmdsl.graph.graph import Scalar
-from mlmdsl.graph.ops.base import Emission, Op, ShapeProblem
-from mlmdsl.graph.ops.common import elements, memory_bound, partial, pointwise, shard_name, shardable
+from mlmdsl.graph.ops.base import Emission, Op, ShapeProblem, Work
+from mlmdsl.graph.ops.common import elements, input_bytes, memory_bound, partial, pointwise, shard_name, shardable
 from mlmdsl.graph.ops.linear import features, integer, number
 from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, Strategy, shard
 from mlmdsl.graph.tensor import TensorType
@@ -63,7 +63,56 @@ def _sum_strategies(types: Types, out: TensorType, weights: Shapes, attrs: Attri
     return tuple(found)
 
 
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _concat_type(types: Types, attrs: Attributes) -> TensorType:
+    """Shapes but for the last dim broadcast where they are 1."""
+    x, y = types
+    size = features(x) + features(y, 1)
+    pairs = list(zip(x.shape[:-1], y.shape[:-1], strict=len(x.shape) == len(y.shape)))
+    if len(x.shape) != len(y.shape) or any(a != b and 1 not in (a, b) for a, b in pairs):
+        raise ShapeProblem(
+            "MLM0501", f"the shapes {x} and {y} do not fit together", 1, help="all but the last dim agree, or are 1"
+        )
+    return TensorType("float", (*(b if a == 1 else a for a, b in pairs), size))
+
+
+def _part_type(types: Types, attrs: Attributes) -> TensorType:
+    count, size = features(types[0]), integer(attrs, "size")
+    if size > count:
+        raise ShapeProblem("MLM0503", f"{types[0]} has no {size} features", 0)
+    return TensorType(types[0].dtype, (*types[0].shape[:-1], size))
+
+
+def _rowwise(types: Types, out: TensorType, weights: Shapes, attrs: Attributes, n: int) -> tuple[Strategy, ...]:
+    """The last dim has to be whole."""
+    return (*pointwise(types, out, n, 0, besides=(len(out.shape) - 1,)), partial(len(types)))
+
+
+def _part(name: str, doc: str, text: str) -> Op:
+    return Op(
+        name=name,
+        doc=doc,
+        infer=_part_type,
+        strategies=_rowwise,
+        work=lambda local: Work("none", kernels_forward=0, kernels_backward=1, bytes_backward=2 * input_bytes(local)),
+        emit=lambda e: text.format(x=e.inputs[0], n=e.attrs["size"]),
+    )
+
+
 OPS = (
+    _part("first", "The first `size` features of the last dim.", "{x}[..., :{n}]"),
+    _part("last", "The last `size` features of the last dim.", "{x}[..., -{n}:]"),
+    Op(
+        name="concat",
+        doc="The features of y behind those of x; the other dims broadcast where they are 1, as from one head to all.",
+        infer=_concat_type,
+        strategies=_rowwise,
+        work=lambda local: memory_bound(local, backward=1.0),
+        emit=lambda e: f"concat({', '.join(e.inputs)})",
+        imports=("concat",),
+    ),
     Op(
         name="top_k",
         doc="x where `by` (x itself unless given) is among its k largest of the last dim, `fill` elsewhere; of equal values the"
