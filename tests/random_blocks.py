@@ -129,7 +129,7 @@ def merge_heads(b: Body) -> Value:
 
 def rotary(b: Body) -> Value:
     x = b.in_heads()
-    return b.add(f"rotary({x.name}{b.one('', ', theta = 500.0', ', dim = 2')})", x)
+    return b.add(f"rotary({x.name}{b.one('', ', theta = 500.0', ', dim = 2', ', interleaved = true')})", x)
 
 
 def attend(b: Body) -> Value:
@@ -152,6 +152,15 @@ def shares(b: Body) -> Value:
     x = b.pick() or b.flat()
     chosen = b.add(f"top_k(softmax({x.name}), k = 2)", x)
     return b.add(f"{chosen.name} / sum({chosen.name}, keep = true)", x)
+
+
+def parts(b: Body) -> Value:
+    """Features of two values, beside each other."""
+    x = b.pick() or b.flat()
+    y = b.pick(lambda value: (value.width, value.heads) == (x.width, x.heads)) or x
+    size = b.one(1, x.width // 2)
+    assert isinstance(size, int)
+    return b.add(f"concat(last({y.name}, size = {x.width - size}), first({x.name}, size = {size}))", x)
 
 
 def shipped(b: Body) -> Value:
@@ -184,6 +193,7 @@ STATEMENTS: Mapping[Callable[[Body], Value], int] = {
     rotary: 2,
     attend: 3,
     shares: 1,
+    parts: 2,
     shipped: 3,
 }
 
