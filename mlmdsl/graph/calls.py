@@ -90,7 +90,7 @@ SIGNATURES: Mapping[str, Signature] = {
             Argument("window", "optional int", None),
             Argument("softcap", "optional float", None),
         ),
-        optional=("bias",),
+        optional=("bias", "valid"),
     ),
     "RelativePosition": Signature(
         "relative_position",

@@ -3,7 +3,8 @@
 Three ways, by what is asked for:
 
     causal or nothing       torch's scaled_dot_product_attention, which skips what lies above the diagonal
-    a window, a bias        the same with an explicit mask: nothing of size [B, H, S, T] is kept, but every score is computed
+    a window, a bias,       the same with an explicit mask: nothing of size [B, H, S, T] is kept (except for a bias and
+    padding                 padding together), but every score is computed
     soft-capping            `blockwise_attention`: matrix products and a softmax over blocks of queries, taken again in the
                             backward pass; also for a bias with a gradient on a CPU, where torch would keep all scores
 
@@ -30,6 +31,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None = None,
+    valid: Tensor | None = None,
     *,
     cp: Axis | None = None,
     causal: bool = False,
@@ -41,13 +43,14 @@ def attention(
 
     `scale` defaults to D ** -0.5. `softcap` makes the scaled scores softcap * tanh(scores / softcap) (arXiv:2408.00118). `bias`
     [H, S, T], the first two of which may be 1, is added to them. Query i sees key j where j <= i if `causal`, and where
-    |i - j| < window.
+    |i - j| < window. Of `valid` [B, T] keys of 0 are padding, which nothing sees, except that with `causal` or a window a query
+    sees itself in any case. Each row has to have a key that is none.
 
-    Over the context axis `cp`, q and the rows of a bias are this rank's part of the sequence, k and v whole."""
+    Over the context axis `cp`, q and the rows of a bias are this rank's part of the sequence, k, v and `valid` whole."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     settings: dict[str, Any] = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
     if cp is None or cp.size == 1 or not (causal or window is not None):
-        return _attend(q, k, v, bias, 0, **settings).transpose(1, 2)
+        return _attend(q, k, v, bias, valid, 0, **settings).transpose(1, 2)
     size = q.size(2) // 2
     parts: list[Tensor] = []
     for half, index in enumerate((cp.rank, 2 * cp.size - 1 - cp.rank)):
@@ -55,7 +58,8 @@ def attention(
         mine, seen = slice(half * size, (half + 1) * size), slice(keys.start, keys.stop)
         of_bias = None if bias is None else _of(bias, mine, seen)
         offset = index * size - keys.start
-        parts.append(_attend(q[:, :, mine], k[:, :, seen], v[:, :, seen], of_bias, offset, **settings))
+        of_valid = None if valid is None else valid[:, seen]
+        parts.append(_attend(q[:, :, mine], k[:, :, seen], v[:, :, seen], of_bias, of_valid, offset, **settings))
     return torch.cat(parts, 2).transpose(1, 2)
 
 
@@ -69,6 +73,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    valid: Tensor | None,
     offset: int,
     *,
     causal: bool,
@@ -81,14 +86,14 @@ def _attend(
         window = None
     if softcap is not None or (bias is not None and bias.requires_grad and q.device.type == "cpu"):
         scale = q.size(-1) ** -0.5 if scale is None else scale
-        return BLOCKWISE(q, k, v, bias, offset, causal, scale, window, softcap)
-    if window is None and bias is None:
+        return BLOCKWISE(q, k, v, bias, valid, offset, causal, scale, window, softcap)
+    if window is None and bias is None and valid is None:
         shared = q.size(1) != k.size(1)
         if not causal or not offset:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)
         last = _last_rows(q.size(2), k.size(2), q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=last, scale=scale, enable_gqa=shared)
-    mask = _mask(q, k, bias, offset, causal, window)
+    mask = _mask(q, k, bias, valid, offset, causal, window)
     if q.size(1) != k.size(1):  # the kernels that take a mask want a key for every head
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -101,13 +106,20 @@ def _last_rows(count: int, length: int, device: torch.device) -> Any:
     return visible(range(length - count, length), range(length), True, None, device)
 
 
-def _mask(q: Tensor, k: Tensor, bias: Tensor | None, offset: int, causal: bool, window: int | None) -> Tensor:
-    """What is added to the scores [.., S, T]."""
+def _mask(
+    q: Tensor, k: Tensor, bias: Tensor | None, valid: Tensor | None, offset: int, causal: bool, window: int | None
+) -> Tensor:
+    """What is added to the scores [.., S, T]; of padding alone, which keys are seen."""
     rows, keys = range(offset, offset + q.size(2)), range(k.size(2))
     if bias is None:
+        if valid is not None:
+            return seen(valid, rows, keys, causal, window)
         return _window_mask(rows, keys, causal, window, q.dtype, q.device)
-    seen = visible(rows, keys, causal, window, q.device)
-    mask = bias[None].masked_fill(~seen, -torch.inf) if causal or window is not None else bias[None]
+    mask = bias[None]
+    if valid is not None:
+        mask = mask.masked_fill(~seen(valid, rows, keys, causal, window), -torch.inf)
+    elif causal or window is not None:
+        mask = mask.masked_fill(~visible(rows, keys, causal, window, q.device), -torch.inf)
     if mask.dtype != q.dtype:  # softmax does not see a row's shift, rounding does
         mask = (mask - mask.detach().amax(-1, keepdim=True)).to(q.dtype)
     return mask
@@ -134,6 +146,17 @@ def visible(queries: range, keys: range, causal: bool, window: int | None, devic
     return seen
 
 
+def seen(valid: Tensor, queries: range, keys: range, causal: bool, window: int | None) -> Tensor:
+    """Which of these keys, of which `valid` [B, keys] tells the padding, the queries at these positions see: bool
+    [B, 1, queries or 1, keys]."""
+    there = valid[:, None, None, :] != 0
+    if not causal and window is None:
+        return there
+    rows = torch.arange(queries.start, queries.stop, device=valid.device)[:, None]
+    itself = rows == torch.arange(keys.start, keys.stop, device=valid.device)
+    return visible(queries, keys, causal, window, valid.device) & (there | itself)
+
+
 def seen_keys(queries: range, length: int, causal: bool, window: int | None) -> range:
     """Of `length` keys those that any of the queries at these positions sees."""
     first = 0 if window is None else max(0, queries.start - window + 1)
@@ -150,7 +173,16 @@ class _Block:
     Everything is in float32 at least: capped [B, K, G, block, keys] in units of softcap (tanh) or as they are, `weights` their
     softmax. Groups of G = H / K heads share a key."""
 
-    def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, settings: tuple[Any, ...], rows: range, keys: range):
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        bias: Tensor | None,
+        valid: Tensor | None,
+        settings: tuple[Any, ...],
+        rows: range,
+        keys: range,
+    ):
         offset, causal, scale, window, softcap = settings
         self.rows, self.keys, self.k = rows, keys, k[:, :, keys.start : keys.stop]
         self.q = q.unflatten(1, (k.size(1), -1))[:, :, :, rows.start : rows.stop]
@@ -164,10 +196,11 @@ class _Block:
             scores = self.capped * softcap
         if bias is not None:
             scores += self.of(bias).unflatten(0, (k.size(1), -1) if bias.size(0) > 1 else (1, 1))
-        if causal or window is not None:
-            scores.masked_fill_(
-                ~visible(range(offset + rows.start, offset + rows.stop), keys, causal, window, q.device), -torch.inf
-            )
+        places = range(offset + rows.start, offset + rows.stop)
+        if valid is not None:
+            scores.masked_fill_(~seen(valid[:, keys.start : keys.stop], places, keys, causal, window)[:, None], -torch.inf)
+        elif causal or window is not None:
+            scores.masked_fill_(~visible(places, keys, causal, window, q.device), -torch.inf)
         self.weights = scores.softmax(-1)
 
     @staticmethod
@@ -185,6 +218,7 @@ def _blocks(
     q: Tensor,
     k: Tensor,
     bias: Tensor | None,
+    valid: Tensor | None,
     offset: int,
     causal: bool,
     scale: float,
@@ -194,7 +228,7 @@ def _blocks(
     for start in range(0, q.size(2), QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q.size(2))
         keys = seen_keys(range(offset + start, offset + stop), k.size(2), causal, window)
-        yield _Block(q, k, bias, (offset, causal, scale, window, softcap), range(start, stop), keys)
+        yield _Block(q, k, bias, valid, (offset, causal, scale, window, softcap), range(start, stop), keys)
 
 
 _SETTINGS = "int offset, bool causal, float scale, int? window, float? softcap"
@@ -208,13 +242,13 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
 @torch.library.custom_op(
     "mlmdsl::blockwise_attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_SETTINGS}) -> Tensor",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? valid, {_SETTINGS}) -> Tensor",
 )
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None, *settings: Any) -> Tensor:
     """q [B, H, S, D], k and v [B, K, T, ..] -> [B, H, S, E]. One operation to autograd and to selective recomputation, so
     that q, k, v and the result are all that stays for the backward pass."""
     y = _shape(q, k, v)
-    for block in _blocks(q, k, bias, *settings):
+    for block in _blocks(q, k, bias, valid, *settings):
         values = v[:, :, block.keys.start : block.keys.stop]
         part = block.product(block.weights.to(v.dtype), values).flatten(1, 2)
         y[:, :, block.rows.start : block.rows.stop] = part
@@ -224,16 +258,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: An
 @torch.library.custom_op(
     "mlmdsl::blockwise_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor y, Tensor q, Tensor k, Tensor v, Tensor? bias, {_SETTINGS}) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor y, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? valid, {_SETTINGS}) -> Tensor[]",
 )
-def _backward(grad: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *settings: Any) -> list[Tensor]:
+def _backward(
+    grad: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None, *settings: Any
+) -> list[Tensor]:
     """Gradients of q, k, v and the bias (empty without one), by blocks as in arXiv:2205.14135, section 3.1 and appendix B.4."""
     _, _, scale, _, softcap = settings
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))
     dbias = grad.new_empty(0) if bias is None else torch.zeros_like(bias, dtype=wide)
-    for block in _blocks(q, k, bias, *settings):
+    for block in _blocks(q, k, bias, valid, *settings):
         rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)
         dy = grad.unflatten(1, (k.size(1), -1))[:, :, :, rows]
         delta = (dy.to(wide) * y.unflatten(1, (k.size(1), -1))[:, :, :, rows]).sum(-1, keepdim=True)
@@ -252,14 +288,14 @@ def _backward(grad: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Te
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, bias, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, bias, output)
+    q, k, v, bias, valid, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, bias, valid, output)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    q, k, v, bias, y = ctx.saved_tensors
-    dq, dk, dv, dbias = torch.ops.mlmdsl.blockwise_attention_backward(grad, y, q, k, v, bias, *ctx.settings)
-    return dq, dk, dv, None if bias is None else dbias, None, None, None, None, None
+    q, k, v, bias, valid, y = ctx.saved_tensors
+    dq, dk, dv, dbias = torch.ops.mlmdsl.blockwise_attention_backward(grad, y, q, k, v, bias, valid, *ctx.settings)
+    return dq, dk, dv, None if bias is None else dbias, None, None, None, None, None, None
 
 
 _forward.register_fake(_shape)

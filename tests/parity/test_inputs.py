@@ -25,22 +25,23 @@ model segmented {
 }
 """
 TWO_SIDED = """
-block Decoder(x: [B, T, d], memory: [B, S, d]) {
+block Decoder(x: [B, T, d], memory: [B, S, d], valid: int[B, S]) {
   h = x + Attention(LayerNorm(x), heads = 4, causal = true)
-  output h + CrossAttention(LayerNorm(h), memory, heads = 4)
+  output h + CrossAttention(LayerNorm(h), memory, heads = 4, valid = valid)
 }
 
 model two_sided {
   param d = 32
   param layers = 2
   input tokens: int[B, S]
+  input valid: int[B, S]
   input decoder_tokens: int[B, T]
   tok = Embedding(tokens, vocab = 64, dim = d)
   h = tok
-  repeat layers as encoder { h = h + Attention(LayerNorm(h), heads = 4) }
+  repeat layers as encoder { h = h + Attention(LayerNorm(h), heads = 4, valid = valid) }
   memory = LayerNorm(h)
   y = Embedding(decoder_tokens, weight = tok.weight)
-  repeat layers as decoder { y = Decoder(y, memory) }
+  repeat layers as decoder { y = Decoder(y, memory, valid) }
   output Linear(LayerNorm(y), weight = tok.weight)
 }
 """

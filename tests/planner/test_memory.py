@@ -25,6 +25,11 @@ from tests.parity.models import GPT, LLAMA, MODELS, SEQUENCE, SETTINGS
 from tests.parity.ranks import run_ranks
 
 # Masks and biases of attention, in the models of the parity tests
+PADDED = (
+    GPT.replace("heads: int)", "heads: int, valid: int[B, S])")
+    .replace("heads = 4)", "heads = 4, valid = valid)")
+    .replace("  tok =", "  input valid: int[B, S]\n  tok =")
+)
 VARIANTS = {
     "llama_window": LLAMA.replace("causal = true,", "causal = true, window = 9,"),
     "llama_softcap": LLAMA.replace("causal = true,", "causal = true, softcap = 5.0,"),
@@ -33,6 +38,9 @@ VARIANTS = {
     .replace("heads: int)", "heads: int, bias: [heads, S, S])")
     .replace("heads = 4)", "heads = 4, bias = bias)")
     .replace("  tok =", "  bias = RelativePosition(tokens, heads = 4, buckets = 8, max_distance = 12)\n  tok ="),
+    "gpt_padding": PADDED.replace("causal = true", "valid = valid"),
+    "gpt_causal_padding": PADDED.replace("causal = true", "causal = true, valid = valid"),
+    "gpt_alibi_padding": PADDED.replace("causal = true", "alibi = true, valid = valid"),
 }
 AXES: list[dict[str, Any]] = [{}, {"tensor": 2, "sequence_parallel": True}, {"tensor": 2, "sequence_parallel": False}]
 
@@ -92,11 +100,10 @@ def held_by_rank(rank: int, text: str) -> tuple[int, int]:
     trainer = make_trainer(text)
     engine: Any = trainer.engine
     trainer.state.before_step()
-    tokens, targets = trainer.data.batch(0, *trainer.rows).values()
-    tokens, targets = tokens[: engine.micro_batch].clone(), targets[: engine.micro_batch].clone()
+    *inputs, targets = (x[: engine.micro_batch].clone() for x in trainer.data.batch(0, *trainer.rows).values())
     weights = [held.parameter for held in trainer.state.held]
-    with Storages((*weights, *trainer.state.gradients, tokens, targets)) as found:
-        value = engine.loss(engine.module(tokens), targets, engine.mesh)
+    with Storages((*weights, *trainer.state.gradients, *inputs, targets)) as found:
+        value = engine.loss(engine.module(*inputs), targets, engine.mesh)
         held = found.settled_bytes
         value.backward()
     return held, found.peak

@@ -27,6 +27,7 @@ def plain_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     group = q.size(2) // k.size(2)
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -39,6 +40,8 @@ def plain_attention(
         for j in range(k.size(1)):
             if (causal and j > i) or (window is not None and abs(i - j) >= window):
                 scores[:, :, i, j] = -torch.inf
+            elif valid is not None and not ((causal or window is not None) and i == j):
+                scores[:, :, i, j] = scores[:, :, i, j].masked_fill(valid[:, None, j] == 0, -torch.inf)
     return torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v)
 
 
@@ -87,6 +90,38 @@ def test_attention_masked_biased_and_capped(
     assert_same(found, expected, (q, k, v) if b is None else (q, k, v, b))
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("bias", [None, (4, 7, 7), (4, 1, 7)])
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (False, None), (False, 2)])
+def test_attention_does_not_see_padding(
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    learnt: bool,
+    bias: tuple[int, ...] | None,
+    kv_heads: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(attend, "QUERY_BLOCK", 3)
+    q = torch.randn(3, 7, 4, 8, requires_grad=True)
+    k, v = (torch.randn(3, 7, kv_heads, 8, requires_grad=True) for _ in range(2))
+    b = None if bias is None else torch.randn(bias, requires_grad=learnt)
+    valid = torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1] + [0] * 6])
+    found = attention(q, k, v, b, valid, causal=causal, window=window, softcap=softcap)
+    expected = plain_attention(q, k, v, b, causal=causal, scale=8**-0.5, window=window, softcap=softcap, valid=valid)
+    assert_same(found, expected, (q, k, v, b) if b is not None and learnt else (q, k, v))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_attention_over_another_sequence_without_its_padding(softcap: float | None):
+    q, k, v = (torch.randn(2, n, 4, 8, requires_grad=True) for n in (5, 9, 9))
+    valid = torch.tensor([[1] * 9, [1] * 2 + [0] * 7])
+    expected = plain_attention(q, k, v, causal=False, scale=8**-0.5, softcap=softcap, valid=valid)
+    assert_same(attention(q, k, v, valid=valid, softcap=softcap), expected, (q, k, v))
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_attention_over_another_sequence(softcap: float | None):
     q, k, v = (torch.randn(2, n, 4, 8, requires_grad=True) for n in (5, 9, 9))
@@ -115,10 +150,12 @@ def test_blockwise_attention_keeps_no_scores():
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("bias", [None, (4, 16, 16), (1, 1, 16)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (True, 9), (False, None), (False, 5)])
 def test_attention_over_the_context_axis_is_its_part_of_the_whole(
     causal: bool,
     window: int | None,
+    padded: bool,
     softcap: float | None,
     bias: tuple[int, ...] | None,
     ranks: int,
@@ -131,14 +168,15 @@ def test_attention_over_the_context_axis_is_its_part_of_the_whole(
     k, v = (torch.randn(2, 16, 2, 8, requires_grad=True) for _ in range(2))
     b = None if bias is None else torch.randn(bias, requires_grad=True)
     given = (q, k, v) if b is None else (q, k, v, b)
-    whole = attention(q, k, v, b, **settings)
+    valid = torch.tensor([[1] * 16, [1] * 6 + [0] * 10]) if padded else None
+    whole = attention(q, k, v, b, valid, **settings)
     weights = torch.randn_like(whole)
     expected = torch.autograd.grad((whole * weights).sum(), given)
     found = [torch.zeros_like(x) for x in given]
     for rank in range(ranks):
         cp = Axis("context", ranks, rank, zigzag=True)
         rows = sliced(b, cp, 1) if b is not None and b.size(1) > 1 else b
-        part = attention(sliced(q, cp, 1), k, v, rows, cp=cp, **settings)
+        part = attention(sliced(q, cp, 1), k, v, rows, valid, cp=cp, **settings)
         torch.testing.assert_close(part, sliced(whole, cp, 1))
         for sum, gradient in zip(found, torch.autograd.grad((part * sliced(weights, cp, 1)).sum(), given), strict=True):
             sum += gradient

@@ -114,30 +114,32 @@ def _attend_type(types: Types, attrs: Attributes) -> TensorType:
     softcap = attrs["softcap"]
     if softcap is not None and number(attrs, "softcap") <= 0:
         raise ShapeProblem("MLM0503", f"softcap is a positive number, not {softcap}")
-    if len(types) > 3:
-        _fit_bias(types[3], (heads, query.shape[1], key.shape[1]))
+    for argument, extra in enumerate(types[3:], 3):
+        if extra.dtype != "int":
+            _fit_bias(extra, (heads, query.shape[1], key.shape[1]))
+        elif extra.shape != key.shape[:2]:
+            raise ShapeProblem("MLM0501", f"{extra} does not say which of the keys {key} are valid", argument)
     return TensorType("float", (*query.shape[:3], value.shape[3]))
 
 
 def _fit_bias(bias: TensorType, scores: tuple[int | str, ...]) -> None:
     fits = len(bias.shape) == 3 and all(size in (1, whole) for size, whole in zip(bias.shape, scores, strict=True))
-    if bias.dtype == "int" or not fits:
+    if not fits:
         wanted = ", ".join(map(str, scores))
         raise ShapeProblem("MLM0501", f"a bias is [{wanted}], or 1 in place of a dim, not {bias}", 3)
 
 
 def _attend_strategies(types: Types, out: TensorType, weights: Shapes, attrs: Attributes, n: int) -> tuple[Strategy, ...]:
-    count = len(types)
     found = [
-        Strategy("replicated", (REPLICATE,) * count, (), REPLICATE),
-        Strategy("broadcast", (BROADCAST,) * count, (), BROADCAST),
+        Strategy("replicated", (REPLICATE,) * len(types), (), REPLICATE),
+        Strategy("broadcast", tuple(REPLICATE if t.dtype == "int" else BROADCAST for t in types), (), BROADCAST),
     ]
     heads, kv_heads = types[0].shape[2], types[1].shape[2]
     assert isinstance(heads, int) and isinstance(kv_heads, int)
     if heads % n == 0 and (kv_heads % n == 0 or kv_heads == 1):  # a single one of keys and values serves every rank
         shared = BROADCAST if kv_heads == 1 else shard(2)
-        bias = tuple(BROADCAST if t.shape[0] == 1 else shard(0) for t in types[3:])
-        found.append(Strategy("heads", (shard(2), shared, shared, *bias), (), shard(2)))
+        extra = tuple(REPLICATE if t.dtype == "int" else BROADCAST if t.shape[0] == 1 else shard(0) for t in types[3:])
+        found.append(Strategy("heads", (shard(2), shared, shared, *extra), (), shard(2)))
     return tuple(found)
 
 
@@ -175,31 +177,35 @@ def _attend_work(local: Local) -> Work:
     windowed = attrs["window"] is not None and integer(attrs, "window") < queries
     if not windowed and len(local.inputs) == 3:
         return fused
-    return _masked_work(fused, local, pairs, made=windowed or bool(attrs["causal"]), shared=kv_heads != heads)
+    return _masked_work(
+        fused, local, pairs, made=windowed or bool(attrs["causal"]) or len(local.inputs) > 4, shared=kv_heads != heads
+    )
 
 
 def _masked_work(fused: Work, local: Local, pairs: float, *, made: bool, shared: bool) -> Work:
-    """With an explicit mask every score is computed. `made`: the mask is a tensor of its own and not just the bias; with a bias
-    it stays for the backward pass, that of a window alone is there once for all layers. `shared`: a copy of keys and values
-    for every head stays, too."""
+    """With an explicit mask every score is computed. `made`: the mask is a tensor of its own and not just the bias or the
+    padding; with either it stays for the backward pass, that of a window alone is there once for all layers. `shared`: a copy
+    of keys and values for every head stays, too."""
     batch, queries, heads, size = local.inputs[0]
     keys, width = local.inputs[1][1], local.output_bytes
-    bias = local.inputs[3:]
-    mask = float(queries * keys * (bias[0][0] if bias else 1) * width)
-    read = mask * (batch if bias else 1)
+    bias, padded = [s for s in local.inputs[3:] if len(s) == 3], any(len(s) == 2 for s in local.inputs[3:])
+    rows = queries if made or bias else 1
+    mask = float(rows * keys * (bias[0][0] if bias else 1) * (batch if padded else 1) * width)
+    read = mask * (batch if bias and not padded else 1)
     copies = float(batch * keys * heads * (size + local.output[3]) * width) if shared else 0.0
-    kept = copies + (mask if made and bias else 0.0)
+    own = made and (bool(bias) or padded)
+    kept = copies + (mask if own else 0.0)
     saved = ("in0", *(() if shared else ("in1", "in2")), *(() if made or not bias else ("in3",)), "out")
     return replace(
         fused,
-        bytes_forward=fused.bytes_forward + read + (3 * mask if made and bias else 0.0) + 2 * copies,
+        bytes_forward=fused.bytes_forward + read + (3 * mask if own else 0.0) + 2 * copies,
         bytes_backward=fused.bytes_backward + 2 * read + 2 * copies,
         saved=saved,
         extra_saved_bytes=fused.extra_saved_bytes + kept,
         extra_cheap_bytes=kept,
-        standing_bytes=mask if made and not bias else 0.0,
-        transient_bytes=mask if made and bias else 0.0,
-        kernels_forward=1 + 2 * shared + (6 if made and bias else 0),
+        standing_bytes=mask if made and not own else 0.0,
+        transient_bytes=mask if own else 0.0,
+        kernels_forward=1 + 2 * shared + (6 if own else 0),
         kernels_backward=2 + 2 * shared,
         computed=queries * keys / pairs,
     )
@@ -218,7 +224,7 @@ def _blockwise_work(fused: Work, local: Local, pairs: float) -> Work:
         fused,
         bytes_forward=fused.bytes_forward + scores * (4 * width + 40),
         bytes_backward=fused.bytes_backward + scores * (8 * width + 100),
-        saved=("in0", "in1", "in2", *(("in3",) if len(local.inputs) > 3 else ()), "out"),
+        saved=("in0", "in1", "in2", *(f"in{i}" for i in range(3, len(local.inputs))), "out"),
         extra_saved_bytes=0.0,
         transient_bytes=float(batch * heads * block * keys * (12 + (width if width < 4 else 0))),
         kernels_forward=10 * blocks,
@@ -230,7 +236,8 @@ def _blockwise_work(fused: Work, local: Local, pairs: float) -> Work:
 def _attend_emit(e: Emission) -> str:
     options = ["causal=True"] if e.attrs["causal"] else []
     options += [f"{name}={e.attrs[name]!r}" for name in ("scale", "window", "softcap") if e.attrs[name] is not None]
-    return f"attention({', '.join([*e.inputs, *options])})"
+    named = [f"valid={x}" if t.dtype == "int" else x for x, t in zip(e.inputs, e.input_types, strict=True)]
+    return f"attention({', '.join([*named, *options])})"
 
 
 OPS = (
@@ -265,8 +272,10 @@ OPS = (
         doc="Scaled dot-product attention of q [B, S, H, d] over k [B, T, K, d], v [B, T, K, e]; H / K queries share a key."
         " With `softcap` the scores are softcap * tanh(scores / softcap) (arXiv:2408.00118); `bias` [H, S, T], 1 in place of a"
         " dim where it is the same along it, is added to them. Query i sees key j where j <= i if `causal`, and where"
-        " |i - j| < `window`. FLOPs count the area that the mask leaves: S^2 / 2 of causal attention, S w - w^2 / 2 of a causal"
-        " window. Time counts what is computed: a window or a bias is a mask to a fused kernel, which computes all scores;"
+        " |i - j| < `window`. Nothing sees padding, keys of 0 in `valid` int[B, T]; only with `causal` or a window a query sees"
+        " itself in any case. FLOPs count the area that the mask leaves: S^2 / 2 of causal attention, S w - w^2 / 2 of a causal"
+        " window. Time counts what is computed: a window, a bias or padding is a mask to a fused kernel, which computes all"
+        " scores;"
         f" soft-capping is computed in blocks of {QUERY_BLOCK} queries, whose scores pass through memory.",
         infer=_attend_type,
         strategies=_attend_strategies,
