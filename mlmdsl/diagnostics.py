@@ -202,6 +202,7 @@ CODES: Mapping[str, str] = {
     "MLM0422": "a rule that contradicts another constraint",
     "MLM0424": "an axis that is not laid out",
     "MLM0425": "a rule on cost without a price",
+    "MLM0426": "a sequence that the context axis cannot split",
     # 05xx: shapes, the graph, expect
     "MLM0501": "shapes that do not fit together",
     "MLM0502": "integers for floating-point values, or the other way round",

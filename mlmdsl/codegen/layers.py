@@ -1,8 +1,9 @@
 """Operations and transitions as statements, and one nn.Module per repeated region.
 
-`Sharded` answers what the rest of the room asks of graph and plan together: what is needed, how a value lies on the tensor
-axis and which transition brings it where it is wanted. Without tensor parallelism every placement is "" and there are no
-transitions, so that a program for one device has no trace of the axis.
+`Sharded` answers what the rest of the room asks of graph and plan together: what is needed, how a value lies on the tensor and
+context axes and which transitions bring it where it is wanted. On an axis of one rank every placement is "" and there are no
+transitions, so that a program for one device has no trace of the axis. Where both have several, a value moves on the tensor
+axis first, whose cut is the inner one.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ PLACEHOLDERS = frozenset({"input", "carry"})
 
 # (forward, backward) of a transition -> the runtime's function; the dims follow the axis.
 FUNCTIONS: Mapping[tuple[str | None, str | None], str] = {
-    ("all_gather", "reduce_scatter"): "all_gather({x}, tp, dim={dim})",
-    ("all_gather", "split"): "gather({x}, tp, dim={dim})",
-    ("all_reduce", None): "all_reduce({x}, tp)",
-    (None, "all_reduce"): "copy_to({x}, tp)",
-    ("all_reduce", "all_reduce"): "all_reduce_both({x}, tp)",
-    ("reduce_scatter", "all_gather"): "reduce_scatter({x}, tp, dim={dim})",
-    ("split", "all_gather"): "split({x}, tp, dim={dim})",
-    ("split", None): "split({x}, tp, dim={dim})",  # integers
-    ("all_to_all", "all_to_all"): "all_to_all({x}, tp, {dim}, {target_dim})",
+    ("all_gather", "reduce_scatter"): "all_gather({x}, {axis}, dim={dim})",
+    ("all_gather", "split"): "gather({x}, {axis}, dim={dim})",
+    ("all_reduce", None): "all_reduce({x}, {axis})",
+    (None, "all_reduce"): "copy_to({x}, {axis})",
+    ("all_reduce", "all_reduce"): "all_reduce_both({x}, {axis})",
+    ("reduce_scatter", "all_gather"): "reduce_scatter({x}, {axis}, dim={dim})",
+    ("split", "all_gather"): "split({x}, {axis}, dim={dim})",
+    ("split", None): "split({x}, {axis}, dim={dim})",  # integers
+    ("all_to_all", "all_to_all"): "all_to_all({x}, {axis}, {dim}, {target_dim})",
 }
 
 
-AXES = {"tp": "mesh.tensor", "ep": "mesh.expert"}  # variables of programs
+AXES = {"tp": "mesh.tensor", "cp": "mesh.context", "ep": "mesh.expert"}  # variables of programs
 
 
 def axes_in(lines: Iterable[str]) -> tuple[str, ...]:
@@ -68,11 +69,13 @@ def own_axes(lines: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sharded:
-    """The graph with the plan's placements on the tensor axis."""
+    """The graph with the plan's placements. Of a value on both axes they are written `shard(2)|shard(1)`, the context axis'
+    behind."""
 
     graph: Graph
     plan: PlanVariables
     layout: tuple[RegionLayout, ...]
+    context_layout: tuple[RegionLayout, ...] = ()
 
     @property
     def axis(self) -> str | None:
@@ -81,6 +84,10 @@ class Sharded:
     @property
     def expert(self) -> str | None:
         return "ep" if self.plan.expert > 1 else None
+
+    @property
+    def context(self) -> str | None:
+        return "cp" if self.plan.context > 1 else None
 
     @cached_property
     def region_index(self) -> Mapping[str, int]:
@@ -91,14 +98,25 @@ class Sharded:
         return {node.path: node for region in self.layout for node in region.nodes}
 
     @cached_property
-    def transitions(self) -> Mapping[tuple[str, str, str], tuple[int, Transition]]:
-        """By (value, target, consumer): the transition and the region whose code it belongs to."""
-        found: dict[tuple[str, str, str], tuple[int, Transition]] = {}
-        for index, region in enumerate(self.layout):
-            for item in region.transitions:
-                for consumer in item.consumers or ("",):  # nothing in the graph consumes the loss
-                    found[item.value, item.target, consumer] = (index, item)
+    def context_nodes(self) -> Mapping[str, NodeLayout]:
+        return {node.path: node for region in self.context_layout for node in region.nodes}
+
+    @cached_property
+    def transitions(self) -> Mapping[tuple[str, str, str, str], tuple[int, Transition]]:
+        """By (axis, value, target on it, consumer): the transition and the region whose code it belongs to."""
+        found: dict[tuple[str, str, str, str], tuple[int, Transition]] = {}
+        for axis, layout in (("tp", self.layout), ("cp", self.context_layout)):
+            for index, region in enumerate(layout):
+                for item in region.transitions:
+                    for consumer in item.consumers or ("",):  # nothing in the graph consumes the loss
+                        found[axis, item.value, item.target, consumer] = (index, item)
         return found
+
+    def home(self, value: str, target: str, consumer: str, here: int) -> int:
+        """The region that brings a value to `target` for a consumer; `here` where nothing has to."""
+        tensor, context = _apart(target)
+        wanted = (("tp", value, tensor, consumer), ("cp", value, context, consumer))
+        return next((self.transitions[key][0] for key in wanted if key in self.transitions), here)
 
     @cached_property
     def carried(self) -> Mapping[str, Carried]:
@@ -152,24 +170,28 @@ class Sharded:
     # ---- placements
 
     def boundary(self, entry: str) -> str:
-        if self.axis is None:
-            return ""
         index = self.region_index[entry]
-        return self.layout[index].boundary[entry]
+        tensor = "" if self.axis is None else self.layout[index].boundary[entry]
+        return _joined(tensor, self.context_layout[index].boundary[entry] if self.context else "")
 
     def placement(self, value: str, region: int) -> str:
         """How `value` lies where the code of region number `region` finds it."""
-        if self.axis is None:
-            return ""
+        tensor = "" if self.axis is None else self._on_tensor(value, region)
+        return _joined(tensor, self._on_context(value) if self.context else "")
+
+    def _on_context(self, value: str) -> str:
+        return self.context_nodes[value].output
+
+    def _on_tensor(self, value: str, region: int) -> str:
         node = self.graph.nodes[value]
         if node.op == "input":
             return str(REPLICATE)
         if node.op == "carry":
-            return self.boundary(value)
+            return _apart(self.boundary(value))[0]
         if self.region_index[value] != region:
             for carried in self.graph.region_of[value].carried:
                 if carried.next == value:
-                    return self.boundary(carried.entry)
+                    return _apart(self.boundary(carried.entry))[0]
         return self.node_layouts[value].output
 
     def strategy(self, node: Node) -> Strategy:
@@ -181,7 +203,8 @@ class Sharded:
         return Strategy(layout.strategy, inputs, weights, parse_placement(layout.output))
 
     def demand(self, node: Node, index: int) -> str:
-        return "" if self.axis is None else self.node_layouts[node.path].inputs[index]
+        tensor = "" if self.axis is None else self.node_layouts[node.path].inputs[index]
+        return _joined(tensor, self.context_nodes[node.path].inputs[index] if self.context else "")
 
     def weight_placement(self, weight: Weight) -> WeightPlacement:
         """The same in all of the weight's uses."""
@@ -196,13 +219,25 @@ class Sharded:
         return parse_weight_placement(found.pop())
 
     def local_shape(self, type: TensorType, placement: str) -> str:
-        """`[B, S/tp, 64]`."""
-        place = parse_placement(placement) if placement else REPLICATE
-        dims = (f"{dim}/tp" if place.is_shard and place.dim == i else str(dim) for i, dim in enumerate(type.shape))
+        """`[B, S/cp/tp, 64]`."""
+        tensor, context = (parse_placement(text) if text else REPLICATE for text in _apart(placement))
+        dims = list(map(str, type.shape))
+        for place, axis in ((context, "cp"), (tensor, "tp")):
+            if place.is_shard:
+                dims[place.dim] += f"/{axis}"
         if not type.shape:
             return ""
         prefix = type.dtype if type.dtype == "int" else ""
-        return f"{prefix}[{', '.join(dims)}]" + (", partial sums" if place.kind == "partial" else "")
+        return f"{prefix}[{', '.join(dims)}]" + (", partial sums" if tensor.kind == "partial" else "")
+
+
+def _joined(tensor: str, context: str) -> str:
+    return f"{tensor}|{context}" if context else tensor
+
+
+def _apart(placement: str) -> tuple[str, str]:
+    tensor, _, context = placement.partition("|")
+    return tensor, context
 
 
 @dataclass
@@ -231,12 +266,22 @@ class Passage:
         source = self.sharded.placement(value, self.region)
         if source == target or (value, target) in self.present:
             return (value, target)
-        _, transition = self.sharded.transitions[value, target, consumer]
+        (tensor, context), (wanted, around) = _apart(source), _apart(target)
+        if tensor != wanted:
+            source = self._moved(("tp", value, wanted, consumer), source, _joined(wanted, context), scope)
+        if context != around:
+            source = self._moved(("cp", value, around, consumer), source, target, scope)
+        return (value, source)
+
+    def _moved(self, key: tuple[str, str, str, str], source: str, target: str, scope: tuple[tuple[str, str], ...]) -> str:
+        """How the value lies after one transition: as before where that is nothing to do."""
+        value, (_, transition) = key[1], self.sharded.transitions[key]
         if transition.forward is None and transition.backward is None:
-            return (value, source)
-        self.steps.append(self._collective(transition, source, scope))
-        self.present.add((value, target))
-        return (value, target)
+            return source
+        if (value, target) not in self.present:
+            self.steps.append(self._collective(transition, key[0], source, target, scope))
+            self.present.add((value, target))
+        return target
 
     def _linear_of(self, node: Node) -> Node | None:
         source = self.sharded.graph.nodes[node.inputs[0]] if node.op == "bias" else None
@@ -279,19 +324,20 @@ class Passage:
                 input_types=tuple(graph.nodes[value].type for value in node.inputs),
                 output_type=node.type,
                 expert=self.sharded.expert,
+                context=self.sharded.context,
             )
         )
         return re.sub(r"(?<=[\d.]e-)0(?=\d)", "", text)  # 1e-05 -> 1e-5
 
-    def _collective(self, item: Transition, source: str, scope: tuple[tuple[str, str], ...]) -> Step:
+    def _collective(self, item: Transition, axis: str, source: str, target: str, scope: tuple[tuple[str, str], ...]) -> Step:
         template = FUNCTIONS[item.forward, item.backward]
         return Step(
             kind="collective",
             inputs=((item.value, source),),
-            results=((item.value, item.target),),
-            template=template.format(x=slot(0), dim=item.dim, target_dim=item.target_dim),
+            results=((item.value, target),),
+            template=template.format(x=slot(0), axis=axis, dim=item.dim, target_dim=item.target_dim),
             comment=_reason(item),
-            shape=self.sharded.local_shape(self.sharded.graph.nodes[item.value].type, item.target),
+            shape=self.sharded.local_shape(self.sharded.graph.nodes[item.value].type, target),
             scope=scope,
             condition=self.condition,
         )
@@ -345,7 +391,7 @@ class Layer:
         found: dict[Key, str] = {}
         for value, target, consumer in uses:
             if self.sharded.region_index[value] != self.index:
-                owner = self.sharded.transitions.get((value, target, consumer), (self.index, None))[0]
+                owner = self.sharded.home(value, target, consumer, self.index)
                 here = self.sharded.placement(value, self.index)
                 found.setdefault((value, here if owner == self.index else target), consumer)
         return found

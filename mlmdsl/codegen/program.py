@@ -8,18 +8,17 @@ from itertools import chain
 from pathlib import PurePath
 
 from mlmdsl import words
-from mlmdsl.codegen.layers import Layer, Passage, Sharded
-from mlmdsl.codegen.names import PROGRAM_NAMES, mentions, variable
+from mlmdsl.codegen.layers import AXES, Layer, Passage, Sharded, axes_in
+from mlmdsl.codegen.names import PROGRAM_NAMES, variable
 from mlmdsl.codegen.stages import StageModule
 from mlmdsl.codegen.statements import Key, returning, write
 from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, plain, wrap
 from mlmdsl.grammar.spec import Objective, Spec, Train
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.ops import CATALOGUE
-from mlmdsl.graph.placement import REPLICATE
 from mlmdsl.planner.plan import Plan, PlanVariables
 
-OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "ep", "lo", "hi", "self", "mesh", "index", "block", "values"}) | {
+OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "cp", "ep", "lo", "hi", "self", "mesh", "index", "block", "values"}) | {
     "loss",
     "Stage",
     "PARALLEL",
@@ -29,7 +28,7 @@ OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "ep", "lo", "hi", "self", "mesh
 
 def program_text(spec: Spec, graph: Graph, plan: Plan) -> str:
     """program.py."""
-    sharded = Sharded(graph, plan.plan, plan.layout)
+    sharded = Sharded(graph, plan.plan, plan.layout, plan.context_layout)
     layers = {index: Layer(sharded, index) for index, region in enumerate(graph.regions) if region.repeated}
     parts = [
         [
@@ -87,7 +86,9 @@ def _predicted(plan: Plan) -> str:
 
 def _shapes(plan: Plan, graph: Graph) -> str:
     others = "".join(f", {plain(name)} = {length:,}" for name, length in graph.lengths.items())
-    divided = f"; n/tp is a dim divided over the {plan.plan.tensor} ranks of the tensor axis" if plan.plan.tensor > 1 else ""
+    degrees = (("tp", plan.plan.tensor, "tensor"), ("cp", plan.plan.context, "context"))
+    several = [degree for degree in degrees if degree[1] > 1]
+    divided = "".join(f"; n/{short} is a dim divided over the {n} ranks of the {name} axis" for short, n, name in several)
     return f"Shapes: B = {plan.plan.micro_batch} (sequences of a micro-batch), S = {plan.seq_len:,} (tokens){others}{divided}."
 
 
@@ -201,13 +202,12 @@ def _loss(sharded: Sharded) -> list[str]:
         names[name, sharded.placement(name, last)] = variable(name)
     passage = Passage(sharded, last, lambda weight: weight.key, "", [], set(names))
     passage.add(sharded.objective)
-    result = passage.bring(graph.loss, str(REPLICATE) if sharded.axis else "", "")
+    result = passage.bring(graph.loss, sharded.placement(graph.loss, last), "")
     body = write([*passage.steps, returning((result,))], names, indent=1)
-    axis = any(mentions(line, "tp") for line in body.lines)
     return [
         f"def loss({', '.join(names.values())}, mesh: Mesh):",
         f'{INDENT}"""Sum of the losses over the tokens of this rank\'s micro-batch; targets of -100 do not count."""',
-        *([f"{INDENT}tp = mesh.tensor"] if axis else []),
+        *(f"{INDENT}{axis} = {AXES[axis]}" for axis in axes_in(body.lines)),
         *body.lines,
     ]
 

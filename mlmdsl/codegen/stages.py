@@ -204,7 +204,7 @@ class StageModule:
         return (name, self.sharded.placement(name, 0))
 
     def _input_shape(self, name: str) -> str:
-        return self.sharded.local_shape(self.sharded.graph.nodes[name].type, "")
+        return self.sharded.local_shape(self.sharded.graph.nodes[name].type, self._input_key(name)[1])
 
     def _weight(self, weight: Weight) -> str:
         return f"self.{attribute_path(weight.key)}"

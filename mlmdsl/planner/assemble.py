@@ -21,7 +21,7 @@ from mlmdsl.planner.plan import (
 from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
 from mlmdsl.planner.traffic import collectives
 
-_AXES = ("tensor", "data", "pipeline")
+_AXES = ("tensor", "context", "data", "pipeline")
 
 
 def plan_of(place: Place, candidate: Candidate, report: SearchReport) -> Plan:
@@ -43,6 +43,7 @@ def plan_of(place: Place, candidate: Candidate, report: SearchReport) -> Plan:
         precision=train.precision,
         memory=ledger(place, candidate),
         layout=place.bench.sharding.layouts(sizes, setting.width),
+        context_layout=place.bench.sharding.context_layouts(sizes, setting.width),
         collectives=collectives(place, candidate),
         timeline=_timeline(place, candidate),
     )
@@ -52,6 +53,7 @@ def variables(c: Candidate) -> PlanVariables:
     return PlanVariables(
         tensor=c.tensor,
         sequence_parallel=c.sequence_parallel,
+        context=c.context,
         pipeline=c.pipeline,
         interleave=c.interleave,
         schedule=c.schedule,
@@ -100,6 +102,7 @@ class _Share(NamedTuple):
     compute: float
     recompute: float
     tensor: float
+    context: float
     sends: float
     gathered: float
 
@@ -117,6 +120,7 @@ def _breakdown(place: Place, c: Candidate, times: Times) -> dict[str, float]:
         "compute": m * busiest.compute,
         "recompute": m * busiest.recompute,
         "tensor": m * busiest.tensor,
+        "context": m * busiest.context,
         "pipeline": m * busiest.sends,
         "data": m * busiest.gathered + times.gathered + times.summed + place.sync_seconds,
         "optimizer": times.optimizer,
@@ -129,13 +133,14 @@ def _share(place: Place, c: Candidate, stages: tuple[int, ...]) -> _Share:
     counted = [(costs[i], count) for stage in stages for i, count in chain.regions(c.cut.parts[stage])]
     compute = sum(count * (cost.forward_seconds + cost.backward_seconds) for cost, count in counted)
     tensor = sum(count * (cost.tensor_forward_seconds + cost.tensor_backward_seconds) for cost, count in counted)
+    context = sum(count * (cost.context_forward_seconds + cost.context_backward_seconds) for cost, count in counted)
     repeated = [(cost.again[c.recompute], count) for cost, count in counted]
-    again = sum(count * (a.kernel_seconds + a.tensor_seconds) for a, count in repeated)
+    again = sum(count * (a.kernel_seconds + a.tensor_seconds + a.context_seconds) for a, count in repeated)
     forward, backward = _passes(place, c, stages)
-    sends = forward + backward - compute - tensor - again
+    sends = forward + backward - compute - tensor - context - again
     gathering = place.with_gathers(c, ((1, forward, backward, 0.0),))
     gathered = sum(f + b for _, f, b, _ in gathering) - forward - backward
-    return _Share(compute, again, tensor, sends if place.pipeline > 1 else 0.0, gathered)
+    return _Share(compute, again, tensor, context, sends if place.pipeline > 1 else 0.0, gathered)
 
 
 def _passes(place: Place, c: Candidate, stages: tuple[int, ...]) -> tuple[float, float]:

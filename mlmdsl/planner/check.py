@@ -23,7 +23,7 @@ from mlmdsl.planner.schedule import cannot_run, executable, recomputes, virtual_
 
 _WORDS = frozenset({*SCHEDULES, *RECOMPUTE})
 _MESH = ("tensor", "context", "pipeline", "data")
-_ALONE = ("context", "replicate", "expert")  # axes that the planner does not lay out
+_ALONE = ("replicate", "expert")  # axes that the planner does not lay out
 
 
 def check(spec: Spec, graph: Graph, diagnostics: Diagnostics) -> None:
@@ -134,9 +134,7 @@ def _stages(c: _Checker) -> None:
 def _world(c: _Checker) -> None:
     named = [name for name in _MESH if name in c.pins]
     product, world = prod(c.pinned(name) for name in named), c.spec.cluster.world_size
-    whole = (
-        product == world if len(named) == len(_MESH) or set(named) >= {"tensor", "pipeline", "data"} else world % product == 0
-    )
+    whole = product == world if len(named) == len(_MESH) else world % product == 0
     if named and not whole:
         shown = " x ".join(f"{name} {c.pinned(name)}" for name in named)
         secondary = (*c.others(*named[1:]), Label(c.spec.cluster.span, f"{world} devices"))
@@ -173,6 +171,17 @@ def _micro_batches(c: _Checker) -> None:
             help,
             (*c.others("pipeline", "data", "micro_batch"), *c.setting("batch", "the batch")),
         )
+
+
+def _context(c: _Checker) -> None:
+    """Every rank has two chunks of the sequence, which the tensor axis may cut once more."""
+    n, seq_len = c.pinned("context"), c.spec.train.seq_len
+    parallel = "sequence_parallel" in c.pins and c.pins["sequence_parallel"].value is True
+    tensor = c.pinned("tensor") if parallel else 1
+    if n > 1 and (seq_len % (2 * n) or seq_len // n % tensor):
+        labels = (*c.setting("seq_len", "the sequence"), *(c.others("tensor") if tensor > 1 else ()))
+        help = "twice context has to divide seq_len" + (", and context x tensor under sequence_parallel" if tensor > 1 else "")
+        c.report("MLM0426", f"context = {n} cannot split a sequence of {seq_len}", c.pins["context"], help, labels)
 
 
 def _sequence(c: _Checker) -> None:
@@ -299,6 +308,7 @@ _CHECKS: tuple[Callable[[_Checker], None], ...] = (
     _batch,
     _micro_batches,
     _sequence,
+    _context,
     _schedule,
     _rules,
     _cost,

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import chain, combinations, pairwise
 from math import inf, prod
 
-from mlmdsl.graph.graph import Carried, Graph, Node
+from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local
 from mlmdsl.graph.placement import Placement, Strategy, WeightPlacement
@@ -22,6 +22,7 @@ from mlmdsl.graph.tensor import TensorType
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.elimination import Factor, eliminate
+from mlmdsl.planner.flow import Flow, Use
 from mlmdsl.planner.placement import Step, transition
 
 # What a local parameter costs once per step, spread over the micro-batches of a typical one: its gradient (fp32) and weight
@@ -53,31 +54,32 @@ def cut(shape: tuple[int, ...], dim: int | None, n: int) -> tuple[int, ...]:
     return shape if dim is None or dim < 0 else (*shape[:dim], shape[dim] // n, *shape[dim + 1 :])
 
 
-def local_sizes(graph: Graph, node: Node, strategy: Strategy, n: int, sizes: Mapping[str, int], float_bytes: int) -> Local:
-    """A node's sizes on one of `n` ranks."""
-
+def local_sizes(
+    graph: Graph,
+    node: Node,
+    strategy: Strategy,
+    n: int,
+    sizes: Mapping[str, int],
+    float_bytes: int,
+    context: tuple[Strategy, int] | None = None,
+) -> Local:
+    """A node's sizes on one of `n` ranks of the tensor axis; `context`: its strategy on the context axis, and that one's
+    ranks."""
     types = [graph.nodes[source].type for source in node.inputs]
+    outer, ranks = context or (strategy, 1)
+
+    def local(type: TensorType, placement: Placement, around: Placement) -> tuple[int, ...]:
+        return cut(cut(type.sizes(sizes), around.dim, ranks), placement.dim, n)
+
     return Local(
-        inputs=tuple(cut(t.sizes(sizes), p.dim, n) for t, p in zip(types, strategy.inputs, strict=True)),
+        inputs=tuple(map(local, types, strategy.inputs, outer.inputs)),
         input_bytes=tuple(width(t, float_bytes) for t in types),
-        output=cut(node.type.sizes(sizes), strategy.output.dim, n),
+        output=local(node.type, strategy.output, outer.output),
         output_bytes=width(node.type, float_bytes),
         weights=tuple(cut(graph.weights[k].shape, w.dim, n) for k, w in zip(node.weights, strategy.weights, strict=True)),
         weight_bytes=float_bytes,
         attrs=node.attrs,
     )
-
-
-@dataclass(frozen=True)
-class Use:
-    """A value as it is left (`producer`'s output) and what asks for it: (node, input index; -1 for a carry's boundary).
-    `region` is the index of the region in whose code it is brought where it is wanted."""
-
-    value: str
-    producer: int
-    consumers: tuple[tuple[int, int], ...]
-    region: int
-    passes: int
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,16 @@ class Problem:
     # ---- nodes and their strategies -------------------------------------------------------------------------------------
 
     @cached_property
+    def flow(self) -> Flow:
+        return Flow(self.graph)
+
+    @cached_property
     def nodes(self) -> tuple[Node, ...]:
-        return tuple(self.graph.nodes.values())
+        return self.flow.nodes
 
     @cached_property
     def index(self) -> Mapping[str, int]:
-        return {node.path: i for i, node in enumerate(self.nodes)}
+        return self.flow.index
 
     @cached_property
     def domains(self) -> tuple[tuple[Strategy, ...], ...]:
@@ -194,39 +200,9 @@ class Problem:
 
     # ---- values and their uses ------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def uses(self) -> tuple[Use, ...]:
-        """Every value with what asks for it, in the order of values. A value made outside a repeat and used inside is brought
-        where it is wanted outside, once. After a repeat the last pass's value lies as the boundary does, and every region that
-        uses it brings it where it wants it."""
-        inside: dict[str, list[tuple[int, int]]] = {}
-        after: dict[tuple[str, int], list[tuple[int, int]]] = {}
-
-        def ask(value: str, region: int, consumer: tuple[int, int]) -> None:
-            away = value in self._results and self._region_number[value] != region
-            (after.setdefault((value, region), []) if away else inside.setdefault(value, [])).append(consumer)
-
-        for number, region in enumerate(self.graph.regions):
-            for node in region.nodes:
-                for position, source in enumerate(node.inputs):
-                    ask(source, number, (self.index[node.path], position))
-            for carried in region.carried:
-                ask(carried.initial, number, (self.index[carried.entry], -1))
-                ask(carried.next, number, (self.index[carried.entry], -1))
-        made = [self._use(v, self.index[v], uses, self._region_number[v]) for v, uses in inside.items()]
-        return (*made, *(self._use(v, self.index[self._results[v].entry], uses, n) for (v, n), uses in after.items()))
-
-    def _use(self, value: str, producer: int, consumers: Sequence[tuple[int, int]], region: int) -> Use:
-        others = tuple(c for c in consumers if c[0] != producer)
-        return Use(value, producer, others, region, self.graph.regions[region].count)
-
-    @cached_property
-    def _results(self) -> Mapping[str, Carried]:
-        return {c.next: c for region in self.graph.regions for c in region.carried}
-
-    @cached_property
-    def _region_number(self) -> Mapping[str, int]:
-        return {node.path: i for i, region in enumerate(self.graph.regions) for node in region.nodes}
+        return self.flow.uses
 
     def demand(self, consumer: tuple[int, int], strategy: Strategy) -> Placement:
         return strategy.output if consumer[1] < 0 else strategy.inputs[consumer[1]]

@@ -26,7 +26,7 @@ Explore = Callable[[Setting, PlanConstraints], Outcome]
 def runners_up(outcome: Outcome) -> tuple[Alternative, ...]:
     """The best plan of each other mesh; where there are few meshes, the next best plans of any."""
     best, *others = outcome.found
-    meshes: dict[tuple[int, int, int], list[Found]] = {}
+    meshes: dict[tuple[int, ...], list[Found]] = {}
     for found in others:
         meshes.setdefault(found.mesh, []).append(found)
     firsts = sorted((next(best_first(found)) for mesh, found in meshes.items() if mesh != best.mesh), key=Found.order)

@@ -1,6 +1,7 @@
 """The ledger: bytes on the fullest rank of each pipeline stage at its peak.
 
-State, per local weight element (p of them on this rank of the tensor axis, d data ranks; w = 2 bytes in bf16, 4 in fp32):
+State, per local weight element (p of them on this rank of the tensor axis; d replicas, the ranks of data and context;
+w = 2 bytes in bf16, 4 in fp32):
 
     0: w of weights, 4 of masters in bf16, 4 of gradients, 8 of AdamW (Rajbhandari et al. 2020, arXiv:1910.02054, table 1)
     1: w of weights, that FSDP2 keeps gathered; 4 / d of masters; 4 / d of gradients, and their unsharded sums; 8 / d of AdamW
@@ -132,30 +133,30 @@ class Holdings:
     def _sum(self, keys: Iterable[str]) -> int:
         return sum(prod(self.local_shapes[key]) for key in keys)
 
-    def shard(self, part: Part, data: int) -> int:
-        """Elements that FSDP2 leaves the first of `data` ranks."""
-        key = (part, data)
+    def shard(self, part: Part, replicas: int) -> int:
+        """Elements that FSDP2 leaves the first of the replicas."""
+        key = (part, replicas)
         if key not in self._shards:
-            self._shards[key] = self._cut(self.of(part).keys, data)
+            self._shards[key] = self._cut(self.of(part).keys, replicas)
         return self._shards[key]
 
-    def partial(self, part: Part, data: int) -> int:
-        """Elements whose gradients are partial sums, as far as the first of `data` ranks has them."""
+    def partial(self, part: Part, replicas: int) -> int:
+        """Elements whose gradients are partial sums over the tensor axis, as far as the first of the replicas has them."""
         keys = self.of(part).keys
-        return self._cut({key: n for key, n in keys.items() if self.sharding.weights[key].partial_gradient}, data)
+        return self._cut({key: n for key, n in keys.items() if self.sharding.weights[key].partial_gradient}, replicas)
 
-    def _cut(self, keys: Mapping[str, int], data: int) -> int:
+    def _cut(self, keys: Mapping[str, int], replicas: int) -> int:
         shapes = ((self.local_shapes[key], count) for key, count in keys.items())
-        return sum(count * -(-shape[0] // data) * prod(shape[1:]) for shape, count in shapes)
+        return sum(count * -(-shape[0] // replicas) * prod(shape[1:]) for shape, count in shapes)
 
-    def state(self, parts: Iterable[Part], zero: int, data: int, width: int, pipeline: int, micro_batches: int) -> State:
+    def state(self, parts: Iterable[Part], zero: int, replicas: int, width: int, pipeline: int, micro_batches: int) -> State:
         """Of a rank that runs `parts`. A weight's gradient is made before it is added to the sum, or sent."""
         held = [self.of(part) for part in parts]
         p = sum(h.elements for h in held)
-        if not zero or data == 1:
+        if not zero or replicas == 1:
             master = 4 * p if width < 4 else 0
             return State(width * p, master, 4 * p, 8 * p, 0, width * max(h.largest for h in held))
-        shard = sum(self.shard(part, data) for part in parts)
+        shard = sum(self.shard(part, replicas) for part in parts)
         unit = max(max(h.layer, h.root) for h in held)
         sums = p * (4 if micro_batches > 1 else width)
         if pipeline == 1 and (zero == 3 or micro_batches == 1):

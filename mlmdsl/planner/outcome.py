@@ -29,8 +29,8 @@ class Found(NamedTuple):
     exact: bool
 
     @property
-    def mesh(self) -> tuple[int, int, int]:
-        return self.candidate.tensor, self.candidate.pipeline, self.candidate.data
+    def mesh(self) -> tuple[int, ...]:
+        return self.candidate.tensor, self.candidate.context, self.candidate.pipeline, self.candidate.data
 
     def order(self, ignored: int = 0) -> tuple[Any, ...]:
         """Sorts the best first; `ignored`: wishes that do not count. Ties are seen through rounding."""

@@ -20,10 +20,9 @@ from math import prod
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Work
-from mlmdsl.graph.placement import Placement
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
-from mlmdsl.planner.sharding import Move, Sharding
+from mlmdsl.planner.sharding import Lie, Move, Sharding
 
 MODES = ("none", "selective", "full")
 # Composed of simple operations on a CPU, where torch has no kernel: what is divided by the root mean square stays, too
@@ -35,10 +34,11 @@ Key = tuple[str, str]  # a value and the placement it was brought to ("" as it w
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """What runs a second time before the backward pass: seconds of kernels and of collectives, and which moves."""
+    """What runs a second time before the backward pass: seconds of kernels and of collectives by axis, and which moves."""
 
     kernel_seconds: float = 0.0
     tensor_seconds: float = 0.0
+    context_seconds: float = 0.0
     moves: tuple[Move, ...] = ()
 
 
@@ -56,6 +56,8 @@ class PassCost:
     weight_seconds: float  # of backward_seconds those that go to gradients of weights
     tensor_forward_seconds: float
     tensor_backward_seconds: float
+    context_forward_seconds: float
+    context_backward_seconds: float
     again: tuple[Again, Again, Again]
     saved_bytes: tuple[int, int, int]
     entry_bytes: tuple[int, int, int]
@@ -76,6 +78,7 @@ class Passes:
     group: Group
     sizes: Mapping[str, int]
     float_bytes: int
+    context_group: Group | None = None
 
     @cached_property
     def costs(self) -> tuple[PassCost, ...]:
@@ -86,6 +89,7 @@ class Passes:
 
     def _cost(self, index: int, region: Region) -> PassCost:
         moves = [move for move in self.sharding.moves if move.region == index]
+        over = {axis: [move for move in moves if move.axis == axis] for axis in ("tensor", "context")}
         works = [(node, self._works[node.path]) for node in region.nodes]
         kept = self._kept(region, moves)
         again = (Again(), Again(), Again())
@@ -96,12 +100,14 @@ class Passes:
             forward_seconds=sum(self.kernels.forward_seconds(work) for _, work in works),
             backward_seconds=sum(self.kernels.backward_seconds(work) for _, work in works),
             weight_seconds=sum(self.kernels.weight_seconds(work) for node, work in works if node.weights),
-            tensor_forward_seconds=self._moved(moves) + sum(self._inner_seconds(node) for node in region.nodes),
-            tensor_backward_seconds=sum(self._seconds(move.step.backward, self.move_bytes(move)) for move in moves),
+            tensor_forward_seconds=self._moved(over["tensor"]) + sum(self._inner_seconds(node) for node in region.nodes),
+            tensor_backward_seconds=self._moved_back(over["tensor"]),
+            context_forward_seconds=self._moved(over["context"]),
+            context_backward_seconds=self._moved_back(over["context"]),
             again=again,
             loss_bytes=int(loss.extra_saved_bytes) if loss else 0,
             loss_transient_bytes=int(loss.transient_bytes) if loss else 0,
-            logits_bytes=self._bytes(self.graph.output, self.sharding.strategies[self.graph.output].output) if loss else 0,
+            logits_bytes=self._bytes(self.graph.output, self.sharding.left(self.graph.output)) if loss else 0,
             transient_bytes=self._most_transient(region),
             **kept,
         )
@@ -113,11 +119,16 @@ class Passes:
     def move_bytes(self, move: Move) -> int:
         return self.sharding.move_bytes(move, self.sizes, self.float_bytes)
 
-    def _seconds(self, kind: str | None, size: int) -> float:
-        return collective_seconds(kind, size, self.group)
+    def _group(self, move: Move) -> Group:
+        group = self.group if move.axis == "tensor" else self.context_group
+        assert group is not None
+        return group
 
     def _moved(self, moves: Iterable[Move]) -> float:
-        return sum(self._seconds(move.step.forward, self.move_bytes(move)) for move in moves)
+        return sum(collective_seconds(move.step.forward, self.move_bytes(move), self._group(move)) for move in moves)
+
+    def _moved_back(self, moves: Iterable[Move]) -> float:
+        return sum(collective_seconds(move.step.backward, self.move_bytes(move), self._group(move)) for move in moves)
 
     def inner(self, node: Node) -> tuple[tuple[str, int, int], ...]:
         """Collectives that the operation itself makes, forward only: (kind, bytes, count)."""
@@ -127,7 +138,7 @@ class Passes:
         return CATALOGUE[node.op].collectives(self.sharding.strategies[node.path], local)
 
     def _inner_seconds(self, node: Node) -> float:
-        return sum(count * self._seconds(kind, size) for kind, size, count in self.inner(node))
+        return sum(count * collective_seconds(kind, size, self.group) for kind, size, count in self.inner(node))
 
     def _again(self, region: Region, moves: Iterable[Move], mode: str) -> Again:
         """Everything up to the last operation that saves something; under "selective" of that only what is cheap."""
@@ -140,7 +151,8 @@ class Passes:
         repeated = tuple(move for move in moves if mode == "full" and names & set(move.consumers) - self._entries)
         inner = sum(self._inner_seconds(node) for node in rerun) if mode == "full" else 0.0
         kernels = sum(self.kernels.forward_seconds(self._works[node.path]) for node in rerun)
-        return Again(kernels, self._moved(repeated) + inner, repeated)
+        tensor, context = (self._moved(move for move in repeated if move.axis == axis) for axis in ("tensor", "context"))
+        return Again(kernels, tensor + inner, context, repeated)
 
     # ---- bytes ------------------------------------------------------------------------------------------------------
 
@@ -149,8 +161,8 @@ class Passes:
         return frozenset(c.entry for region in self.graph.regions for c in region.carried)
 
     @cached_property
-    def _brought(self) -> Mapping[tuple[str, Placement], Move]:
-        return {(move.value, move.target): move for move in self.sharding.moves}
+    def _brought(self) -> Mapping[tuple[str, str, Lie], Move]:
+        return {(move.value, move.axis, move.lie): move for move in self.sharding.moves}
 
     @cached_property
     def _aliases(self) -> Mapping[str, str]:
@@ -176,10 +188,13 @@ class Passes:
     def _moves_of(self, value: str) -> list[Move]:
         return [move for move in self.sharding.moves if move.value == value]
 
-    def _storage(self, value: str, target: Placement | None = None) -> Key:
-        move = self._brought.get((value, target)) if target is not None else None
-        if move is not None and move.step.forward is not None:
-            return value, str(target)
+    def _storage(self, value: str, lie: Lie | None = None) -> Key:
+        if lie is not None:
+            inner = self._brought.get((value, "tensor", (lie[0], self.sharding.left(value)[1])))
+            copies = (inner, self._brought.get((value, "context", lie)))
+            made = [str(move.target) for move in copies if move is not None and move.step.forward is not None]
+            if made:
+                return value, " ".join(made)
         for _ in range(len(self.graph.nodes)):
             if value not in self._aliases:
                 break
@@ -216,34 +231,34 @@ class Passes:
         inside = {node.path for node in region.nodes if node.op != "input"}
         if not region.repeated:
             inside |= {name for r in self.graph.regions[:index] for c in r.carried for name in (c.entry, c.next)}
-        brought = {(m.value, str(m.target)): m.region for m in self.sharding.moves}
+        brought = {self._storage(m.value, m.lie): m.region for m in self.sharding.moves if m.step.forward is not None}
         return lambda key: brought[key] == index if key in brought else key[0] in inside
 
     def _saved_plain(self, region: Region) -> Iterator[tuple[Node, Key, int]]:
         """Which operation saves what."""
         for node in region.nodes:
-            strategy = self.sharding.strategies[node.path]
+            left = self.sharding.left(node.path)
             for name in self._works[node.path].saved:
                 if name == "out":
-                    yield node, self._storage(node.path), self._bytes(node.path, strategy.output)
+                    yield node, self._storage(node.path), self._bytes(node.path, left)
                 else:
-                    value, target = node.inputs[int(name[2:])], strategy.inputs[int(name[2:])]
-                    yield node, self._storage(value, target), self._bytes(value, target)
+                    value, lie = node.inputs[int(name[2:])], self.sharding.asked(node, int(name[2:]))
+                    yield node, self._storage(value, lie), self._bytes(value, lie)
             if node.op in _COMPOSED.get(self.kernels.device.kind, ()):
-                yield node, (node.path, "inside"), self._bytes(node.path, strategy.output)
+                yield node, (node.path, "inside"), self._bytes(node.path, left)
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
         for node in region.nodes:
             if not CATALOGUE[node.op].cheap:
-                yield self._storage(node.path), self._bytes(node.path, self.sharding.strategies[node.path].output)
+                yield self._storage(node.path), self._bytes(node.path, self.sharding.left(node.path))
         for move in moves:
             if move.step.forward in _COLLECTIVES:
-                yield (move.value, str(move.target)), self._bytes(move.value, move.target)
+                yield self._storage(move.value, move.lie), self._bytes(move.value, move.lie)
 
-    def _bytes(self, value: str, placement: Placement) -> int:
+    def _bytes(self, value: str, lie: Lie) -> int:
         type = self.graph.nodes[value].type
         width = {"float": self.float_bytes, "fp32": 4, "int": 8}[type.dtype]
-        return prod(self.sharding.local_shape(type, placement, self.sizes)) * width
+        return prod(self.sharding.local_shape(type, lie, self.sizes)) * width
 
     def _most_transient(self, region: Region) -> int:
         """The most that an operation's backward pass needs over what the region has saved: when its turn comes, what only later
@@ -263,14 +278,13 @@ class Passes:
         """Its results and their gradients at one moment: output and inputs, and what the operation needs inside."""
         if node.op in ("input", "carry"):
             return 0
-        strategy = self.sharding.strategies[node.path]
-        inputs = sum(self._bytes(v, p) for v, p in zip(node.inputs, strategy.inputs, strict=True))
+        inputs = sum(self._bytes(value, self.sharding.asked(node, i)) for i, value in enumerate(node.inputs))
         inside = 0 if node.path == self.graph.loss else int(self._works[node.path].transient_bytes)
-        return inputs + self._bytes(node.path, strategy.output) + inside
+        return inputs + self._bytes(node.path, self.sharding.left(node.path)) + inside
 
     def boundary_bytes(self, entry: str) -> int:
         """A carried value as it lies between passes and stages."""
-        return self._bytes(entry, self.sharding.strategies[entry].output)
+        return self._bytes(entry, self.sharding.left(entry))
 
     # ---- between stages ---------------------------------------------------------------------------------------------
 
@@ -283,7 +297,7 @@ class Passes:
     def _crossing(self, index: int) -> int:
         region = self.graph.regions[index]
         carried = sum(self.boundary_bytes(c.entry) for c in region.carried)
-        return carried + sum(self._bytes(v, self.sharding.strategies[v].output) for v in self._captured(index))
+        return carried + sum(self._bytes(v, self.sharding.left(v)) for v in self._captured(index))
 
     def _captured(self, index: int) -> set[str]:
         """Floating-point values made before region `index` and used in it or after it (other than by being carried into it),

@@ -52,13 +52,13 @@ class PlanVariables(Frozen):
             parts.append(self.schedule + (f" x {self.interleave}" if self.schedule == "interleaved_1f1b" else ""))
         if self.expert > 1:
             parts.append(f"expert {self.expert}")
-        if self.data > 1:
+        if self.data * self.context > 1:
             parts.append(f"ZeRO {self.zero}")
         return ", ".join([*parts, f"micro-batch {self.micro_batch}", f"recompute {self.recompute}"])
 
 
 class Transition(Frozen):
-    """A value changes its placement on the tensor axis, once, for all `consumers` that ask for `target`.
+    """A value changes its placement on one axis, once, for all `consumers` that ask for `target`.
 
     forward and backward name the collectives ("split": a local slice; None: nothing to do). `dim` is the dim that is gathered,
     scattered or split; for an all_to_all `dim` is the one split in the source and `target_dim` the one split after."""
@@ -86,7 +86,7 @@ class NodeLayout(Frozen):
 
 
 class RegionLayout(Frozen):
-    """One region of the graph, in the graph's order, on the tensor axis. `boundary` is the placement of the carried (and
+    """One region of the graph, in the graph's order, on one axis. `boundary` is the placement of the carried (and
     stage-to-stage) values by path."""
 
     region: str
@@ -100,7 +100,7 @@ class Collective(Frozen):
 
     stage: int  # pipeline rank
     kind: CollectiveKind
-    axis: Literal["tensor", "pipeline", "data", "world"]
+    axis: Literal["tensor", "context", "pipeline", "data", "replicas", "world"]  # replicas: data and context
     bytes: int
     count: int
     reason: str
@@ -136,7 +136,7 @@ class Predicted(Frozen):
     train_days: float
     cost_usd: float | None
     energy_kwh: float
-    breakdown_s: dict[str, float]  # of the busiest rank: compute, recompute, tensor, pipeline, data, optimizer, bubble
+    breakdown_s: dict[str, float]  # of the busiest rank: compute, recompute, tensor, context, pipeline, data, optimizer, bubble
 
 
 class ModelFacts(Frozen):
@@ -219,7 +219,8 @@ class Plan(Frozen):
     batch: int
     precision: str
     memory: tuple[StageMemory, ...]
-    layout: tuple[RegionLayout, ...]
+    layout: tuple[RegionLayout, ...]  # on the tensor axis
+    context_layout: tuple[RegionLayout, ...] = ()  # on the context axis, where that has several ranks
     collectives: tuple[Collective, ...]
     timeline: tuple[StageTime, ...] = ()
 

@@ -19,6 +19,7 @@ from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import memory, schedule
 from mlmdsl.planner.communication import Group, collective_seconds, group_of, send_seconds
 from mlmdsl.planner.compute import Kernels
+from mlmdsl.planner.context import over_context
 from mlmdsl.planner.mesh import Mesh, Network, network_of
 from mlmdsl.planner.passes import Passes
 from mlmdsl.planner.plan import Schedule
@@ -44,11 +45,12 @@ class Candidate(NamedTuple):
     recompute: int  # index into MODES
     zero: int
     cut: Cut
+    context: int = 1
 
 
 class Times(NamedTuple):
     """Seconds of a step. pipeline: all micro-batches through the stages; bubble: of these, the mean rank's idle ones; gathered:
-    ZeRO's gathers that nothing hides, once a step; summed: gradients over data, partial and tied ones; optimizer; total."""
+    ZeRO's gathers that nothing hides, once a step; summed: gradients over replicas, partial and tied ones; optimizer; total."""
 
     pipeline: float
     bubble: float
@@ -115,8 +117,8 @@ class Setting:
                     used.setdefault(key, set()).add(index)
         return frozenset(key for key, regions in used.items() if len(regions) > 1)
 
-    def mesh(self, tensor: int, data: int, pipeline: int) -> Mesh:
-        return Mesh(tensor, data, pipeline, self.network.devices_per_node)
+    def mesh(self, tensor: int, data: int, pipeline: int, context: int = 1) -> Mesh:
+        return Mesh(tensor, data, pipeline, self.network.devices_per_node, context)
 
     def shard(self, tensor: int, sequence_parallel: bool) -> Bench | Infeasible:
         """The sharding does not depend on the micro-batch: it is chosen for one sequence."""
@@ -141,14 +143,23 @@ class PartCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that depends on the sharding over the tensor axis; what is asked for is made once."""
+    """Everything that depends on the sharding over the tensor and context axes; what is asked for is made once."""
 
     setting: Setting
     sharding: Sharding
     group: Group
+    context_group: Group | None = None
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
     _parts: dict[tuple[Part, int, int, bool], PartCost] = field(default_factory=dict[tuple[Part, int, int, bool], PartCost])
     _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
+
+    def over_context(self, context: int) -> Bench | Infeasible:
+        """The same with ranks on the context axis, which are next to each other but for the tensor axis' ones."""
+        found = over_context(self.sharding, context, self.setting.graph.sizes(1, self.setting.spec.train.seq_len))
+        if isinstance(found, Infeasible) or context == 1:
+            return found if isinstance(found, Infeasible) else self
+        mesh = self.setting.mesh(self.sharding.tensor, 1, 1, context)
+        return Bench(self.setting, found, self.group, group_of(mesh, "context", self.setting.network))
 
     @cached_property
     def holdings(self) -> memory.Holdings:
@@ -158,7 +169,8 @@ class Bench:
         if micro_batch not in self._passes:
             sizes = self.setting.graph.sizes(micro_batch, self.setting.spec.train.seq_len)
             setting = self.setting
-            self._passes[micro_batch] = Passes(setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
+            common = (setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
+            self._passes[micro_batch] = Passes(*common, self.context_group)
         return self._passes[micro_batch]
 
     def layer_seconds(self, micro_batch: int, mode: int) -> tuple[tuple[float, ...], float, float]:
@@ -173,11 +185,13 @@ class Bench:
         """(forward, backward, weights' share of it) of one pass, with what is recomputed in the backward pass."""
         return [
             (
-                cost.forward_seconds + cost.tensor_forward_seconds,
+                cost.forward_seconds + cost.tensor_forward_seconds + cost.context_forward_seconds,
                 cost.backward_seconds
                 + cost.tensor_backward_seconds
+                + cost.context_backward_seconds
                 + cost.again[mode].kernel_seconds
-                + cost.again[mode].tensor_seconds,
+                + cost.again[mode].tensor_seconds
+                + cost.again[mode].context_seconds,
                 cost.weight_seconds,
             )
             for cost in self.passes(micro_batch).costs
@@ -196,13 +210,13 @@ class Bench:
         passing = memory.passing(self.passes(micro_batch), chain, part, mode, 2 if piped else 1)
         return PartCost(forward, backward, weight, passing)
 
-    def state(self, parts: tuple[Part, ...], zero: int, data: int, piped: bool, several: bool) -> memory.State:
+    def state(self, parts: tuple[Part, ...], zero: int, replicas: int, piped: bool, several: bool) -> memory.State:
         """`several`: micro-batches in a step."""
-        key = (parts, zero, data, piped, several)
+        key = (parts, zero, replicas, piped, several)
         found = self._states.get(key)
         if found is None:
-            width = self.setting.width
-            found = self._states[key] = self.holdings.state(parts, zero, data, width, 2 if piped else 1, 2 if several else 1)
+            counts = (2 if piped else 1, 2 if several else 1)
+            found = self._states[key] = self.holdings.state(parts, zero, replicas, self.setting.width, *counts)
         return found
 
 
@@ -230,11 +244,20 @@ class Place:
 
     @cached_property
     def mesh(self) -> Mesh:
-        return self.bench.setting.mesh(self.bench.sharding.tensor, self.data, self.pipeline)
+        return self.bench.setting.mesh(self.bench.sharding.tensor, self.data, self.pipeline, self.context)
+
+    @property
+    def context(self) -> int:
+        return self.bench.sharding.context
 
     @cached_property
-    def data_group(self) -> Group:
-        return group_of(self.mesh, "data", self.bench.setting.network)
+    def replicas(self) -> int:
+        """Ranks with the same weights: those of data and context."""
+        return self.data * self.context
+
+    @cached_property
+    def replica_group(self) -> Group:
+        return group_of(self.mesh, "replicas", self.bench.setting.network)
 
     @cached_property
     def pipeline_group(self) -> Group:
@@ -242,15 +265,15 @@ class Place:
 
     @cached_property
     def context_bytes(self) -> int:
-        several = (self.bench.sharding.tensor > 1) + (self.data > 1) + (self.pipeline > 1)
+        several = (self.bench.sharding.tensor > 1) + (self.replicas > 1) + (self.pipeline > 1) + (self.context > 1)
         return memory.context_bytes(self.bench.setting.device.kind, several)
 
     @cached_property
     def sync_seconds(self) -> float:
-        """Counting tokens over the data axis, then norm and loss over the world."""
+        """Counting tokens over the replicas, then norm and loss over the world."""
         setting = self.bench.setting
         world = group_of(self.mesh, "world", setting.network)
-        tokens = collective_seconds("all_reduce", 8, self.data_group)
+        tokens = collective_seconds("all_reduce", 8, self.replica_group)
         return tokens + collective_seconds("all_reduce", self.norm_bytes, world)
 
     @property
@@ -292,7 +315,7 @@ class Place:
 
     def state(self, c: Candidate, parts: tuple[Part, ...]) -> memory.State:
         several = self.micro_batches(c.micro_batch) > 1
-        return self.bench.state(parts, c.zero, self.data, self.pipeline > 1, several)
+        return self.bench.state(parts, c.zero, self.replicas, self.pipeline > 1, several)
 
     def peak_bytes(self, c: Candidate, held: Sequence[int]) -> int:
         return max(rest + sum(self.state(c, parts)) for (_, parts), rest in zip(c.cut.ranks, held, strict=True))
@@ -338,7 +361,7 @@ class Place:
     def with_gathers(self, c: Candidate, runs: schedule.Runs) -> schedule.Runs:
         """ZeRO 3: weights are gathered for each forward and backward pass (under a pipeline torch leaves them gathered from a
         backward to the next forward pass) and, without a pipeline, gradients reduced after each."""
-        if c.zero != 3 or self.data == 1:
+        if c.zero != 3 or self.replicas == 1:
             return runs
         e = self.exchange(c)
         ahead, behind = (0.0, e.gather) if self.pipeline > 1 else (e.gather, e.gather + e.reduce)
@@ -349,7 +372,7 @@ class Place:
     def _exposed(self, c: Candidate, e: Exchange, runs: schedule.Runs) -> tuple[float, float]:
         """(gathers, reductions) once a step that no computation hides: those of one unit at least. torch's pipeline stages
         reduce after their last backward pass."""
-        if self.data == 1:
+        if self.replicas == 1:
             return 0.0, 0.0
         if not c.zero:
             return 0.0, e.reduce
@@ -371,15 +394,15 @@ class Place:
         return found
 
     def _exchange(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> Exchange:
-        setting, holdings, data = self.bench.setting, self.bench.holdings, self.data_group
+        setting, holdings, group = self.bench.setting, self.bench.holdings, self.replica_group
         held = [holdings.of(part) for part in parts]
         elements, owned = sum(h.elements for h in held), sum(h.elements for h in held)
-        gather, reduce, unit = 0.0, collective_seconds("all_reduce", 4 * elements, data), 1.0
-        if zero and self.data > 1:
-            owned = sum(holdings.shard(part, self.data) for part in parts)
+        gather, reduce, unit = 0.0, collective_seconds("all_reduce", 4 * elements, group), 1.0
+        if zero and self.replicas > 1:
+            owned = sum(holdings.shard(part, self.replicas) for part in parts)
             units = [(h.layers, h.layer) for h in held] + [(1, h.root) for h in held]
-            gather = sum(n * collective_seconds("all_gather", setting.width * size, data) for n, size in units if size)
-            reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, data) for n, size in units if size)
+            gather = sum(n * collective_seconds("all_gather", setting.width * size, group) for n, size in units if size)
+            reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, group) for n, size in units if size)
             unit = max(size for _, size in units) / max(1, elements)
         partial = collective_seconds("all_reduce", 4 * self.partial_elements(parts, zero), self.bench.group)
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(cut, parts, zero), self._pair)
@@ -388,7 +411,7 @@ class Place:
 
     def partial_elements(self, parts: tuple[Part, ...], zero: int) -> int:
         """Local elements whose gradients the tensor axis still has to add up, as far as ZeRO leaves them here."""
-        return sum(self.bench.holdings.partial(part, self.data if zero else 1) for part in parts)
+        return sum(self.bench.holdings.partial(part, self.replicas if zero else 1) for part in parts)
 
     def tied_elements(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> int:
         """Local elements of weights that other ranks of the pipeline hold too, as far as ZeRO leaves them here."""
@@ -400,7 +423,7 @@ class Place:
         counted = Counter(key for keys in held for key in keys)
         mine = {key for part in parts for key in holdings.of(part).keys}
         shapes = [holdings.local_shapes[key] for key in sorted(mine & shared) if counted[key] > 1]
-        return sum(-(-shape[0] // (self.data if zero else 1)) * prod(shape[1:]) for shape in shapes)
+        return sum(-(-shape[0] // (self.replicas if zero else 1)) * prod(shape[1:]) for shape in shapes)
 
     @cached_property
     def _pair(self) -> Group:

@@ -1,8 +1,9 @@
 """The search: every legal plan is priced and put against the ledger; the best one is assembled into a Plan.
 
-Exhaustive over tensor x sequence_parallel x pipeline x data x micro_batch x recompute x schedule x interleave x ZeRO, but for
-degrees of interleaving that differ little (`Space._interleaves`). "Legal" is what divides and what torch's schedules can run;
-everything else has its price (pricing.py). Deterministic: of plans that cost the same the simpler one is taken.
+Exhaustive over tensor x sequence_parallel x context x pipeline x data x micro_batch x recompute x schedule x interleave x ZeRO,
+but for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that leave a rank little
+of a sequence (`Space._contexts`). "Legal" is what divides and what torch's schedules can run; everything else has its price
+(pricing.py). Deterministic: of plans that cost the same the simpler one is taken.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mlmdsl.planner.schedule import V_SHAPED, cannot_run, executable, pipeline_b
 from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.planner.stages import Cut
 
+_LONG = 8192  # tokens
 _FAR = 1.25  # times the best plan's objective
 _TIMES = frozenset({"step_time", "bubble", "mfu", "cost"})  # facts that follow from times
 _PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b", *V_SHAPED)  # simplest first
@@ -111,8 +113,22 @@ class Space:
                 if isinstance(bench, Infeasible):
                     self._reject(bench.reason, float(tensor), bench.message)
                     continue
-                for pipeline in self.within("pipeline", divisors(world // tensor)):
-                    yield from self._on_mesh(bench, pipeline, world // tensor // pipeline)
+                for context in self._contexts(world // tensor):
+                    yield from self._over_context(bench, context, world // tensor // context)
+
+    def _contexts(self, ranks: int) -> list[int]:
+        """Degrees that leave every rank `_LONG` tokens of a sequence: shorter parts are what the data axis is for, which costs
+        no gathering of keys and values. A pin may ask for any."""
+        longest = self.setting.spec.train.seq_len // _LONG
+        return self.within("context", (n for n in divisors(ranks) if n <= max(1, longest) or "context" in self.pins))
+
+    def _over_context(self, bench: Bench, context: int, ranks: int) -> Iterator[Group]:
+        along = bench.over_context(context)
+        if isinstance(along, Infeasible):
+            self._reject(along.reason, float(context), along.message)
+            return
+        for pipeline in self.within("pipeline", divisors(ranks)):
+            yield from self._on_mesh(along, pipeline, ranks // pipeline)
 
     def _on_mesh(self, bench: Bench, pipeline: int, data: int) -> Iterator[Group]:
         layers, batch = self.setting.chain.count, self.setting.spec.train.batch
@@ -173,9 +189,9 @@ class Space:
             yield Group(place, micro_batch, mode, schedule, interleave, cut)
 
     def zeros(self, group: Group) -> tuple[int, ...]:
-        """Over one data rank ZeRO is nothing, unless asked for by name."""
+        """Over one rank with these weights ZeRO is nothing, unless asked for by name."""
         pinned = (self.pins["zero"],) if "zero" in self.pins else None
-        choices = pinned or ((0, 1, 3) if group.place.data > 1 else (0,))
+        choices = pinned or ((0, 1, 3) if group.place.replicas > 1 else (0,))
         return tuple(zero for zero in choices if zero in zeros(group.schedule))
 
     def _reject(self, reason: str, distance: float, words: str) -> None:
@@ -206,7 +222,7 @@ class Judge:
         sharding = place.bench.sharding
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
         chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
-        candidates = [Candidate(*fixed, *chosen, zero, group.cut) for zero in zeros]
+        candidates = [Candidate(*fixed, *chosen, zero, group.cut, place.context) for zero in zeros]
         outcome.candidates += len(candidates)
         held = place.held_bytes(candidates[0])
         fitting: list[tuple[Candidate, int]] = []
@@ -246,12 +262,13 @@ class Judge:
     def facts(self, c: Candidate, place: Place, times: Times, peak: int) -> dict[str, Any]:
         """What rules may speak of, as plain numbers."""
         spec, mesh = self.setting.spec, place.mesh
-        crosses = {f"{axis}.crosses_nodes": mesh.crosses_nodes(axis) for axis in ("tensor", "pipeline", "data")}
-        alone = {f"{axis}.crosses_nodes": False for axis in ("context", "replicate", "expert")}
+        crosses = {f"{axis}.crosses_nodes": mesh.crosses_nodes(axis) for axis in ("tensor", "context", "pipeline", "data")}
+        alone = {f"{axis}.crosses_nodes": False for axis in ("replicate", "expert")}
         hours = times.total * spec.train.steps / 3600
         return {
-            **dict.fromkeys(("context", "replicate", "expert"), 1),
+            **dict.fromkeys(("replicate", "expert"), 1),
             "tensor": c.tensor,
+            "context": c.context,
             "pipeline": c.pipeline,
             "data": c.data,
             "interleave": c.interleave,
@@ -272,5 +289,7 @@ class Judge:
 
 
 def simplicity(c: Candidate, peak: int) -> tuple[int, ...]:
-    """Smaller is simpler: nothing recomputed, less ZeRO, fewer virtual stages, a shorter pipeline, less tensor parallelism."""
-    return (c.recompute, c.zero, c.interleave, c.pipeline, c.tensor, c.sequence_parallel, _PLAIN.index(c.schedule), peak)
+    """Smaller is simpler: nothing recomputed, less ZeRO, fewer virtual stages, no context axis, a shorter pipeline, less tensor
+    parallelism."""
+    axes = (c.context, c.pipeline, c.tensor, c.sequence_parallel)
+    return (c.recompute, c.zero, c.interleave, *axes, _PLAIN.index(c.schedule), peak)

@@ -8,10 +8,11 @@ and row pairs (arXiv:1909.08053) and its sequence parallelism (arXiv:2205.05198)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
-from mlmdsl.graph.graph import Graph, Node, Region
+from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
@@ -23,6 +24,8 @@ from mlmdsl.planner.plan import NodeLayout, RegionLayout, Transition
 __all__ = ["Costs", "Infeasible", "Move", "Sharding", "local_sizes", "reference_micro_batch", "replicated", "shard_graph"]
 
 _REFERENCE_TOKENS = 8192
+
+Lie = tuple[Placement, Placement]  # of a value on the tensor and the context axis, whose cut is the outer one
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,37 @@ class Move:
     consumers: tuple[str, ...]
     step: Step
     region: int
+    axis: Literal["tensor", "context"] = "tensor"
+    other: Placement = REPLICATE  # how the value lies on the other axis meanwhile
+
+    @property
+    def lie(self) -> Lie:
+        """How the value lies afterwards."""
+        return (self.target, self.other) if self.axis == "tensor" else (self.other, self.target)
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """The chosen strategies by node and the moves in order: the same for every micro-batch, whose sizes the methods are
-    given."""
+    """The chosen strategies by node and the moves in order, those of the tensor axis first: the same for every micro-batch,
+    whose sizes the methods are given."""
 
     graph: Graph
     tensor: int
     sequence_parallel: bool
     strategies: Mapping[str, Strategy]
     moves: tuple[Move, ...]
+    context: int = 1
+    context_strategies: Mapping[str, Strategy] = field(default_factory=dict[str, Strategy])
+
+    def left(self, path: str) -> Lie:
+        """How a node leaves its value on the tensor and the context axis."""
+        around = self.context_strategies.get(path)
+        return self.strategies[path].output, REPLICATE if around is None else around.output
+
+    def asked(self, node: Node, position: int) -> Lie:
+        """How a node wants an input."""
+        around = self.context_strategies.get(node.path)
+        return self.strategies[node.path].inputs[position], REPLICATE if around is None else around.inputs[position]
 
     @cached_property
     def weights(self) -> Mapping[str, WeightPlacement]:
@@ -72,11 +94,12 @@ class Sharding:
 
     def local(self, node: Node, sizes: Mapping[str, int], float_bytes: int) -> Local:
         """Sizes of a node on one rank."""
-        return local_sizes(self.graph, node, self.strategies[node.path], self.tensor, sizes, float_bytes)
+        around = (self.context_strategies[node.path], self.context) if self.context > 1 else None
+        return local_sizes(self.graph, node, self.strategies[node.path], self.tensor, sizes, float_bytes, around)
 
-    def local_shape(self, type: TensorType, placement: Placement, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    def local_shape(self, type: TensorType, lie: Lie, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """A value on one rank."""
-        return cut(type.sizes(sizes), placement.dim, self.tensor)
+        return cut(cut(type.sizes(sizes), lie[1].dim, self.context), lie[0].dim, self.tensor)
 
     def work(self, node: Node, sizes: Mapping[str, int], float_bytes: int) -> Work:
         return CATALOGUE[node.op].work(self.local(node, sizes, float_bytes))
@@ -89,18 +112,29 @@ class Sharding:
     def move_bytes(self, move: Move, sizes: Mapping[str, int], float_bytes: int) -> int:
         """The larger side of the transition on one rank."""
         type = self.graph.nodes[move.value].type
-        return move.step.side_bytes(type.elements(sizes) * width(type, float_bytes), self.tensor)
+        inner, outer = (self.tensor, self.context) if move.axis == "tensor" else (self.context, self.tensor)
+        whole = type.elements(sizes) * width(type, float_bytes) // (outer if move.other.is_shard else 1)
+        return move.step.side_bytes(whole, inner)
 
     def layouts(self, sizes: Mapping[str, int], float_bytes: int) -> tuple[RegionLayout, ...]:
-        """The form that a plan keeps."""
-        return tuple(self._layout(index, region, sizes, float_bytes) for index, region in enumerate(self.graph.regions))
+        """The form that a plan keeps, of the tensor axis."""
+        return tuple(self._layout(i, self.strategies, "tensor", sizes, float_bytes) for i in range(len(self.graph.regions)))
 
-    def _layout(self, index: int, region: Region, sizes: Mapping[str, int], float_bytes: int) -> RegionLayout:
+    def context_layouts(self, sizes: Mapping[str, int], float_bytes: int) -> tuple[RegionLayout, ...]:
+        """The same of the context axis; nothing where it has one rank."""
+        regions = range(len(self.graph.regions) if self.context > 1 else 0)
+        return tuple(self._layout(i, self.context_strategies, "context", sizes, float_bytes) for i in regions)
+
+    def _layout(
+        self, index: int, chosen: Mapping[str, Strategy], axis: str, sizes: Mapping[str, int], float_bytes: int
+    ) -> RegionLayout:
+        region = self.graph.regions[index]
+        moves = (m for m in self.moves if m.region == index and m.axis == axis)
         return RegionLayout(
             region=region.name,
-            nodes=tuple(_node_layout(node, self.strategies[node.path]) for node in region.nodes),
-            transitions=tuple(self._transition(m, sizes, float_bytes) for m in self.moves if m.region == index),
-            boundary={c.entry: str(self.strategies[c.entry].output) for c in region.carried},
+            nodes=tuple(_node_layout(node, chosen[node.path]) for node in region.nodes),
+            transitions=tuple(self._transition(m, sizes, float_bytes) for m in moves),
+            boundary={c.entry: str(chosen[c.entry].output) for c in region.carried},
         )
 
     def _transition(self, move: Move, sizes: Mapping[str, int], float_bytes: int) -> Transition:
@@ -123,6 +157,8 @@ class Sharding:
         users = [c for c in move.consumers if c not in carried]
         region = self.graph.regions[move.region].name
         short = [user.removeprefix(f"{region}.") for user in users]
+        if move.axis == "context":
+            return f"{', '.join(short)} {'sees' if len(users) == 1 else 'see'} the whole sequence"
         if move.source.kind == "partial":
             maker = move.value.removeprefix(f"{region}.")
             name = self.strategies[move.value].name

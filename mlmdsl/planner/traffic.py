@@ -1,7 +1,8 @@
 """Every collective that a rank of each stage makes in one step: what the emitted program calls, and what the runtime adds.
 
-Over the tensor axis the plan's transitions and the operations' own, over the pipeline sends and receives, over data what ZeRO
-asks for (FSDP2 takes each layer, and the rest of a stage, as a unit), and at the step's end the counts and norms of all ranks.
+Over the tensor and context axes the plan's transitions and the operations' own, over the pipeline sends and receives, over the
+replicas (data, with context where that has ranks) what ZeRO asks for (FSDP2 takes each layer, and the rest of a stage, as a
+unit), and at the step's end the counts and norms of all ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mlmdsl.planner.plan import Collective, CollectiveKind
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.stages import Part
 
-Axis = Literal["tensor", "pipeline", "data", "world"]
+Axis = Literal["tensor", "context", "pipeline", "data", "replicas", "world"]
 Call = tuple[CollectiveKind, Axis, int, int, str]  # kind, axis, bytes, count, reason
 
 
@@ -36,18 +37,22 @@ def collectives(place: Place, c: Candidate) -> tuple[Collective, ...]:
 
 def _of_rank(place: Place, c: Candidate, rank: int) -> Iterator[Call]:
     for stage in c.cut.placed[rank]:
-        yield from _over_tensor(place, c, c.cut.parts[stage])
+        yield from _transitions(place, c, c.cut.parts[stage])
         yield from _over_pipeline(place, c, stage)
     parts = c.cut.held(rank)
-    yield from _over_data(place, c, parts)
+    yield from _over_replicas(place, c, parts)
     partial, tied = place.partial_elements(parts, c.zero), place.tied_elements(c.cut, parts, c.zero)
     yield "all_reduce", "tensor", 4 * partial, int(partial > 0), "gradients that are partial sums"
     yield "all_reduce", "pipeline", 4 * tied, int(tied > 0), "gradients of tied weights"
-    yield "all_reduce", "data", 8, 1, "valid tokens of the step"
+    yield "all_reduce", _replicas(place), 8, 1, "valid tokens of the step"
     yield "all_reduce", "world", place.norm_bytes, 1, "norm of the gradients, loss"
 
 
-def _over_tensor(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
+def _replicas(place: Place) -> Axis:
+    return "data" if place.context == 1 else "replicas"
+
+
+def _transitions(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
     """Of the emitted program: each transition on every pass of every micro-batch, again where it is recomputed."""
     bench, m = place.bench, place.micro_batches(c.micro_batch)
     passes, sharding = bench.passes(c.micro_batch), bench.sharding
@@ -56,9 +61,9 @@ def _over_tensor(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
             size, reason = passes.move_bytes(move), f"{move.value}: {sharding.reason(move)}"
             again = sum(repeated is move for repeated in passes.costs[index].again[c.recompute].moves)
             if move.step.forward not in (None, "split"):
-                yield move.step.forward, "tensor", size, (1 + again) * count * m, reason
+                yield move.step.forward, move.axis, size, (1 + again) * count * m, reason
             if move.step.backward not in (None, "split"):
-                yield move.step.backward, "tensor", size, count * m, reason + ", backward"
+                yield move.step.backward, move.axis, size, count * m, reason + ", backward"
         for node in bench.setting.graph.regions[index].nodes:
             for kind, size, calls in passes.inner(node):
                 yield (
@@ -80,18 +85,18 @@ def _over_pipeline(place: Place, c: Candidate, stage: int) -> Iterator[Call]:
     yield "send", "pipeline", cost.received, m * given, "gradients of activations"
 
 
-def _over_data(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Call]:
-    held = [place.bench.holdings.of(part) for part in parts]
+def _over_replicas(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Call]:
+    held, axis = [place.bench.holdings.of(part) for part in parts], _replicas(place)
     if not c.zero:
-        yield "all_reduce", "data", 4 * sum(h.elements for h in held), 1, "gradients"
+        yield "all_reduce", axis, 4 * sum(h.elements for h in held), 1, "gradients"
         return
     m, width = place.micro_batches(c.micro_batch), place.bench.setting.width
     each_pass = c.zero == 3 and place.pipeline == 1
     for holding in held:
         for name, units, size, gathers in _units(holding, c.zero, place.pipeline, m):
             if size:
-                yield "all_gather", "data", width * size, units * gathers, f"weights of {name}"
-                yield "reduce_scatter", "data", 4 * size, units * (m if each_pass else 1), f"gradients of {name}"
+                yield "all_gather", axis, width * size, units * gathers, f"weights of {name}"
+                yield "reduce_scatter", axis, 4 * size, units * (m if each_pass else 1), f"gradients of {name}"
 
 
 def _units(held: Holding, zero: int, pipeline: int, m: int) -> Iterator[tuple[str, int, int, int]]:

@@ -76,14 +76,15 @@ def _head(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
 
 
 def _mesh(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
-    """Rows are pipeline stages, columns data ranks; a cell is the range of its tensor ranks."""
+    """Rows are pipeline stages, columns data ranks; a cell is the range of its context and tensor ranks."""
     p = plan.plan
     if p.world_size == 1:
         return
     cell = max(len(_ranks(p, p.pipeline - 1, p.data - 1)), len(f"data {p.data - 1}")) + 2
     layers = max(len(_layers(p, stage)) for stage in range(p.pipeline)) + 2
     columns = _elided(p.data, max(3, (width - 17 - layers) // cell))
-    yield f"{ink.bold('mesh')}    a row is a pipeline stage, a column a data rank, a cell its ranks"
+    within = f", {p.context} parts of a sequence one after another" if p.context > 1 else ""
+    yield f"{ink.bold('mesh')}    a row is a pipeline stage, a column a data rank, a cell its ranks{within}"
     yield " " * 17 + "".join(("..." if c is None else f"data {c}").rjust(cell) for c in columns)
     for stage in _elided(p.pipeline, 8):
         if stage is None:
@@ -101,8 +102,9 @@ def _elided(count: int, most: int) -> list[int | None]:
 
 
 def _ranks(plan: PlanVariables, stage: int, data: int) -> str:
-    first = (stage * plan.data + data) * plan.tensor
-    return str(first) if plan.tensor == 1 else f"{first}-{first + plan.tensor - 1}"
+    inner = plan.context * plan.tensor
+    first = (stage * plan.data + data) * inner
+    return str(first) if inner == 1 else f"{first}-{first + inner - 1}"
 
 
 def _layers(plan: PlanVariables, stage: int) -> str:

@@ -8,18 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlmdsl.runtime.functions import sequence_positions
 from mlmdsl.runtime.mesh import Axis
 
 
 def relative_positions(
-    x: Tensor, weight: Tensor, max_distance: int, *, bidirectional: bool = False, tp: Axis | None = None, sequence: bool = False
+    x: Tensor,
+    weight: Tensor,
+    max_distance: int,
+    *,
+    bidirectional: bool = False,
+    tp: Axis | None = None,
+    sequence: bool = False,
+    cp: Axis | None = None,
 ) -> Tensor:
     """T5's bias (arXiv:1910.10683, section 2.1) from a table [buckets, H]: [H, S, S] for x [B, S, ..].
 
     Of the buckets (of one direction, if there are two) the first half are single distances, the others reach to `max_distance`
-    on a logarithmic scale; what is farther is in the last. `sequence`: x is cut along the sequence over `tp`."""
-    positions = torch.arange(_length(x, tp, sequence), device=x.device)
-    distance = positions - positions[:, None]  # from query to key
+    on a logarithmic scale; what is farther is in the last. `sequence`: x is cut along the sequence over `tp`; over `cp` it is
+    cut, too, and the rows are those of this rank's queries."""
+    queries, keys = _positions(x, tp, sequence, cp)
+    distance = keys - queries[:, None]
     count = weight.size(0)
     if bidirectional:
         count //= 2
@@ -34,17 +43,25 @@ def relative_positions(
 
 
 def alibi(
-    x: Tensor, heads: int, *, bidirectional: bool = False, tp: Axis | None = None, cut: bool = False, sequence: bool = False
+    x: Tensor,
+    heads: int,
+    *,
+    bidirectional: bool = False,
+    tp: Axis | None = None,
+    cut: bool = False,
+    sequence: bool = False,
+    cp: Axis | None = None,
 ) -> Tensor:
     """ALiBi's bias (arXiv:2108.12409) in float32: minus a head's slope times the distance. [H, 1, S], the distance from the
     last position, which serves all queries of a causal attention; [H, S, S] if `bidirectional`.
 
-    `cut`: only this rank's heads of `tp`; `sequence`: x is cut along the sequence over `tp`."""
+    `cut`: only this rank's heads of `tp`; `sequence`: x is cut along the sequence over `tp`; over `cp` it is cut, too, and the
+    rows are those of this rank's queries."""
     slopes = _slopes(heads)
     if tp is not None and cut:
         slopes = slopes.chunk(tp.size)[tp.rank]
-    positions = torch.arange(_length(x, tp, sequence), device=x.device, dtype=torch.float32)
-    distance = (positions[:, None] - positions).abs() if bidirectional else positions.flip(0)[None]
+    queries, keys = (places.float() for places in _positions(x, tp, sequence, cp))
+    distance = (queries[:, None] - keys).abs() if bidirectional else keys.flip(0)[None]
     return -slopes.to(x.device)[:, None, None] * distance
 
 
@@ -56,5 +73,10 @@ def _slopes(heads: int) -> Tensor:
     return slopes if power == heads else torch.cat((slopes[1::2], slopes[::2]))[:heads]
 
 
-def _length(x: Tensor, tp: Axis | None, sequence: bool) -> int:
-    return x.size(1) * (tp.size if tp is not None and sequence else 1)
+def _positions(x: Tensor, tp: Axis | None, sequence: bool, cp: Axis | None) -> tuple[Tensor, Tensor]:
+    """Of this rank's queries, and of all keys."""
+    length = x.size(1) * (tp.size if tp is not None and sequence else 1)
+    if cp is None:
+        places = torch.arange(length, device=x.device)
+        return places, places
+    return sequence_positions(length, (cp,), x.device), torch.arange(length * cp.size, device=x.device)

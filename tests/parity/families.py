@@ -27,6 +27,10 @@ PLANS = (
         micro_batch=2,
         stages=(1, 1, 1, 1),
     ),
+    PlanVariables(context=2, micro_batch=4, stages=(4,)),
+    PlanVariables(
+        tensor=2, sequence_parallel=True, context=2, pipeline=2, zero=1, micro_batch=2, recompute="selective", stages=(2, 2)
+    ),
 )
 
 

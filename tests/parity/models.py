@@ -133,7 +133,7 @@ def emitted(text: str, variables: PlanVariables, *overrides: str) -> str:
     """The program of a model's text, every variable pinned. Experts are shared out after planning: the planner lays out no
     expert axis."""
     devices = f"cluster.devices_per_node={variables.world_size}"
-    pins = [f"{name}={_written(value)}" for name, value in variables if name not in ("context", "replicate", "expert")]
+    pins = [f"{name}={_written(value)}" for name, value in variables if name not in ("replicate", "expert")]
     done = compile_spec(text + SETTINGS, path="/specs/model.mlm", overrides=(*overrides, devices), pins=pins)
     assert done.plan is not None and done.program is not None and done.spec is not None and done.graph is not None
     assert done.plan.plan == variables.model_copy(update={"expert": 1})

@@ -36,9 +36,10 @@ class Case:
         stages = ",".join(map(str, v.stages))
         sequence = "+sp" if v.sequence_parallel else ""
         schedule = f" {v.schedule} [{stages}]" if v.pipeline > 1 else ""
+        context = f" c{v.context}" if v.context > 1 else ""
         recompute = f" recompute {v.recompute}" if v.recompute != "none" else ""
         expert = f" e{v.expert}" if v.expert > 1 else ""
-        mesh = f"t{v.tensor}{sequence} p{v.pipeline} d{v.data}{expert}"
+        mesh = f"t{v.tensor}{sequence}{context} p{v.pipeline} d{v.data}{expert}"
         return f"{self.model} {mesh} zero{v.zero} micro{v.micro_batch}{schedule}{recompute}"
 
 

@@ -55,6 +55,8 @@ PLANS = (
     ("two_sided", dict(pipeline=2, micro_batch=2, stages=(2, 2))),
     ("two_sided", dict(pipeline=2, tensor=2, data=2, zero=1, micro_batch=1, stages=(3, 1))),
     ("two_sided", dict(tensor=2, sequence_parallel=True, recompute="full", micro_batch=4, stages=(4,))),
+    ("segmented", dict(context=2, micro_batch=4, stages=(2,))),
+    ("two_sided", dict(context=2, tensor=2, sequence_parallel=True, pipeline=2, micro_batch=2, stages=(2, 2))),
 )
 
 
@@ -64,7 +66,7 @@ def curve(name: str, variables: PlanVariables) -> Curve:
     pins = [
         f"{key}={'[' + ', '.join(map(str, value)) + ']' if isinstance(value, tuple) else str(value).lower()}"
         for key, value in variables
-        if key not in ("context", "replicate", "expert")
+        if key not in ("replicate", "expert")
     ]
     overrides = [f"cluster.devices_per_node={variables.world_size}"]
     done = compile_spec(text, path=f"/specs/{name}.mlm", overrides=overrides, pins=pins)

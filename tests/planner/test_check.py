@@ -36,8 +36,8 @@ CONTRADICTIONS = {
     # devices: 8, in two nodes
     ("pin pipeline = 3",): ("MLM0415", "pipeline 3 does not fit 8 devices", "multiply to 8"),
     ("pin data = 16",): ("MLM0415", "data 16 does not fit 8 devices", "multiply to 8"),
-    ("pin tensor = 2", "pin pipeline = 2", "pin data = 1"): (
-        "MLM0415", "tensor 2 x pipeline 2 x data 1 does not fit 8 devices", "multiply to 8",
+    ("pin tensor = 2", "pin context = 1", "pin pipeline = 2", "pin data = 1"): (
+        "MLM0415", "tensor 2 x context 1 x pipeline 2 x data 1 does not fit 8 devices", "multiply to 8",
     ),
     # batch: 16
     ("pin micro_batch = 3",): ("MLM0416", "a batch of 16 cannot be split into 1 x 3 sequences", "divide the batch"),
@@ -53,7 +53,6 @@ CONTRADICTIONS = {
         "MLM0420", "schedule = interleaved_1f1b does not go with interleave = 1", "2 or more",
     ),
     # axes that are not laid out
-    ("pin context = 2",): ("MLM0424", "context = 2: this axis is not laid out yet", "pin context = 1"),
     ("pin replicate = 2",): ("MLM0424", "replicate = 2: this axis is not laid out yet", "pin replicate = 1"),
     ("pin expert = 4",): ("MLM0424", "expert = 4: this axis is not laid out yet", "pin expert = 1"),
     # rules
@@ -94,7 +93,8 @@ HARMLESS = (
     ("pin data = 8", "pin micro_batch = 2"),
     ("pin pipeline = 4", "pin data = 2", "pin micro_batch = 4", "pin schedule = gpipe"),
     ("pin pipeline = 4", "pin data = 2", "pin micro_batch = 8", "pin schedule = interleaved_1f1b"),
-    ("pin context = 1", "pin expert = 1"),
+    ("pin context = 2", "pin expert = 1"),
+    ("pin tensor = 2", "pin pipeline = 2", "pin data = 1"),  # two ranks are left for context
     ("pin zero = 3", "require zero == 3 and memory < 1 KiB"),  # what it costs is not judged here
     ("pin tensor = 2", "require tensor == 2 or data == 3"),
     ("require pipeline <= 4", "require pipeline > 2"),
@@ -128,6 +128,14 @@ def test_a_sequence_that_tensor_ranks_cannot_split() -> None:
     assert [label.text for label in found.secondary] == ["tensor is pinned here", "the sequence"]
 
 
+def test_a_sequence_that_context_ranks_cannot_split() -> None:
+    """512 tokens in the small spec; here as many as two ranks can split but not two tensor ranks after them."""
+    pins = ("pin tensor = 4", "pin context = 2", "pin sequence_parallel = true")
+    (found,) = checked(text=text_of(*pins).replace("seq_len = 512 tok", "seq_len = 500 tok"))
+    assert (found.code, found.message) == ("MLM0426", "context = 2 cannot split a sequence of 500")
+    assert [label.text for label in found.secondary] == ["the sequence", "tensor is pinned here"]
+
+
 def test_an_odd_vocabulary_is_a_warning() -> None:
     text = text_of("pin tensor = 4").replace("2048", "2050")
     (found,) = checked(text=text)
@@ -136,5 +144,5 @@ def test_an_odd_vocabulary_is_a_warning() -> None:
 
 
 def test_every_contradiction_is_said_at_once() -> None:
-    found = checked("pin tensor = 8", "pin pipeline = 8", "pin micro_batch = 3", "pin context = 2", "require zero == 2")
+    found = checked("pin tensor = 8", "pin pipeline = 8", "pin micro_batch = 3", "pin expert = 2", "require zero == 2")
     assert {item.code for item in found} == {"MLM0424", "MLM0412", "MLM0414", "MLM0415", "MLM0416", "MLM0422"}

@@ -73,7 +73,7 @@ def calls_of_rank(rank: int, text: str) -> tuple[int, dict[tuple[str, str, int],
 def compiled(model: str, layers: int, pins: dict[str, Any]) -> tuple[Plan, str]:
     world = prod(pins.get(axis, 1) for axis in ("tensor", "context", "pipeline", "data"))
     overrides = (f"{model}.layers={layers}", f"cluster.devices_per_node={world}")
-    defaults = {"tensor": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"}
+    defaults = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"}
     written = [f"{name}={str(value).lower()}" for name, value in (defaults | pins).items()]
     done = compile_spec(MODELS[model] + SETTINGS, path="/specs/x.mlm", overrides=overrides, pins=written)
     assert done.plan is not None and done.program is not None
@@ -85,7 +85,8 @@ def merged(plan: Plan, calls: Iterable[tuple[str, str, int, int]]) -> Calls:
     v = plan.plan
     sizes = {"tensor": v.tensor, "data": v.data, "pipeline": v.pipeline, "context": v.context}
     whole = next((axis for axis, size in sizes.items() if size == v.world_size), "world")
-    names = {"world": whole, "pair": "pipeline"}
+    replicas = "context" if v.data == 1 else whole if v.data * v.context == v.world_size else "replicas"
+    names = {"world": whole, "pair": "pipeline", "replicas": replicas}
     found: Calls = Counter()
     for kind, axis, size, count in calls:
         found[kind, names.get(axis, axis), size] += count
@@ -120,6 +121,11 @@ CASES = [
     ("llama", dict(tensor=2, data=2, zero=1, sequence_parallel=True)),
     ("gpt", dict(tensor=2, data=2, zero=3, sequence_parallel=True, recompute="full")),
     ("gpt", dict(pipeline=2, schedule="interleaved_1f1b", interleave=2, data=2, zero=0)),
+    ("gpt", dict(context=2)),
+    ("llama", dict(context=2, zero=3, recompute="full")),
+    ("llama", dict(context=2, tensor=2, sequence_parallel=True, recompute="selective")),
+    ("gpt", dict(context=2, data=2, zero=1)),
+    ("llama", dict(context=2, pipeline=2, schedule="1f1b")),
 ]
 
 

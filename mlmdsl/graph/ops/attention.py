@@ -87,8 +87,8 @@ def _rotary_emit(e: Emission) -> str:
     if e.attrs["dim"] not in (None, e.output_type.shape[-1]):
         scaling.append(f"dim={e.attrs['dim']}")
     scaling += ["interleaved=True"] if e.attrs["interleaved"] else []
-    if e.strategy.name == "sequence":
-        scaling.append(f"cut=({e.axis},)")
+    if e.cut:
+        scaling.append(f"cut=({e.cut}{'' if ',' in e.cut else ','})")
     return f"rotary({', '.join([e.inputs[0], repr(e.attrs['theta']), *scaling])})"
 
 
@@ -143,13 +143,17 @@ def _attend_strategies(types: Types, out: TensorType, weights: Shapes, attrs: At
     return tuple(found)
 
 
-def _pairs(queries: int, keys: int, attrs: Attributes) -> float:
-    """Pairs of a query and a key that the mask leaves: the area that it leaves of the square, so that causal attention is half
-    of it, and a window that reaches everything changes nothing."""
-    window = queries if attrs["window"] is None else min(queries, integer(attrs, "window"))
-    if attrs["causal"]:
-        return queries * window - window * window / 2 if queries == keys else queries * keys / 2
-    return 2.0 * queries * window - window * window if window < queries else float(queries * keys)
+def _attend_context(types: Types, out: TensorType, weights: Shapes, attrs: Attributes) -> tuple[Strategy, ...]:
+    """This rank's queries over all keys and values, which are gathered; a bias has the rows of the queries."""
+    bias = tuple(shard(1) if isinstance(t.shape[1], str) else BROADCAST for t in types[3:])
+    return (Strategy("context", (shard(1), BROADCAST, BROADCAST, *bias), (), shard(1)),)
+
+
+def _pairs(length: int, attrs: Attributes) -> float:
+    """Pairs of a query and a key that the mask leaves of a sequence: the area that it leaves of the square, so that causal
+    attention is half of it, and a window that reaches everything changes nothing."""
+    window = length if attrs["window"] is None else min(length, integer(attrs, "window"))
+    return length * window - window * window / 2 if attrs["causal"] else 2.0 * length * window - window * window
 
 
 def _attend_work(local: Local) -> Work:
@@ -158,7 +162,7 @@ def _attend_work(local: Local) -> Work:
     batch, queries, heads, size = local.inputs[0]
     keys, kv_heads = local.inputs[1][1:3]
     attrs, width = local.attrs, local.output_bytes
-    pairs = _pairs(queries, keys, attrs)
+    pairs = _pairs(keys, attrs) * queries / keys if attrs["causal"] or attrs["window"] is not None else float(queries * keys)
     flops = 2.0 * batch * heads * pairs * (size + local.output[3])
     moved = float(sum(prod(s) for s in local.inputs[:3]) + prod(local.output)) * width
     fused = Work(
@@ -174,7 +178,7 @@ def _attend_work(local: Local) -> Work:
     )
     if attrs["softcap"] is not None:
         return _blockwise_work(fused, local, pairs)
-    windowed = attrs["window"] is not None and integer(attrs, "window") < queries
+    windowed = attrs["window"] is not None and integer(attrs, "window") < keys
     if not windowed and len(local.inputs) == 3:
         return fused
     return _masked_work(
@@ -234,7 +238,8 @@ def _blockwise_work(fused: Work, local: Local, pairs: float) -> Work:
 
 
 def _attend_emit(e: Emission) -> str:
-    options = ["causal=True"] if e.attrs["causal"] else []
+    options = [f"cp={e.context}"] if e.context else []
+    options += ["causal=True"] if e.attrs["causal"] else []
     options += [f"{name}={e.attrs[name]!r}" for name in ("scale", "window", "softcap") if e.attrs[name] is not None]
     named = [f"valid={x}" if t.dtype == "int" else x for x, t in zip(e.inputs, e.input_types, strict=True)]
     return f"attention({', '.join([*named, *options])})"
@@ -281,6 +286,7 @@ OPS = (
         strategies=_attend_strategies,
         work=_attend_work,
         emit=_attend_emit,
+        context=_attend_context,
         imports=("attention",),
         cheap=False,
     ),

@@ -84,7 +84,8 @@ class Emission:
     """What `Op.emit` is given: Python expressions for inputs and weights (None where an optional weight is absent), the node's
     attributes, the name of the tensor-axis variable ("tp"; None when tensor = 1), its size, the strategy in force, and the
     node's local output shape as Python expressions (e.g. ("B", "S", "16", "64"), where "B" and "S" stand for
-    `x.size(0)`, `x.size(1)`: -1 safe); `expert` is the name of the expert-axis variable, None when expert = 1."""
+    `x.size(0)`, `x.size(1)`: -1 safe); `expert` and `context` are the names of the variables of those axes,
+    None when the axis has one rank."""
 
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
@@ -95,6 +96,12 @@ class Emission:
     input_types: tuple[TensorType, ...]
     output_type: TensorType
     expert: str | None = None
+    context: str | None = None
+
+    @property
+    def cut(self) -> str:
+        """The axes over which the sequence of the first input is cut under "sequence", the outer one first: `cp, tp`."""
+        return ", ".join(filter(None, (self.context, self.axis if self.strategy.name == "sequence" else None)))
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ class Op:
     emit(emission) -> one Python expression; `imports` names what it needs from mlmdsl.runtime.
     linear: the operation is linear in its inputs jointly with no constant, so that it maps PARTIAL to PARTIAL.
     collectives: those that the operation itself makes on the axis, forward only: (kind, bytes, count).
+    context: the ways to place it on the context axis, over which every sequence is cut and every weight is whole with a partial
+        gradient, the best first; where it is not given, `strategies` by name (`on_context`).
     cheap: recomputed under `recompute = selective` (everything but matrix products and flash attention).
     active(input types): the share of its weights that one token is computed with.
     """
@@ -126,3 +135,27 @@ class Op:
     cheap: bool = True
     active: Callable[[tuple[TensorType, ...]], float] = lambda types: 1.0
     collectives: Callable[[Strategy, Local], tuple[tuple[str, int, int], ...]] = lambda strategy, local: ()
+    context: (
+        Callable[[tuple[TensorType, ...], TensorType, tuple[tuple[int, ...], ...], Mapping[str, Scalar]], tuple[Strategy, ...]]
+        | None
+    ) = None
+
+    def on_context(
+        self,
+        types: tuple[TensorType, ...],
+        output: TensorType,
+        weights: tuple[tuple[int, ...], ...],
+        attrs: Mapping[str, Scalar],
+    ) -> tuple[Strategy, ...]:
+        """The ways to place it on the context axis: cut along a sequence; where it has none, whole with partial gradients, or
+        partial sums. Nothing where it mixes positions."""
+        if self.context is not None:
+            return self.context(types, output, weights, attrs)
+        lengthwise = any(sequence_dims(type) for type in (*types, output))
+        names = ("sequence",) if lengthwise else ("broadcast", "partial")
+        return tuple(s for s in self.strategies(types, output, weights, attrs, 2) if s.name in names)
+
+
+def sequence_dims(type: TensorType) -> tuple[int, ...]:
+    """Dims that are a sequence: sizes by name, but for the batch."""
+    return tuple(dim for dim, size in enumerate(type.shape) if isinstance(size, str) and size != "B")

@@ -74,6 +74,7 @@ def _relative_work(local: Local) -> Work:
 def _relative_emit(e: Emission) -> str:
     options = ["bidirectional=True"] if e.attrs["bidirectional"] else []
     options += [f"tp={e.axis}", "sequence=True"] if e.strategy.inputs[0] == shard(1) else []
+    options += [f"cp={e.context}"] if e.context else []
     return f"relative_positions({', '.join([e.inputs[0], e.weights[0], str(e.attrs['max_distance']), *options])})"
 
 
@@ -96,6 +97,13 @@ def _alibi_strategies(
     return tuple(found)
 
 
+def _alibi_context(
+    types: Types, out: TensorType, weights: tuple[tuple[int, ...], ...], attrs: Attributes
+) -> tuple[Strategy, ...]:
+    """The rows of this rank's queries; of causal attention all have one."""
+    return (Strategy("sequence", (shard(1),), (), shard(1) if attrs["bidirectional"] else BROADCAST),)
+
+
 def _alibi_work(local: Local) -> Work:
     return Work("memory", bytes_forward=2 * output_bytes(local), kernels_forward=6, kernels_backward=0)
 
@@ -106,6 +114,7 @@ def _alibi_emit(e: Emission) -> str:
     options += [f"tp={e.axis}"] if cut or sequence else []
     options += ["cut=True"] if cut else []
     options += ["sequence=True"] if sequence else []
+    options += [f"cp={e.context}"] if e.context else []
     return f"alibi({', '.join([e.inputs[0], str(e.attrs['heads']), *options])})"
 
 
@@ -119,6 +128,7 @@ OPS = (
         strategies=_relative_strategies,
         work=_relative_work,
         emit=_relative_emit,
+        context=lambda types, out, weights, attrs: (Strategy("sequence", (shard(1),), (WHOLE_PARTIAL,), shard(1)),),
         imports=("relative_positions",),
         weights=lambda types, attrs: (
             WeightSpec("weight", (integer(attrs, "buckets"), integer(attrs, "heads")), Init("normal", number(attrs, "std"))),
@@ -133,6 +143,7 @@ OPS = (
         strategies=_alibi_strategies,
         work=_alibi_work,
         emit=_alibi_emit,
+        context=_alibi_context,
         imports=("alibi",),
     ),
 )

@@ -74,8 +74,8 @@ def _position_type(types: Types, attrs: Attributes) -> TensorType:
 def _position_emit(e: Emission) -> str:
     length = f"{e.inputs[0]}.size(1)"
     if e.strategy.name != "sequence":
-        return f"positions({e.weights[0]}, {length})"
-    return f"positions({e.weights[0]}, {length} // {e.axis_size}, cut=({e.axis},))"
+        return f"positions({e.weights[0]}, {length}{f', cut=({e.cut},)' if e.cut else ''})"
+    return f"positions({e.weights[0]}, {length} // {e.axis_size}, cut=({e.cut}{'' if e.context else ','}))"
 
 
 OPS = (
@@ -98,6 +98,7 @@ OPS = (
         strategies=_position_strategies,
         work=lambda local: Work("memory", bytes_backward=2.0 * prod(local.output) * local.output_bytes, kernels_forward=0),
         emit=_position_emit,
+        context=lambda types, out, weights, attrs: (Strategy("sequence", (shard(1),), (WHOLE_PARTIAL,), shard(0)),),
         imports=("positions",),
         weights=lambda types, attrs: (
             WeightSpec("weight", (integer(attrs, "max"), integer(attrs, "dim")), Init("normal", number(attrs, "std"))),

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from math import prod
 
 from mlmdsl.graph.graph import Scalar
-from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, Work
+from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, Work, sequence_dims
 from mlmdsl.graph.ops.linear import features
-from mlmdsl.graph.placement import REPLICATE, Strategy, shard
+from mlmdsl.graph.placement import PARTIAL, REPLICATE, Strategy, shard
 from mlmdsl.graph.tensor import TensorType
 
 Types = tuple[TensorType, ...]
@@ -40,6 +40,12 @@ def _strategies(
         if isinstance(size, str) and size != "B"
     ]
     return tuple(found)
+
+
+def _on_context(types: Types, out: TensorType, weights: tuple[tuple[int, ...], ...], attrs: Attributes) -> tuple[Strategy, ...]:
+    """The sum over this rank's tokens: the ranks' sums are added up once per step, as those of the data axis are."""
+    dims = sequence_dims(types[0])[:1]
+    return tuple(Strategy("sequence", (shard(d), shard(d)), (), PARTIAL) for d in dims)
 
 
 def _work(local: Local) -> Work:
@@ -82,5 +88,6 @@ OPS = (
         emit=_emit,
         imports=("all_reduce", "cross_entropy", "vocab_parallel_cross_entropy"),
         collectives=_collectives,
+        context=_on_context,
     ),
 )

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from mlmdsl.graph.ops.base import Op, Work
+from collections.abc import Mapping
+
+from mlmdsl.graph.graph import Scalar
+from mlmdsl.graph.ops.base import Op, Work, sequence_dims
 from mlmdsl.graph.ops.common import shard_name, shardable
-from mlmdsl.graph.placement import REPLICATE, Strategy, shard
+from mlmdsl.graph.placement import BROADCAST, REPLICATE, Strategy, shard
+from mlmdsl.graph.tensor import TensorType
+
+
+def _on_context(
+    types: tuple[TensorType, ...], out: TensorType, weights: tuple[tuple[int, ...], ...], attrs: Mapping[str, Scalar]
+) -> tuple[Strategy, ...]:
+    """The data loader gives each rank its part of every sequence; what has none is whole everywhere."""
+    dims = sequence_dims(out)
+    return (Strategy("sequence", (), (), shard(dims[0])) if dims else Strategy("broadcast", (), (), BROADCAST),)
+
 
 OPS = (
     Op(
@@ -14,6 +27,7 @@ OPS = (
         strategies=lambda types, out, weights, attrs, n: (Strategy("replicated", (), (), REPLICATE),),
         work=lambda local: Work("none", kernels_forward=0, kernels_backward=0),
         emit=lambda e: "",
+        context=_on_context,
     ),
     Op(
         name="carry",
@@ -25,5 +39,6 @@ OPS = (
         ),
         work=lambda local: Work("none", kernels_forward=0, kernels_backward=0),
         emit=lambda e: "",
+        context=_on_context,
     ),
 )
