@@ -18,7 +18,7 @@ from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local
 from mlmdsl.graph.placement import Placement, Strategy, WeightPlacement
-from mlmdsl.graph.tensor import TensorType
+from mlmdsl.graph.tensor import TensorType, size_of
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.elimination import Factor, eliminate
@@ -54,6 +54,15 @@ def cut(shape: tuple[int, ...], dim: int | None, n: int) -> tuple[int, ...]:
     return shape if dim is None or dim < 0 else (*shape[:dim], shape[dim] // n, *shape[dim + 1 :])
 
 
+def cut_around(type: TensorType, placement: Placement, n: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A value's shape on one of `n` ranks of the context axis: its sequence, or the rows of the tokens that the rank has."""
+    shape, dim = type.sizes(sizes), placement.dim
+    if not placement.is_shard:
+        return shape
+    own = {symbol: size if symbol == "B" else size // n for symbol, size in sizes.items()}
+    return (*shape[:dim], size_of(type.shape[dim], own), *shape[dim + 1 :])
+
+
 def local_sizes(
     graph: Graph,
     node: Node,
@@ -69,7 +78,7 @@ def local_sizes(
     outer, ranks = context or (strategy, 1)
 
     def local(type: TensorType, placement: Placement, around: Placement) -> tuple[int, ...]:
-        return cut(cut(type.sizes(sizes), around.dim, ranks), placement.dim, n)
+        return cut(cut_around(type, around, ranks, sizes), placement.dim, n)
 
     return Local(
         inputs=tuple(map(local, types, strategy.inputs, outer.inputs)),

@@ -17,6 +17,7 @@ from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import sequence_dims
 from mlmdsl.graph.placement import Placement, Strategy
+from mlmdsl.graph.tensor import symbols_of
 from mlmdsl.planner.flow import Flow
 from mlmdsl.planner.placement import transition
 from mlmdsl.planner.sharding import Infeasible, Move, Sharding
@@ -93,9 +94,7 @@ def _asked(strategy: Strategy, position: int) -> Placement:
 
 def _indivisible(graph: Graph, context: int, tensor: int, sizes: Mapping[str, int]) -> Infeasible | None:
     for node in graph.nodes.values():
-        for dim in sequence_dims(node.type):
-            symbol = node.type.shape[dim]
-            assert isinstance(symbol, str)
+        for symbol in (name for dim in sequence_dims(node.type) for name in sorted(symbols_of(node.type.shape[dim]) - {"B"})):
             length = sizes[symbol]
             if length % (2 * context) or length // context % tensor:
                 chunks = f"{2 * context} chunks" + (f", two of which tensor = {tensor} cuts" if tensor > 1 else "")

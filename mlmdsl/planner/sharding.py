@@ -17,7 +17,7 @@ from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
 from mlmdsl.graph.tensor import TensorType, symbols_of
-from mlmdsl.planner.choice import Costs, Problem, cut, local_sizes, width
+from mlmdsl.planner.choice import Costs, Problem, cut, cut_around, local_sizes, width
 from mlmdsl.planner.placement import Step, transition
 from mlmdsl.planner.plan import NodeLayout, RegionLayout, Transition
 
@@ -99,7 +99,7 @@ class Sharding:
 
     def local_shape(self, type: TensorType, lie: Lie, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """A value on one rank."""
-        return cut(cut(type.sizes(sizes), lie[1].dim, self.context), lie[0].dim, self.tensor)
+        return cut(cut_around(type, lie[1], self.context, sizes), lie[0].dim, self.tensor)
 
     def work(self, node: Node, sizes: Mapping[str, int], float_bytes: int) -> Work:
         return CATALOGUE[node.op].work(self.local(node, sizes, float_bytes))

@@ -20,7 +20,7 @@ from mlmdsl.graph.placement import (
     parse_placement,
     parse_weight_placement,
 )
-from mlmdsl.graph.tensor import TensorType
+from mlmdsl.graph.tensor import TensorType, symbols_of
 from mlmdsl.planner.placement import transition
 from mlmdsl.planner.plan import NodeLayout, Plan, RegionLayout, Transition
 
@@ -128,8 +128,8 @@ class _Checker:
     def _verify_slice(self, path: str, type: TensorType, placement: Placement) -> None:
         size = type.shape[placement.dim] if placement.is_shard else self.ranks
         assert isinstance(size, int) or self.sequence_parallel, f"{path}: the sequence is cut without sequence parallelism"
-        count = size if isinstance(size, int) else self.sizes[size]
-        assert count % self.ranks == 0, f"{path}: {self.ranks} ranks cannot cut {count}"
+        for count in (size,) if isinstance(size, int) else (self.sizes[symbol] for symbol in symbols_of(size) - {"B"}):
+            assert count % self.ranks == 0, f"{path}: {self.ranks} ranks cannot cut {count}"
 
     def boundaries(self) -> None:
         for layout, region in zip(self.layouts, self.graph.regions, strict=True):

@@ -12,7 +12,10 @@ from typing import Literal
 
 from mlmdsl.graph.graph import Scalar
 from mlmdsl.graph.placement import Strategy
-from mlmdsl.graph.tensor import Init, TensorType
+from mlmdsl.graph.tensor import Init, TensorType, symbols_of
+
+Shapes = tuple[tuple[int, ...], ...]
+ContextRule = Callable[[tuple[TensorType, ...], TensorType, Shapes, Mapping[str, Scalar]], tuple[Strategy, ...]]
 
 
 class ShapeProblem(Exception):
@@ -135,10 +138,7 @@ class Op:
     cheap: bool = True
     active: Callable[[tuple[TensorType, ...]], float] = lambda types: 1.0
     collectives: Callable[[Strategy, Local], tuple[tuple[str, int, int], ...]] = lambda strategy, local: ()
-    context: (
-        Callable[[tuple[TensorType, ...], TensorType, tuple[tuple[int, ...], ...], Mapping[str, Scalar]], tuple[Strategy, ...]]
-        | None
-    ) = None
+    context: ContextRule | None = None
 
     def on_context(
         self,
@@ -147,8 +147,9 @@ class Op:
         weights: tuple[tuple[int, ...], ...],
         attrs: Mapping[str, Scalar],
     ) -> tuple[Strategy, ...]:
-        """The ways to place it on the context axis: cut along a sequence; where it has none, whole with partial gradients, or
-        partial sums. Nothing where it mixes positions."""
+        """The ways to place it on the context axis: cut along a sequence, or along rows of its tokens; where it has none, whole
+        with partial gradients, or partial sums. Nothing where it mixes positions."""
+        types, output = tuple(map(_of_one, types)), _of_one(output)
         if self.context is not None:
             return self.context(types, output, weights, attrs)
         lengthwise = any(sequence_dims(type) for type in (*types, output))
@@ -157,5 +158,11 @@ class Op:
 
 
 def sequence_dims(type: TensorType) -> tuple[int, ...]:
-    """Dims that are a sequence: sizes by name, but for the batch."""
-    return tuple(dim for dim, size in enumerate(type.shape) if isinstance(size, str) and size != "B")
+    """Dims that are a sequence, or rows of its tokens: sizes by name, but for the batch."""
+    return tuple(dim for dim, size in enumerate(type.shape) if symbols_of(size) - {"B"})
+
+
+def _of_one(type: TensorType) -> TensorType:
+    """Rows of tokens as they are of one sequence of the batch, which is what the context axis cuts."""
+    sizes = (size if size == "B" or isinstance(size, int) else size.replace("*B*", "*") for size in type.shape)
+    return TensorType(type.dtype, tuple(sizes))

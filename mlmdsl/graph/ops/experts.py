@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from math import prod
 
 from mlmdsl.graph.graph import Scalar
-from mlmdsl.graph.ops.base import Local, Op, ShapeProblem, WeightSpec, Work
+from mlmdsl.graph.ops.base import ContextRule, Local, Op, ShapeProblem, WeightSpec, Work
 from mlmdsl.graph.ops.common import input_bytes, output_bytes
 from mlmdsl.graph.ops.linear import features, integer, number
 from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, WHOLE, WHOLE_PARTIAL, Strategy, WeightPlacement, shard
@@ -121,6 +121,12 @@ def _combine_strategies(types: Types, out: TensorType, weights: Shapes, attrs: A
     return tuple(found)
 
 
+def _on_context(*inputs: int, output: int, weights: int = 0) -> ContextRule:
+    """Every rank routes its own tokens: inputs and output are cut along them, in these dims."""
+    local = Strategy("sequence", tuple(map(shard, inputs)), (WHOLE_PARTIAL,) * weights, shard(output))
+    return lambda types, out, shapes, attrs: (local,)
+
+
 # ---- costs ----------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +189,7 @@ OPS = (
             Strategy("replicated", (REPLICATE,), (), REPLICATE),
             Strategy("broadcast", (BROADCAST,), (), REPLICATE),
         ),
+        context=_on_context(1, output=1),
         work=_route_work,
         emit=lambda e: _called("route", e.inputs[0], str(e.attrs["top_k"]), e.expert),
         imports=("route",),
@@ -192,6 +199,7 @@ OPS = (
         doc="Tokens [B, S, d] to rows [top_k * B * S, d] sorted by expert.",
         infer=_dispatch_type,
         strategies=_dispatch_strategies,
+        context=_on_context(1, 1, output=0),
         work=_dispatch_work,
         emit=lambda e: _called("dispatch", *e.inputs, str(_chosen(e.input_types[1])), e.expert),
         imports=("dispatch",),
@@ -201,6 +209,7 @@ OPS = (
         doc="y = x W[e]^T for the rows x of each expert e, W [experts, out, in].",
         infer=_grouped_type,
         strategies=_grouped_strategies,
+        context=_on_context(0, 1, output=0, weights=1),
         work=_grouped_work,
         emit=lambda e: _called("grouped_linear", e.inputs[0], e.weights[0], e.inputs[1], e.expert),
         weights=lambda types, attrs: (
@@ -220,6 +229,7 @@ OPS = (
         doc="Rows back to tokens [B, S, d]: the sum of each token's rows, weighted by its gates [B, S, E].",
         infer=_combine_type,
         strategies=_combine_strategies,
+        context=_on_context(0, 1, 1, output=1),
         work=_combine_work,
         emit=lambda e: _called("combine", *e.inputs, e.expert),
         imports=("combine",),
