@@ -43,6 +43,7 @@ PLACEHOLDERS = frozenset({"input", "carry"})
 FUNCTIONS: Mapping[tuple[str | None, str | None], str] = {
     ("all_gather", "reduce_scatter"): "all_gather({x}, {axis}, dim={dim})",
     ("all_gather", "split"): "gather({x}, {axis}, dim={dim})",
+    ("all_gather", None): "gather({x}, {axis}, dim={dim})",  # integers
     ("all_reduce", None): "all_reduce({x}, {axis})",
     (None, "all_reduce"): "copy_to({x}, {axis})",
     ("all_reduce", "all_reduce"): "all_reduce_both({x}, {axis})",

@@ -16,6 +16,7 @@ from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, p
 from mlmdsl.grammar.spec import Objective, Spec, Train
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.ops import CATALOGUE
+from mlmdsl.graph.placement import REPLICATE
 from mlmdsl.planner.plan import Plan, PlanVariables
 
 OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "cp", "ep", "lo", "hi", "self", "mesh", "index", "block", "values"}) | {
@@ -145,7 +146,7 @@ def _training(train: Train, graph: Graph, plan: Plan) -> Call:
         (
             ("data", Call("Data", (("", literal(data.kind)), ("", paths), *fields, ("validation", number(data.validation))))),
             ("tokenizer", Call("Tokenizer", (("", literal(tokenizer.kind)), *path))),
-            *_reading(train.objective, graph),
+            *_reading(train.objective, graph, plan),
             ("vocab", str(vocabulary(graph))),
             ("sequence", str(train.seq_len)),
             ("batch", str(train.batch)),
@@ -160,7 +161,7 @@ def _training(train: Train, graph: Graph, plan: Plan) -> Call:
     )
 
 
-def _reading(objective: Objective, graph: Graph) -> Iterable[tuple[str, Call | str]]:
+def _reading(objective: Objective, graph: Graph, plan: Plan) -> Iterable[tuple[str, Call | str]]:
     """What is predicted, and from what; nothing where it is the next token from tokens alone."""
     if objective.kind != "next_token":
         defaults, settings = Objective(kind=objective.kind), tuple(Objective.model_fields)[1:]
@@ -170,6 +171,9 @@ def _reading(objective: Objective, graph: Graph) -> Iterable[tuple[str, Call | s
     if len(graph.inputs) > 2:
         read = {source for node in graph.nodes.values() for source in node.inputs}
         yield "inputs", literal(tuple(name for name in graph.inputs[:-1] if name in read))
+    around = {node.path: node.output for region in plan.context_layout for node in region.nodes}
+    if whole := tuple(name for name in graph.inputs if around.get(name) == str(REPLICATE)):
+        yield "whole", literal(whole)
 
 
 def _optional(train: Train) -> Iterable[tuple[str, str]]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import sequence_dims
-from mlmdsl.graph.placement import Placement, Strategy
+from mlmdsl.graph.placement import REPLICATE, Placement, Strategy
 from mlmdsl.graph.tensor import symbols_of
 from mlmdsl.planner.flow import Flow
 from mlmdsl.planner.placement import transition
@@ -48,7 +48,17 @@ def strategies(graph: Graph, context: int) -> Mapping[str, Strategy] | Infeasibl
             message = f"context = {context} would cut the sequence that {name} needs whole"
             return Infeasible("context", path, message, "pin context = 1, or attend to the other positions")
         chosen[path] = min(offers, key=lambda offer: offer[0])[1]
-    return chosen
+    return {**chosen, **_whole_inputs(graph, chosen)}
+
+
+def _whole_inputs(graph: Graph, chosen: Mapping[str, Strategy]) -> Mapping[str, Strategy]:
+    """Inputs that nothing wants cut are given whole to every rank."""
+    asked: dict[str, set[Placement]] = {}
+    for path, node in graph.nodes.items():
+        for source, wanted in zip(node.inputs, chosen[path].inputs, strict=True):
+            asked.setdefault(source, set()).add(wanted)
+    inputs = [path for path, places in asked.items() if graph.nodes[path].op == "input" and places == {REPLICATE}]
+    return {path: next(s for s in _offered(graph, graph.nodes[path]) if s.output == REPLICATE) for path in inputs}
 
 
 def _offered(graph: Graph, node: Node) -> tuple[Strategy, ...]:

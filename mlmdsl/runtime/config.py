@@ -144,4 +144,5 @@ class Training:
     peak_flops_per_second: float = 0.0  # of one device, what MFU is divided by
     objective: Objective = Objective()
     inputs: tuple[str, ...] = ("tokens",)  # that the model reads, in its order
+    whole: tuple[str, ...] = ()  # of them those that every rank of the context axis is given whole, and not its part
     vocab: int = 0  # of the model: no token id may reach it; 0 is unchecked

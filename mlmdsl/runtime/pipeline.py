@@ -216,5 +216,5 @@ def boundaries(make: StageClass, parallel: Parallel, training: Training, mesh: M
 
 def _empty(name: str, parallel: Parallel, training: Training) -> Tensor:
     """A micro-batch of an input on the meta device."""
-    length = training.objective.length(name, training.sequence) // parallel.context
+    length = training.objective.length(name, training.sequence) // (1 if name in training.whole else parallel.context)
     return torch.empty(parallel.micro_batch, length, dtype=torch.int64, device="meta")

@@ -111,7 +111,9 @@ class Trainer:
 
     def _local(self, batch: Batch) -> Batch:
         """This rank's part of its rows: all of them, or the context axis' share of each."""
-        return {name: sliced(x, self.mesh.context, 1).to(self.mesh.device) for name, x in batch.items()}
+        whole = self.training.whole
+        parts = {name: x if name in whole else sliced(x, self.mesh.context, 1) for name, x in batch.items()}
+        return {name: x.to(self.mesh.device) for name, x in parts.items()}
 
     def _counted(self, targets: Tensor) -> int:
         """Valid targets of the whole batch."""

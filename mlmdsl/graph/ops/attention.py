@@ -145,8 +145,8 @@ def _attend_strategies(types: Types, out: TensorType, weights: Shapes, attrs: At
 
 def _attend_context(types: Types, out: TensorType, weights: Shapes, attrs: Attributes) -> tuple[Strategy, ...]:
     """This rank's queries over all keys and values, which are gathered; a bias has the rows of the queries."""
-    bias = tuple(shard(1) if isinstance(t.shape[1], str) else BROADCAST for t in types[3:])
-    return (Strategy("context", (shard(1), BROADCAST, BROADCAST, *bias), (), shard(1)),)
+    extra = tuple(REPLICATE if t.dtype == "int" else shard(1) if isinstance(t.shape[1], str) else BROADCAST for t in types[3:])
+    return (Strategy("context", (shard(1), BROADCAST, BROADCAST, *extra), (), shard(1)),)
 
 
 def _pairs(length: int, attrs: Attributes) -> float:

@@ -14,9 +14,17 @@ from mlmdsl.graph.tensor import TensorType
 def _on_context(
     types: tuple[TensorType, ...], out: TensorType, weights: tuple[tuple[int, ...], ...], attrs: Mapping[str, Scalar]
 ) -> tuple[Strategy, ...]:
-    """The data loader gives each rank its part of every sequence; what has none is whole everywhere."""
+    """Each rank has its part of every sequence; what has none is whole everywhere."""
     dims = sequence_dims(out)
     return (Strategy("sequence", (), (), shard(dims[0])) if dims else Strategy("broadcast", (), (), BROADCAST),)
+
+
+def _given_on_context(
+    types: tuple[TensorType, ...], out: TensorType, weights: tuple[tuple[int, ...], ...], attrs: Mapping[str, Scalar]
+) -> tuple[Strategy, ...]:
+    """The data loader gives each rank its part, or the whole."""
+    whole = (Strategy("replicated", (), (), REPLICATE),) if out.dtype == "int" else ()
+    return (*_on_context(types, out, weights, attrs), *whole)
 
 
 OPS = (
@@ -27,7 +35,7 @@ OPS = (
         strategies=lambda types, out, weights, attrs, n: (Strategy("replicated", (), (), REPLICATE),),
         work=lambda local: Work("none", kernels_forward=0, kernels_backward=0),
         emit=lambda e: "",
-        context=_on_context,
+        context=_given_on_context,
     ),
     Op(
         name="carry",
