@@ -117,6 +117,7 @@ def _family(path: Path) -> Family:
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
     simple = [Layout((ours,), theirs, "", (), {}, {}, "true") for ours, theirs in raw["weights"].items()]
     text = path.with_suffix(".mlm").read_text(encoding="utf-8")
+    tail = (FOLDER / "tail.mlm").read_text(encoding="utf-8").replace("next_token()", raw.get("objective", "next_token()"))
     ignored: Mapping[str, Any] = raw.get("ignored", {})
     return Family(
         name=path.stem,
@@ -138,7 +139,7 @@ def _family(path: Path) -> Family:
         layouts=(*simple, *(_layout(entry, raw.get("sizes", {})) for entry in raw.get("layouts", ()))),
         ignored=tuple(ignored.get("names", ())),
         harmless=frozenset(ignored.get("fields", ())),
-        text=f"{text}\n{(FOLDER / 'tail.mlm').read_text(encoding='utf-8')}",
+        text=f"{text}\n{tail}",
     )
 
 

@@ -45,7 +45,7 @@ _SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """`kind` names transformers' classes: <kind>Config, <kind>ForCausalLM."""
+    """`kind` and `head` name transformers' classes: <kind>Config, <kind>ForCausalLM."""
 
     family: str
     kind: str
@@ -84,7 +84,25 @@ _QWEN3_MOE = {
     "router_aux_loss_coef": 0.0,
 }
 
+_BERT = {name: value for name, value in _SMALL.items() if not name.endswith(("bos_token_id", "eos_token_id"))}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 56,
+    "num_heads": 4,
+    "num_layers": 3,
+    "vocab_size": VOCAB,
+    "n_positions": 512,
+    "decoder_start_token_id": 0,
+}
+_T5_V1P1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "relative_attention_num_buckets": 8}
+
 CASES: dict[str, Case] = {
+    "bert": Case("bert", "Bert", _BERT, head="ForMaskedLM"),
+    "bert of three segments": Case("bert", "Bert", _BERT | {"type_vocab_size": 3, "layer_norm_eps": 1e-6}, head="ForMaskedLM"),
+    "t5": Case("t5", "T5", _T5, head="ForConditionalGeneration"),
+    "t5 of unlike stacks": Case("t5", "T5", _T5 | {"num_decoder_layers": 2, "d_kv": 12}, head="ForConditionalGeneration"),
+    "t5 v1.1": Case("t5", "T5", _T5 | _T5_V1P1, head="ForConditionalGeneration"),
     "gpt2": Case("gpt2", "GPT2", _GPT2, head="LMHeadModel"),
     "gpt2 with another width": Case("gpt2", "GPT2", _GPT2 | {"n_inner": 80}, head="LMHeadModel"),
     "llama2": _case("llama", "Llama"),
@@ -133,10 +151,14 @@ def theirs(case: Case, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     config = getattr(transformers, f"{case.kind}Config")(**case.settings, attn_implementation="eager")
     model = getattr(transformers, f"{case.kind}{case.head}")(config).eval()
+    if not getattr(config, "scale_decoder_outputs", True):  # T5 v1.1: transformers ties what its checkpoints do not tie
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)
+            elif name == "shared.weight":
+                parameter.normal_()
             else:
                 parameter.normal_(0.0, 0.15)
     return model
@@ -147,9 +169,13 @@ def saved(model: Any, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> Any:
+_AUTO = {"ForMaskedLM": "AutoModelForMaskedLM", "ForConditionalGeneration": "AutoModelForSeq2SeqLM"}
+
+
+def loaded(folder: Path, head: str = "ForCausalLM") -> Any:
     """By the class that transformers picks itself."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    auto = getattr(transformers, _AUTO.get(head, "AutoModelForCausalLM"))
+    return auto.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 @dataclass(frozen=True)
@@ -210,6 +236,33 @@ def imported(case: Case, folder: Path, **options: Any) -> tuple[nn.Module, Path]
 def exported(run: Path, folder: Path, shard_bytes: int = 10**9, dtype: str = "fp32") -> Path:
     export_checkpoint(run, folder, dtype, shard_bytes, None)
     return folder
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The same rows for both: `theirs` by name, with labels; `ours` in the order of the spec's inputs, with targets."""
+
+    theirs: dict[str, Tensor]
+    ours: tuple[Tensor, ...]
+    labels: Tensor
+    targets: Tensor
+
+
+def batch(case: Case) -> Batch:
+    """Padding included where the model is told of it."""
+    rows = tokens()
+    if case.head not in _AUTO:
+        return Batch({"input_ids": rows}, (rows,), rows, targets_of(rows))
+    valid = (torch.arange(LENGTH) < torch.tensor([LENGTH, 17, 5])[:, None]).long()
+    given = {"input_ids": rows * valid, "attention_mask": valid}
+    if case.head == "ForMaskedLM":
+        segments = (torch.arange(LENGTH) >= 9).long().expand(ROWS, -1).contiguous()
+        targets = torch.where((rows % 4 == 0) & (valid == 1), rows, -100)
+        return Batch(given | {"token_type_ids": segments}, (given["input_ids"], segments, valid), targets, targets)
+    targets = tokens(2)[:, :15].contiguous()
+    targets[1, 7:] = -100
+    shifted = torch.cat([torch.zeros_like(targets[:, :1]), targets[:, :-1].clamp(min=0)], dim=1)
+    return Batch(given | {"decoder_input_ids": shifted}, (given["input_ids"], valid, shifted), targets, targets)
 
 
 def tokens(seed: int = 1) -> Tensor:

@@ -17,6 +17,9 @@ PAGE = ROOT / "docs" / "huggingface.md"
 HEAD = "| family | model_type | class of transformers |\n| --- | --- | --- |\n"
 
 SHIPPED = {
+    "bert_large": "bert",
+    "t5_11b": "t5",
+    "t5_v1p1_xxl": "t5",
     "bloom_7b": "bloom",
     "falcon_7b": "falcon",
     "gemma2_27b": "gemma2",

@@ -104,7 +104,15 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
     "bloom": ("bloom_7b", {"heads": 4}),
     "olmo": ("olmo_7b", {"heads": 4, "ff": 64}),
     "qwen2": ("qwen2p5_7b", {"heads": 8, "ff": 64}),
+    "phi3": ("phi3_mini", {"heads": 8, "kv_heads": 8, "ff": 64}),
+    "bert": ("bert_base", {"heads": 4}),
+    "t5": ("t5_base", {"heads": 4, "head_dim": 4, "ff": 64}),
+    "t5_v1p1": ("t5_v1p1_base", {"heads": 4, "head_dim": 16, "ff": 64}),
 }
+# what they learn, where it is not the next token, and over how many repeats their layers are spread
+_SPANS = "span_corruption(target_len = 12 tok)"
+OBJECTIVES = {"bert": "masked_token()", "t5": _SPANS, "t5_v1p1": _SPANS}
+STACKS = {"t5": 2, "t5_v1p1": 2}
 
 
 def small_model(family: str) -> str:
@@ -125,8 +133,9 @@ def small_model(family: str) -> str:
 
 def program_text(model: str, variables: PlanVariables) -> str:
     """The emitted program with every variable of the plan pinned; as many layers as its stages say."""
-    layers = f"{model}.layers={sum(variables.stages)}"
-    return emitted(MODELS[model] if model in MODELS else small_model(model), variables, layers)
+    layers = f"{model}.layers={sum(variables.stages) // STACKS.get(model, 1)}"
+    objective = f"train.objective={OBJECTIVES.get(model, 'next_token()')}"
+    return emitted(MODELS[model] if model in MODELS else small_model(model), variables, layers, objective)
 
 
 def emitted(text: str, variables: PlanVariables, *overrides: str) -> str:

@@ -12,7 +12,6 @@ import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,26 +50,29 @@ def independent(name: str, graph: Graph, seq_len: int) -> Count:
         config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         model = getattr(transformers, architecture)._from_config(config, attn_implementation="eager", dtype=torch.bfloat16)
-        counted = _step_flops(model.train(), seq_len)
+        counted = _step_flops(model.train(), seq_len, graph.lengths.get("T", seq_len))
     parameters = sum(p.numel() for p in model.parameters())
     return Count(parameters, counted / seq_len, f"transformers {architecture}")
 
 
-def _step_flops(model: Any, seq_len: int) -> float:
+def _step_flops(model: Any, seq_len: int, decoder_len: int) -> float:
     """Forward and backward pass of one sequence."""
     tokens = torch.zeros(1, seq_len, dtype=torch.long)
     given = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
         "position_ids": torch.arange(seq_len)[None],
-        "decoder_input_ids": tokens,
+        "decoder_input_ids": tokens[:, :decoder_len],
     }
-    known = inspect.signature(model.forward).parameters
+    known = set(inspect.signature(model.forward).parameters)
+    if model.config.model_type in ("bert", "t5"):
+        known.remove("attention_mask")  # which they would look into, and there are no values
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped}) as counter:
         model(**{name: value for name, value in given.items() if name in known}).logits.sum().backward()
     found: Mapping[Any, int] = counter.get_flop_counts()["Global"]
     scores = sum(flops for operation, flops in found.items() if "bmm" in str(operation))
-    return sum(found.values()) - scores * (1 - fmean(_seen(*each, model.config, seq_len) for each in _attentions(model)))
+    pairs = [_pairs(*each, model.config, seq_len, decoder_len) for each in _attentions(model)]
+    return sum(found.values()) - scores * (1 - sum(seen for _, seen in pairs) / sum(every for every, _ in pairs))
 
 
 def _attentions(model: Any) -> list[tuple[str, Any]]:
@@ -84,12 +86,17 @@ def _grouped(one: Any, other: Any, *rest: Any, **options: Any) -> int:
     return 2 * one[0] * one[1] * other[-1]
 
 
-def _seen(path: str, module: Any, config: Any, seq_len: int) -> float:
-    """Which part of all pairs the module's mask leaves."""
-    if config.model_type == "bert" or (config.is_encoder_decoder and not ("decoder" in path and "SelfAttention" in path)):
-        return 1.0
+def _pairs(path: str, module: Any, config: Any, seq_len: int, decoder_len: int) -> tuple[float, float]:
+    """How many pairs of a query and a key a module computes, and how many of them its mask leaves."""
+    if config.is_encoder_decoder:
+        queries = decoder_len if "decoder" in path else seq_len
+        keys = seq_len if "EncDec" in path else queries
+        return queries * keys, queries * keys / (2 if "decoder" in path and "EncDec" not in path else 1)
+    every = float(seq_len * seq_len)
+    if config.model_type == "bert":
+        return every, every
     window = module.sliding_window if hasattr(module, "sliding_window") else getattr(config, "sliding_window", None)
-    return 0.5 - (max(0, seq_len - window) / seq_len) ** 2 / 2 if window else 0.5
+    return every, every / 2 - max(0, seq_len - window) ** 2 / 2 if window else every / 2
 
 
 @dataclass(frozen=True)

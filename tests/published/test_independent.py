@@ -9,8 +9,19 @@ pytest.importorskip("transformers")
 from tests.published.independent import row
 from tests.published.test_parameters import TABLE
 
-# One of each way to count: fused products, tied heads, windows in every second layer, one key for all heads, experts
-SOME = ("gpt2_124m", "llama3p2_1b", "gemma2_2b", "mistral_7b", "falcon_7b", "mixtral_8x7b")
+# One of each way to count: fused products, tied heads, windows in every second layer, one key for all heads, experts, attention
+# both ways, two stacks
+SOME = (
+    "gpt2_124m",
+    "llama3p2_1b",
+    "gemma2_2b",
+    "mistral_7b",
+    "falcon_7b",
+    "mixtral_8x7b",
+    "bert_base",
+    "t5_base",
+    "t5_v1p1_base",
+)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,47 @@ def deepseek_v3_flops_per_token(seq_len: int) -> float:
     return 6 * (61 * (latent + scores) + 3 * dense + 58 * sparse + 129280 * 7168)
 
 
+def encoder_form(seq_len: int, *, hidden: int, layers: int, vocab: int) -> float:
+    """BERT: attention over all pairs, four times as wide in the middle, and a layer before the head."""
+    products = layers * (4 + 8) * hidden**2 + hidden**2 + vocab * hidden
+    return 6 * products + 12 * layers * seq_len * hidden
+
+
+def encoder_decoder_form(seq_len: int, *, hidden: int, layers: int, width: int, ffn: int, gated: bool = False) -> float:
+    """T5, by a token of the encoder: 114 tokens of the decoder belong to 512 (arXiv:1910.10683, section 3.1.4), 120 for
+    axes to divide; each of its layers reads keys and values from the encoder's tokens. `width` is that of all heads."""
+    assert seq_len == 512
+    targets, feed = 120 / 512, (3 if gated else 2) * hidden * ffn
+    encoder = 4 * hidden * width + feed + 2 * seq_len * width
+    cross = 2 * hidden * width * (1 + targets) + 2 * targets * seq_len * width
+    decoder = targets * (4 * hidden * width + feed + 120 * width) + cross
+    return 6 * (layers * (encoder + decoder) + targets * 32128 * hidden)
+
+
+def t5(
+    parameters: int, hidden: int, layers: int, heads: int, ffn: int, head_dim: int = 64, *, gated: bool = False
+) -> Published:
+    """`layers` of each stack."""
+    sizes = {"hidden": hidden, "layers": layers, "width": heads * head_dim, "ffn": ffn, "gated": gated}
+    form = partial(encoder_decoder_form, **sizes)
+    return Published(parameters, hidden, layers, heads, heads, ffn, 32128, gated, head_dim, own_form=form)
+
+
+def bert(parameters: int, hidden: int, layers: int, heads: int) -> Published:
+    form = partial(encoder_form, hidden=hidden, layers=layers, vocab=30522)
+    return Published(parameters, hidden, layers, heads, heads, 4 * hidden, 30522, own_form=form)
+
+
 TABLE = {
+    "bert_base": bert(109_514_298, 768, 12, 12),
+    "bert_large": bert(335_174_458, 1024, 24, 16),
+    "t5_small": t5(60_506_624, 512, 6, 8, 2048),
+    "t5_base": t5(222_903_552, 768, 12, 12, 3072),
+    "t5_large": t5(737_668_096, 1024, 24, 16, 4096),
+    "t5_3b": t5(2_851_598_336, 1024, 24, 32, 16384, 128),
+    "t5_11b": t5(11_307_321_344, 1024, 24, 128, 65536, 128),
+    "t5_v1p1_base": t5(247_577_856, 768, 12, 12, 2048, gated=True),
+    "t5_v1p1_xxl": t5(11_135_332_352, 4096, 24, 64, 10240, gated=True),
     "gpt2_124m": Published(124_439_808, 768, 12, 12, 12, 3072, 50257),
     "gpt2_355m": Published(354_823_168, 1024, 24, 16, 16, 4096, 50257),
     "gpt2_774m": Published(774_030_080, 1280, 36, 20, 20, 5120, 50257),
