@@ -6,7 +6,8 @@ runtime calls it:
 
     none       what autograd saves
     selective  the pass's arguments, and the results of matrix products, attention and collectives (Korthikanti et al. 2022,
-               arXiv:2205.05198, section 5); everything cheap runs again
+               arXiv:2205.05198, section 5), but for what is gathered, which is gathered again, and partial sums that a
+               collective adds up, which nobody needs again; everything cheap runs again
     full       the pass's arguments; everything runs again, up to the last operation that saves something (early stop)
 """
 
@@ -20,6 +21,7 @@ from math import prod
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Work
+from mlmdsl.graph.placement import PARTIAL
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.sharding import Lie, Move, Sharding
@@ -27,7 +29,7 @@ from mlmdsl.planner.sharding import Lie, Move, Sharding
 MODES = ("none", "selective", "full")
 # Composed of simple operations on a CPU, where torch has no kernel: what is divided by the root mean square stays, too
 _COMPOSED = {"cpu": frozenset({"rms_norm"})}
-_COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+_SUMS = ("reduce_scatter", "all_reduce")
 
 Key = tuple[str, str]  # a value and the placement it was brought to ("" as it was made): names a storage
 
@@ -141,14 +143,15 @@ class Passes:
         return sum(count * collective_seconds(kind, size, self.group) for kind, size, count in self.inner(node))
 
     def _again(self, region: Region, moves: Iterable[Move], mode: str) -> Again:
-        """Everything up to the last operation that saves something; under "selective" of that only what is cheap."""
+        """Everything up to the last operation that saves something; under "selective" of that what is cheap, and gathers."""
         upto = -1
         for position, node in enumerate(region.nodes):
             if self._works[node.path].saved:
                 upto = position if "out" in self._works[node.path].saved else position - 1
         names = {node.path for node in region.nodes[: upto + 2]}
         rerun = [n for n in region.nodes[: upto + 1] if mode == "full" or CATALOGUE[n.op].cheap]
-        repeated = tuple(move for move in moves if mode == "full" and names & set(move.consumers) - self._entries)
+        meant = [move for move in moves if mode == "full" or move.step.forward == "all_gather"]
+        repeated = tuple(move for move in meant if names & set(move.consumers) - self._entries)
         inner = sum(self._inner_seconds(node) for node in rerun) if mode == "full" else 0.0
         kernels = sum(self.kernels.forward_seconds(self._works[node.path]) for node in rerun)
         tensor, context = (self._moved(move for move in repeated if move.axis == axis) for axis in ("tensor", "context"))
@@ -248,12 +251,36 @@ class Passes:
                 yield node, (node.path, "inside"), self._bytes(node.path, left)
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
+        users: dict[str, list[Node]] = {}
         for node in region.nodes:
-            if not CATALOGUE[node.op].cheap:
+            for source in node.inputs:
+                users.setdefault(source, []).append(node)
+        for node in region.nodes:
+            if not CATALOGUE[node.op].cheap and not self._only_summed(node.path, users):
                 yield self._storage(node.path), self._bytes(node.path, self.sharding.left(node.path))
         for move in moves:
-            if move.step.forward in _COLLECTIVES:
+            if move.step.forward in (*_SUMS, "all_to_all"):
                 yield self._storage(move.value, move.lie), self._bytes(move.value, move.lie)
+
+    def _only_summed(self, value: str, users: Mapping[str, list[Node]]) -> bool:
+        """Whether a product is a partial sum that a collective adds up, by itself or added to others."""
+        moves = [move for move in self._moves_of(value) if move.axis == "tensor"]
+        onwards = [node for node in users.get(value, ()) if not any(node.path in move.consumers for move in moves)]
+        summed = any(move.step.forward in _SUMS for move in moves) or bool(onwards)
+        return (
+            summed
+            and all(move.step.forward in _SUMS for move in moves)
+            and all(self._passes_on(node) and self._only_summed(node.path, users) for node in onwards)
+        )
+
+    def _passes_on(self, node: Node) -> bool:
+        """Whether it adds up products that are partial sums, or views one."""
+        partial = self.sharding.strategies[node.path].output == PARTIAL
+        passing = partial and (node.op == "add" or self._works[node.path].kind == "none")
+        return passing and all(self._of_products(self.graph.nodes[source]) for source in node.inputs)
+
+    def _of_products(self, node: Node) -> bool:
+        return not CATALOGUE[node.op].cheap or self._passes_on(node)
 
     def _bytes(self, value: str, lie: Lie) -> int:
         type = self.graph.nodes[value].type

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     )
     from mlmdsl.runtime.initial import Init, normal, ones, zeros
     from mlmdsl.runtime.mesh import Axis, Mesh
-    from mlmdsl.runtime.parallel import Scope, recomputed, weight
+    from mlmdsl.runtime.parallel import Scope, weight
+    from mlmdsl.runtime.recompute import recomputed
     from mlmdsl.runtime.train import main
 
 _HOMES = {
@@ -42,7 +43,8 @@ _HOMES = {
     "experts": "combine dispatch grouped_linear route top_k",
     "initial": "Init normal ones zeros",
     "mesh": "Axis Mesh",
-    "parallel": "Scope recomputed weight",
+    "parallel": "Scope weight",
+    "recompute": "recomputed",
     "train": "main",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

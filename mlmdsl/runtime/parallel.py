@@ -1,4 +1,4 @@
-"""Weights that know their place in the whole, and what wraps a stage: meta construction, FSDP2, recomputation.
+"""Weights that know their place in the whole, and what wraps a stage: meta construction, FSDP2.
 
 A program's modules are made on the meta device, so that no rank ever holds what it does not own. `weight` gives the local
 shape on the tensor axis; its WeightInfo stays beside it until `weights_of` has read it. Parameters are plain local tensors on
@@ -10,16 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial as bound
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mlmdsl.runtime import attend
 from mlmdsl.runtime.config import Parallel
 from mlmdsl.runtime.initial import Init
 from mlmdsl.runtime.mesh import Axis, Mesh
@@ -152,43 +149,6 @@ def layers(stage: nn.Module) -> Iterator[nn.Module]:
 
 def sharded_units(stage: nn.Module) -> list[FSDPModule]:
     return [module for module in stage.modules() if isinstance(module, FSDPModule)]
-
-
-# ---- recomputation --------------------------------------------------------------------------------------------------
-
-_aten = torch.ops.aten
-_c10d = torch.ops._c10d_functional
-_KEPT = {
-    packet
-    for namespace, names in (
-        (_aten, "mm addmm bmm baddbmm linear matmul"),
-        (
-            _aten,
-            "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
-            "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention",
-        ),
-        (_c10d, "all_gather_into_tensor reduce_scatter_tensor all_reduce all_to_all_single wait_tensor"),
-    )
-    for name in names.split()
-    if (packet := getattr(namespace, name, None)) is not None
-} | {attend.BLOCKWISE}
-
-
-def _policy(context: Any, op: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    """Keeps what is dear: matrix products, attention, what came over a wire (arXiv:2205.05198, section 5)."""
-    kept = getattr(op, "overloadpacket", None) in _KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def recomputed(module: Callable[..., Any], how: str) -> Callable[..., Any]:
-    """`module` with what its backward pass needs kept ("none"), recomputed but for the dear part ("selective"), or recomputed
-    from its arguments ("full")."""
-    if how == "none":
-        return module
-    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if how == "selective":
-        settings["context_fn"] = bound(create_selective_checkpoint_contexts, _policy)
-    return bound(checkpoint, module, **settings)
 
 
 # ---- places in the whole --------------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ VARIANTS = {
     "llama_window": LLAMA.replace("causal = true,", "causal = true, window = 9,"),
     "llama_softcap": LLAMA.replace("causal = true,", "causal = true, softcap = 5.0,"),
     "gpt_alibi": GPT.replace("causal = true", "causal = true, alibi = true"),
+    "llama_parallel": LLAMA.replace("h = x + attn", "").replace(
+        "h + SwiGLU(RMSNorm(h), hidden = 2 * d)", "x + (attn + SwiGLU(RMSNorm(x), hidden = 2 * d))"
+    ),
     "gpt_bias": GPT.replace("causal = true", "position_bias = bias")
     .replace("heads: int)", "heads: int, bias: [heads, S, S])")
     .replace("heads = 4)", "heads = 4, bias = bias)")

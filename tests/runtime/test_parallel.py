@@ -16,7 +16,8 @@ from mlmdsl.runtime.config import AdamW, Parallel, Schedule
 from mlmdsl.runtime.initial import normal, ones, zeros
 from mlmdsl.runtime.mesh import Axis, Mesh, single
 from mlmdsl.runtime.optimizer import Optimizer, learning_rate
-from mlmdsl.runtime.parallel import Scope, place, public_name, recomputed, weight, weights_of
+from mlmdsl.runtime.parallel import Scope, place, public_name, weight, weights_of
+from mlmdsl.runtime.recompute import recomputed
 from mlmdsl.runtime.state import Sharded
 from tests.parity.curve import collected, make_trainer, training
 from tests.parity.ranks import run_ranks
