@@ -150,7 +150,7 @@ def relative(b: Body, heads: int) -> str:
 def shares(b: Body) -> Value:
     """The largest of the last dim, made to add up to one."""
     x = b.pick() or b.flat()
-    chosen = b.add(f"top_k(softmax({x.name}), k = 2)", x)
+    chosen = b.add(f"{b.one('top_k', 'BalancedTopK')}(softmax({x.name}), k = 2)", x)
     return b.add(f"{chosen.name} / sum({chosen.name}, keep = true)", x)
 
 

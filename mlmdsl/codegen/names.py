@@ -35,7 +35,7 @@ PROGRAM_NAMES = _words(
     all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split
     attention cross_entropy normal ones positions recomputed rotary vocab_parallel_cross_entropy vocab_parallel_embedding
     weight zeros
-    combine concat dispatch grouped_linear route top_k"""
+    balanced_top_k combine concat dispatch grouped_linear route top_k"""
 )
 WORDS = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) | frozenset(dir(builtins))
 

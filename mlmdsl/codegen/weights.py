@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlmdsl.codegen.names import attribute, attribute_path
-from mlmdsl.codegen.text import Call, lay_out, literal
+from mlmdsl.codegen.text import Call, lay_out, literal, number
 from mlmdsl.graph.placement import WeightPlacement
 from mlmdsl.graph.tensor import Weight
 
@@ -25,6 +25,8 @@ def declaration(weight: Weight, placement: WeightPlacement, expert: str | None) 
         arguments.append(("ep", expert))
     if weight.decay != (len(weight.shape) > 1):
         arguments.append(("decay", str(weight.decay)))
+    if weight.balance:
+        arguments.append(("balance", number(weight.balance)))
     return Call("weight", tuple(arguments))
 
 

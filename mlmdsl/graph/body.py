@@ -433,6 +433,7 @@ class Body(Evaluator):
                 spec.init,
                 spec.decay,
                 spec.expert,
+                spec.balance,
             )
             self.state.weights[made.key] = made
             keys.append(made.key)

@@ -118,6 +118,18 @@ SIGNATURES: Mapping[str, Signature] = {
         ),
         optional=("by",),
     ),
+    "BalancedTopK": Signature(
+        "balanced_top_k",
+        ("x",),
+        (
+            Argument("k", "int"),
+            Argument("rate", "float", 1e-3),
+            Argument("groups", "int", 1),
+            Argument("group_limit", "optional int", None),
+            Argument("group_best", "int", 2),
+        ),
+        owns=True,
+    ),
     "first": Signature("first", ("x",), (Argument("size", "int"),)),
     "last": Signature("last", ("x",), (Argument("size", "int"),)),
     "concat": Signature("concat", ("x", "y")),

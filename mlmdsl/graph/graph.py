@@ -107,8 +107,8 @@ class Graph:
 
     @cached_property
     def parameters(self) -> int:
-        """Exact number of trainable values; a tied weight counts once."""
-        return sum(w.elements * self.count_of(w) for w in self.weights.values())
+        """Exact number of values that gradients train; a tied weight counts once."""
+        return sum(w.elements * self.count_of(w) for w in self.weights.values() if not w.balance)
 
     @property
     def layers(self) -> int:

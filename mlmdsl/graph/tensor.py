@@ -60,6 +60,7 @@ class Weight:
     init: Init
     decay: bool = True  # weight decay applies: matrices yes, norms and biases no
     expert: bool = False  # a stack of experts along dim 0, which the expert axis shares out
+    balance: float = 0.0  # not 0: moved after each step by so much against the sign of its gradient; no parameter of the model
 
     @property
     def key(self) -> str:

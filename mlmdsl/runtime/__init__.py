@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from mlmdsl.runtime.config import AdamW, Data, Objective, Parallel, Schedule, Tokenizer, Training
     from mlmdsl.runtime.distances import alibi, relative_positions
-    from mlmdsl.runtime.experts import combine, dispatch, grouped_linear, route, top_k
+    from mlmdsl.runtime.experts import balanced_top_k, combine, dispatch, grouped_linear, route, top_k
     from mlmdsl.runtime.functions import (
         concat,
         cross_entropy,
@@ -40,7 +40,7 @@ _HOMES = {
     "config": "AdamW Data Objective Parallel Schedule Tokenizer Training",
     "distances": "alibi relative_positions",
     "functions": "concat cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
-    "experts": "combine dispatch grouped_linear route top_k",
+    "experts": "balanced_top_k combine dispatch grouped_linear route top_k",
     "initial": "Init normal ones zeros",
     "mesh": "Axis Mesh",
     "parallel": "Scope weight",
@@ -67,6 +67,7 @@ __all__ = [
     "all_reduce_both",
     "all_to_all",
     "attention",
+    "balanced_top_k",
     "combine",
     "concat",
     "copy_to",

@@ -38,13 +38,42 @@ def top_k(
 
     With `group_limit` only that many of `groups` equal groups are eligible, those whose `group_best` largest have the largest
     sum (arXiv:2412.19437, section 2.1.2)."""
-    scores = (x if by is None else by).detach()
+    return torch.where(_chosen(x if by is None else by, k, groups, group_limit, group_best), x, fill)
+
+
+def balanced_top_k(
+    x: Tensor, bias: Tensor, k: int, *, groups: int = 1, group_limit: int | None = None, group_best: int = 2
+) -> Tensor:
+    """top_k of x [..., E] by x + bias [E]. The bias is given no gradient of the loss but a count: E times the tokens that chose
+    each value, less k times all tokens; above zero where more than on average did."""
+    return _Balanced.apply(x, bias, _chosen(x + bias, k, groups, group_limit, group_best), k)
+
+
+class _Balanced(torch.autograd.Function):
+    """Counts are taken with the backward pass, once for each micro-batch however it is recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, chosen: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(chosen)
+        ctx.k, ctx.kind = k, bias.dtype
+        return torch.where(chosen, x, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (chosen,) = ctx.saved_tensors
+        rows = chosen.flatten(0, -2)
+        count = rows.sum(0) * rows.size(1) - ctx.k * rows.size(0)
+        return torch.where(chosen, grad, 0.0), count.to(ctx.kind), None, None
+
+
+def _chosen(scores: Tensor, k: int, groups: int, group_limit: int | None, group_best: int) -> Tensor:
+    scores = scores.detach()
     if group_limit is not None and group_limit < groups:
         grouped = scores.unflatten(-1, (groups, -1))
         best = _largest(grouped, min(group_best, grouped.size(-1)))
         eligible = _largest(grouped.where(best, 0.0).sum(-1), group_limit)
         scores = grouped.masked_fill(~eligible[..., None], float("-inf")).flatten(-2)
-    return torch.where(_largest(scores, k), x, fill)
+    return _largest(scores, k)
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:

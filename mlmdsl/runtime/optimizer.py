@@ -29,12 +29,17 @@ class Optimizer:
     """Decoupled weight decay (arXiv:1711.05101) on the weights that want it; the fused kernels, so no temporaries.
 
     `weights` are this rank's parts, updated in place; empty ones (FSDP2 leaves some ranks without a row) have moments, too, so
-    that checkpoints are alike everywhere, but nothing to step."""
+    that checkpoints are alike everywhere, but nothing to step. `how` says of each whether it decays, and its `balance`: if that
+    is not 0 the weight has no moments, and each step moves it by so much against the sign of its gradient, at any learning rate
+    (arXiv:2408.15664)."""
 
-    def __init__(self, settings: AdamW, weights: Sequence[Tensor], decay: Sequence[bool]):
+    def __init__(self, settings: AdamW, weights: Sequence[Tensor], how: Sequence[tuple[bool, float]]):
         self.weights = list(weights)
-        self.moments = [{moment: torch.zeros_like(w) for moment in MOMENTS} for w in weights]
-        self._stepped = [i for i, w in enumerate(weights) if w.numel()]
+        self.balance = [balance for _, balance in how]
+        decay = [decays for decays, _ in how]
+        moments = [() if balance else MOMENTS for balance in self.balance]
+        self.moments = [{m: torch.zeros_like(w) for m in names} for w, names in zip(weights, moments, strict=True)]
+        self._stepped = [i for i, w in enumerate(weights) if w.numel() and not self.balance[i]]
         groups = [
             {
                 "params": [weights[i] for i in self._stepped if decay[i] is decayed],
@@ -58,6 +63,9 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
+        for weight, gradient, balance in zip(self.weights, gradients, self.balance, strict=True):
+            if balance:
+                weight.sub_(gradient.sign(), alpha=balance)
         if self._adamw is None:
             return
         for group in self._adamw.param_groups:

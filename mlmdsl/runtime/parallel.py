@@ -31,7 +31,7 @@ StageClass = Callable[[int, Mesh], nn.Module]
 class WeightInfo:
     """`shape` is the whole weight's; `shard` the dim cut over the tensor axis, None where every rank has all of it; `partial`
     says that each rank's gradient is a partial sum over the tensor axis; `decay` that weight decay applies; `expert` that dim 0
-    is cut over the expert axis."""
+    is cut over the expert axis; `balance`, where it is not 0, how far a step moves the weight against its gradient's sign."""
 
     shape: tuple[int, ...]
     init: Init
@@ -39,6 +39,7 @@ class WeightInfo:
     partial: bool
     decay: bool
     expert: bool = False
+    balance: float = 0.0
 
 
 class Weight(nn.Parameter):
@@ -56,10 +57,11 @@ def weight(
     partial: bool = False,
     decay: bool | None = None,
     ep: Axis | None = None,
+    balance: float = 0.0,
 ) -> nn.Parameter:
     """This rank's part of a weight of `shape`, cut along dim `shard` over the axis. Values come later (`initial.fill`).
 
-    decay None: matrices yes, vectors no. ep: a stack of experts, which this axis shares out."""
+    decay None: matrices yes, vectors no. ep: a stack of experts, which this axis shares out. balance: see WeightInfo."""
     size = 1 if tp is None else tp.size
     local = list(shape)
     if shard is not None:
@@ -76,6 +78,7 @@ def weight(
         partial=partial and size > 1,
         decay=len(shape) > 1 if decay is None else decay,
         expert=ep is not None and ep.size > 1,
+        balance=balance,
     )
     return parameter
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from mlmdsl.runtime import initial
 from mlmdsl.runtime.config import Parallel, Training
 from mlmdsl.runtime.mesh import Mesh
-from mlmdsl.runtime.optimizer import MOMENTS, Optimizer
+from mlmdsl.runtime.optimizer import Optimizer
 from mlmdsl.runtime.parallel import (
     StageClass,
     WeightInfo,
@@ -82,7 +82,8 @@ class State(ABC):
         self.held.sort(key=lambda held: (_place_in_flat(held.info), held.stage, held.name))
         for held in self.held:
             self._fill(held)
-        self.optimizer = Optimizer(training.optimizer, [h.master for h in self.held], [h.info.decay for h in self.held])
+        settings = [(h.info.decay, h.info.balance) for h in self.held]
+        self.optimizer = Optimizer(training.optimizer, [h.master for h in self.held], settings)
         self.groups = self._tied_groups()
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -170,11 +171,12 @@ class State(ABC):
 
     @torch.no_grad()
     def square_norm(self) -> float:
-        """This rank's share of the squared norm of all gradients: over the world the shares add up, each element once."""
+        """This rank's share of the squared norm of all gradients: over the world the shares add up, each element once. What is
+        counted to balance a weight is left out."""
         if not self.held:
             return 0.0
         squares = torch.stack(torch._foreach_norm(self.gradients)).double().square().cpu()
-        shares = torch.tensor([1.0 / self._copies(held) for held in self.held], dtype=torch.float64)
+        shares = torch.tensor([(not held.info.balance) / self._copies(held) for held in self.held], dtype=torch.float64)
         return float((squares * shares).sum())
 
     @property
@@ -215,7 +217,7 @@ class State(ABC):
             if all_holders or held.stage == self.plan.holders[held.name][0]:
                 found[held.name] = self._as_global(held, held.master)
                 if not weights_only:
-                    found |= {f"optim.{m}.{held.name}": self._as_global(held, moments[m]) for m in MOMENTS}
+                    found |= {f"optim.{m}.{held.name}": self._as_global(held, moment) for m, moment in moments.items()}
         return found
 
     def loaded(self, step: int) -> None:

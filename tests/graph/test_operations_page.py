@@ -43,6 +43,7 @@ _ASKED = {
     "alibi": ((_X,), {"heads": 4, "bidirectional": False}),
     "cross_entropy": ((_X, _TOKENS), {}),
     "top_k": ((_X,), {"k": 2, "groups": 1, "group_limit": None}),
+    "balanced_top_k": ((_X,), {"k": 2, "rate": 1e-3, "groups": 1, "group_limit": None}),
     "first": ((_X,), {"size": 4}),
     "last": ((_X,), {"size": 4}),
     "concat": ((_HEADS, TensorType("float", ("B", "S", 1, 4))), {}),

@@ -98,6 +98,7 @@ CASES = [
     Case("cross_entropy", (floats("B", "S", 8), TOKENS)),
     Case("top_k", (floats("B", "S", 6),), (), TOP_K),
     Case("top_k", (floats("B", "S", 6), floats("B", "S", 6)), (), TOP_K),
+    Case("balanced_top_k", (floats("B", "S", 6),), ((6,),), TOP_K),
     *(Case("sum", (floats("B", "S", 6),), (), (("keep", keep),)) for keep in (False, True)),
     *(Case(name, (floats("B", "S", 6),), (), (("size", 4),)) for name in ("first", "last")),
     Case("concat", (floats("B", "S", 4, 6), floats("B", "S", 1, 2))),

@@ -14,6 +14,7 @@ from torch import Tensor
 from mlmdsl.runtime import mesh as meshes
 from mlmdsl.runtime.config import AdamW, Data, Objective, Parallel, Schedule, Tokenizer, Training
 from mlmdsl.runtime.parallel import place
+from mlmdsl.runtime.state import Held
 from mlmdsl.runtime.train import Trainer
 from tests.parity.ranks import run_ranks
 
@@ -121,13 +122,18 @@ def _curve_of_rank(rank: int, program_text: str, steps: int, vocab: int) -> Curv
     validation = trainer.validate()
     weights = collected(trainer, [held.master for held in trainer.state.held])
     trainer.backward()
-    gradients = collected(trainer, trainer.state.gradients)
+    gradients = collected(trainer, list(map(_comparable, trainer.state.held, trainer.state.gradients)))
     assert validation is not None
     return (
         Curve(tuple(r.loss for r in reports), tuple(r.grad_norm for r in reports), validation, gradients, weights, beginning)
         if rank == 0
         else None
     )
+
+
+def _comparable(held: Held, gradient: Tensor) -> Tensor:
+    """Counts are no gradients: beside those they are large, and would hide them."""
+    return gradient / 2**20 if held.info.balance else gradient
 
 
 def make_trainer(program_text: str, vocab: int = 64, device: torch.device | None = None) -> Trainer:

@@ -7,6 +7,7 @@ Beside them the shipped architectures made small.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlmdsl.codegen.emit import emit
@@ -79,7 +80,7 @@ MODELS = {"gpt": GPT, "llama": LLAMA}
 _COMMON = {"d": 32, "layers": 4, "vocab": 64}
 
 # family -> (spec, its params made small)
-FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
+FAMILIES: dict[str, tuple[str, Mapping[str, float]]] = {
     "llama2": ("llama2_70b", {"heads": 8, "kv_heads": 4, "ff": 64}),
     # at 32 features rounding in the gradients of its norms grows to 1e-5 within five steps, micro-batches alone to 5e-6
     "olmo2": ("olmo2_7b", {"d": 64, "heads": 8, "ff": 128}),
@@ -88,7 +89,7 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
     "deepseek_v3": (
         "deepseek_v3",
         {"heads": 4, "query_rank": 16, "kv_rank": 16, "head_dim": 8, "rope_dim": 4, "ff": 32, "expert_ff": 16}
-        | {"dense": 1, "experts": 8, "top_k": 2, "groups": 4, "group_limit": 2},
+        | {"dense": 1, "experts": 8, "top_k": 2, "groups": 4, "group_limit": 2, "bias_rate": 0.05},
     ),
     "qwen3_moe": (
         "qwen3_30b_a3b",

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlmdsl.runtime.experts import combine, dispatch, grouped_linear, route, top_k
+from mlmdsl.runtime.config import AdamW
+from mlmdsl.runtime.experts import balanced_top_k, combine, dispatch, grouped_linear, route, top_k
+from mlmdsl.runtime.optimizer import Optimizer
 
 B, S, D, E, K = 2, 5, 6, 8, 3
 
@@ -46,6 +48,35 @@ def test_groups_are_limited_as_deepseek_v3_does() -> None:
     eligible = torch.zeros(40, 4).scatter(1, best, 1.0).repeat_interleave(2, 1).bool()
     wanted = scores.masked_fill(~eligible, -1.0).topk(3).indices.sort().values
     assert torch.equal(top_k(scores, 3, groups=4, group_limit=2).nonzero()[:, 1].view(40, 3), wanted)
+
+
+# ---- balance --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_chooses_and_counts() -> None:
+    scores, bias = random(2, 20, E).sigmoid().requires_grad_(), random(E, seed=1).requires_grad_()
+    gates = balanced_top_k(scores, bias, K)
+    assert torch.equal(gates, top_k(scores, K, by=scores + bias))
+    gates.sum().backward()
+    chosen = gates != 0
+    assert torch.equal(scores.grad, chosen.double())
+    assert bias.grad.tolist() == (E * chosen.sum((0, 1)) - K * 40).tolist()
+
+
+def test_steps_of_the_bias_balance_what_is_chosen() -> None:
+    """Scores that favour the first experts; the bias ends up against them (arXiv:2408.15664, algorithm 1)."""
+    scores = (random(400, E) - 0.2 * torch.arange(E)).sigmoid()
+    bias = torch.zeros(E, requires_grad=True)
+    optimizer = Optimizer(AdamW(lr=0.0), [bias.data], [(False, 0.01)])
+    before = (top_k(scores, K) != 0).sum(0)
+    for _ in range(100):
+        bias.grad = None
+        balanced_top_k(scores.requires_grad_(), bias, K).sum().backward()
+        optimizer.step([bias.grad], 0.0)
+    after = (balanced_top_k(scores, bias, K) != 0).sum(0)
+    even = K * 400 / E
+    assert before.max() > 1.5 * even and after.max() < 1.1 * even and after.min() > 0.9 * even
+    assert optimizer.moments == [{}]
 
 
 # ---- experts --------------------------------------------------------------------------------------------------------

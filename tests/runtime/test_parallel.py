@@ -83,7 +83,7 @@ def test_adamw_by_definition():
     settings = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5)
     weights = [torch.randn(3, 2), torch.randn(4), torch.empty(0, 2)]
     expected = [w.double() for w in weights]
-    optimizer = Optimizer(settings, weights, [True, False, True])
+    optimizer = Optimizer(settings, weights, [(True, 0.0), (False, 0.0), (True, 0.0)])
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in expected]
     for t in range(1, 4):
         gradients = [torch.randn_like(w) for w in weights]
@@ -101,14 +101,14 @@ def test_adamw_by_definition():
 def test_an_optimizer_goes_on_from_its_moments():
     gradients = [[torch.randn(5)] for _ in range(4)]
     whole, first = [torch.ones(5)], [torch.ones(5)]
-    one = Optimizer(AdamW(lr=0.1), whole, [True])
-    other = Optimizer(AdamW(lr=0.1), first, [True])
+    one = Optimizer(AdamW(lr=0.1), whole, [(True, 0.0)])
+    other = Optimizer(AdamW(lr=0.1), first, [(True, 0.0)])
     for gradient in gradients:
         one.step(gradient, 0.1)
     for gradient in gradients[:2]:
         other.step(gradient, 0.1)
     second = [first[0].clone()]
-    resumed = Optimizer(AdamW(lr=0.1), second, [True])
+    resumed = Optimizer(AdamW(lr=0.1), second, [(True, 0.0)])
     for name, tensor in resumed.moments[0].items():
         tensor.copy_(other.moments[0][name])
     resumed.set_step(2)

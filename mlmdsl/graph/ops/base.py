@@ -32,13 +32,14 @@ class ShapeProblem(Exception):
 @dataclass(frozen=True)
 class WeightSpec:
     """A weight that an operation wants made: its leaf name ("weight", "bias"), shape and initialisation; `expert`: one
-    slice of dim 0 per expert, which the expert axis shares out."""
+    slice of dim 0 per expert, which the expert axis shares out; `balance`: see `Weight`."""
 
     leaf: str
     shape: tuple[int, ...]
     init: Init
     decay: bool = True
     expert: bool = False
+    balance: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mlmdsl.graph.graph import Scalar
-from mlmdsl.graph.ops.base import Emission, Op, ShapeProblem, Work
+from mlmdsl.graph.ops.base import Emission, Op, ShapeProblem, WeightSpec, Work
 from mlmdsl.graph.ops.common import elements, input_bytes, memory_bound, partial, pointwise, shard_name, shardable
 from mlmdsl.graph.ops.linear import features, integer, number
-from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, Strategy, shard
-from mlmdsl.graph.tensor import TensorType
+from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, WHOLE, Strategy, shard
+from mlmdsl.graph.tensor import Init, TensorType
 
 Types = tuple[TensorType, ...]
 Attributes = Mapping[str, Scalar]
@@ -35,10 +36,17 @@ def _top_k_type(types: Types, attrs: Attributes) -> TensorType:
 
 def _top_k_emit(e: Emission) -> str:
     options = [f"by={by}" for by in e.inputs[1:]]
-    options += [f"fill={number(e.attrs, 'fill')!r}"] if e.attrs["fill"] else []
+    options += [f"fill={number(e.attrs, 'fill')!r}"] if e.attrs.get("fill") else []
     if e.attrs["group_limit"] is not None and integer(e.attrs, "group_limit") < integer(e.attrs, "groups"):
         options += [f"{name}={e.attrs[name]}" for name in ("groups", "group_limit", "group_best")]
-    return f"top_k({', '.join([e.inputs[0], str(e.attrs['k']), *options])})"
+    name = ", ".join([f"balanced_top_k({e.inputs[0]}", *e.weights]) if e.weights else f"top_k({e.inputs[0]}"
+    return f"{', '.join([name, str(e.attrs['k']), *options])})"
+
+
+def _balanced_strategies(types: Types, out: TensorType, weights: Shapes, attrs: Attributes, n: int) -> tuple[Strategy, ...]:
+    """The bias' gradient is a count of this rank's tokens, whatever the gradient of the values is."""
+    found = pointwise(types, out, n, 1, besides=(len(out.shape) - 1,))
+    return tuple(replace(s, weights=(WHOLE,)) if s.output == BROADCAST else s for s in found)
 
 
 # ---- sums -----------------------------------------------------------------------------------------------------------
@@ -123,6 +131,20 @@ OPS = (
         work=lambda local: memory_bound(local, extra=float(elements(local.output)), kernels=5, backward=1.0),
         emit=_top_k_emit,
         imports=("top_k",),
+    ),
+    Op(
+        name="balanced_top_k",
+        doc="top_k by x plus a bias, which balances how often each of the last dim's values is chosen (arXiv:2408.15664): it"
+        " has no part in the values, and each step moves it by `rate`, down where one was chosen more often than on average"
+        " in the global batch, up where less often. It counts as no parameter and is in checkpoints.",
+        infer=_top_k_type,
+        strategies=_balanced_strategies,
+        work=lambda local: memory_bound(local, extra=float(elements(local.output)), kernels=8, backward=1.0),
+        emit=_top_k_emit,
+        weights=lambda types, attrs: (
+            WeightSpec("bias", (features(types[0]),), Init("zeros"), decay=False, balance=number(attrs, "rate")),
+        ),
+        imports=("balanced_top_k",),
     ),
     Op(
         name="sum",
