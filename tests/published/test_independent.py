@@ -20,7 +20,6 @@ SOME = (
     "mixtral_8x7b",
     "bert_base",
     "t5_base",
-    "t5_v1p1_base",
 )
 
 
