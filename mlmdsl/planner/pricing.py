@@ -30,6 +30,9 @@ _WIDTH = {"fp32": 4, "bf16": 2}
 # AdamW reads and writes weight and two moments and reads the gradient, in fp32; clipping reads the gradient; in bf16 the weight
 # is written a second time (docs of torch.optim.AdamW, fused)
 _OPTIMIZER_BYTES = {"fp32": 32.0, "bf16": 38.0}
+# Of a GPU that computes while a collective runs, the collective's kernels hold this share of the multiprocessors: 20 of 132
+# (DeepSeek-V3, arXiv:2412.19437, section 3.2.2)
+_TAKEN = 20 / 132
 
 
 class Candidate(NamedTuple):
@@ -366,12 +369,12 @@ class Place:
         e = self.exchange(c)
         ahead, behind = (0.0, e.gather) if self.pipeline > 1 else (e.gather, e.gather + e.reduce)
         if self._overlaps:
-            return tuple((n, max(f, ahead), max(b, behind), w) for n, f, b, w in runs)
+            return tuple((n, max(f + _TAKEN * ahead, ahead), max(b + _TAKEN * behind, behind), w) for n, f, b, w in runs)
         return tuple((n, f + ahead, b + behind, w) for n, f, b, w in runs)
 
     def _exposed(self, c: Candidate, e: Exchange, runs: schedule.Runs) -> tuple[float, float]:
-        """(gathers, reductions) once a step that no computation hides: those of one unit at least. torch's pipeline stages
-        reduce after their last backward pass."""
+        """(gathers, reductions) once a step that no computation hides: those of one unit at least, or what hiding them costs.
+        torch's pipeline stages reduce after their last backward pass."""
         if self.replicas == 1:
             return 0.0, 0.0
         if not c.zero:
@@ -379,10 +382,11 @@ class Place:
         if c.zero == 3 and self.pipeline == 1:
             return e.gather * e.unit, e.reduce * e.unit
         forward, backward = min(f for _, f, _, _ in runs), min(b for _, _, b, _ in runs)
-        gathered = max(e.gather - forward, e.gather * e.unit) if self._overlaps else e.gather
+        least = max(e.unit, _TAKEN)
+        gathered = max(e.gather - forward, e.gather * least) if self._overlaps else e.gather
         if self.pipeline > 1 or not self._overlaps:
             return gathered, e.reduce
-        return gathered, max(e.reduce - backward, e.reduce * e.unit)
+        return gathered, max(e.reduce - backward, e.reduce * least)
 
     def exchange(self, c: Candidate) -> Exchange:
         """Of the rank that has most to exchange."""

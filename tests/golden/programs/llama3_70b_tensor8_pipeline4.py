@@ -3,7 +3,7 @@
 Plan: tensor 8 x pipeline 4 x data 8, sequence parallel, 1f1b, ZeRO 1, micro-batch 1, recompute none.
 Written by mlmdsl from llama3_70b.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nnodes 32 --nproc-per-node 8 program.py --out runs/llama3_70b
-Predicted: 16.7 s a step, 981 tokens/s and 441 TFLOP/s per device (MFU 44.5 % of 989 TFLOP/s, counting matrix products only,
+Predicted: 16.7 s a step, 980 tokens/s and 440 TFLOP/s per device (MFU 44.5 % of 989 TFLOP/s, counting matrix products only,
 causal attention half); peak memory 33.13 GiB to 65 GiB.
 
 Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens); n/tp is a dim divided over the 8 ranks of the tensor axis.
