@@ -432,6 +432,9 @@ Sample text from a run's newest whole checkpoint, in this process.
 
   mlmdsl generate                                         the newest run under runs/
   mlmdsl generate runs/gpt --prompt "Once upon a time" --tokens 200 --temperature 0.8
+
+A run of next_token() goes on from the prompt, one of chat() answers it as the user's message and ends with the turn, an encoder
+and decoder tell its target: of seq2seq() the translation, say, of span_corruption() what is missing at <extra_id_0> and so on.
 """
 
 _IMPORT = """\
@@ -490,9 +493,9 @@ def _add_run(commands: Any) -> None:
 def _add_generate(commands: Any) -> None:
     parser = _command(commands, "generate", _generate, "sample text from a run", _GENERATE)
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run's folder (default: the newest under runs/)")
-    parser.add_argument("--prompt", default="", help="the text to go on from")
+    parser.add_argument("--prompt", default="", help="text to go on from, message to answer, or source of an encoder")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many tokens to sample")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: 0.8, behind an encoder 0)")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that make up probability P")
     parser.add_argument("--seed", type=int, default=0)

@@ -258,6 +258,7 @@ CODES: Mapping[str, str] = {
     "MLM0722": "the run was interrupted",
     "MLM0730": "there is nothing to sample from",
     "MLM0731": "a sampling setting is out of range",
+    "MLM0732": "a model that does not go on from a prompt",
     "MLM0740": "the program was started with another number of processes",
     "MLM0741": "the folder holds checkpoints of an earlier run",
     "MLM0742": "a rank lost another rank",

@@ -1,10 +1,12 @@
 """Sampling text from a checkpoint, in one process, through the program that the compiler emits for one device.
 
-Each new token is one forward pass over the last `seq_len` tokens: past that length the oldest fall out of sight. The text is
-printed as it comes; it ends at the model's end-of-text token or after the asked number of tokens.
+Each new token is one forward pass over the last `seq_len` tokens: past that length the oldest fall out of sight. Behind an
+encoder, whose passes are made once, it is one of the decoder over what it has told, at most `target_len` tokens. The text is
+printed as it comes; it ends where the objective ends one (prompt.py) or after the asked number of tokens.
 
     UsageError MLM0731   a sampling setting is out of range
     RunError   MLM0730   the run has no whole checkpoint
+               MLM0732   its objective goes on from nothing
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,9 +26,10 @@ import torch
 from mlmdsl.diagnostics import Diagnostic, RunError, UsageError
 from mlmdsl.runtime import checkpoint as checkpoints
 from mlmdsl.runtime import mesh, tokenizer
+from mlmdsl.runtime.prompt import Logits, Prompt, prompt_of
 
 GREEDY_BELOW = 1e-6  # a temperature that single precision cannot divide by
-Logits = Callable[[torch.Tensor], torch.Tensor]  # tokens [1, T] -> [1, T, vocab]
+LIKELY, ANSWERING = 0.8, 0.0  # temperatures where none is asked for: of text that goes on, of a decoder that has a source
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def generate(
     run: Path,
     prompt: str,
     tokens: int,
-    temperature: float,
+    temperature: float | None,
     top_k: int | None,
     top_p: float | None,
     seed: int,
@@ -63,13 +66,15 @@ def generate(
     stream: TextIO | None = None,
 ) -> int:
     """Prints the prompt and up to `tokens` tokens after it. `program` is for one device; `run` holds the checkpoints."""
-    sampling = Sampling(temperature, top_k, top_p, seed)
     folder = checkpoint or checkpoints.latest(run)
     if folder is None or not folder.is_dir():
         what = f"{folder} is no checkpoint" if folder else f"{run} has no whole checkpoint yet"
         raise RunError([Diagnostic("MLM0730", what, help="checkpoints are written at the end and at every checkpoint_every")])
     names = runpy.run_path(str(program))
     training = names["TRAINING"]
+    if temperature is None:
+        temperature = ANSWERING if training.objective.target else LIKELY
+    sampling = Sampling(temperature, top_k, top_p, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device(device):
         model = names["Stage"](0, mesh.single(device)).eval()
@@ -77,9 +82,9 @@ def generate(
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant here
         checkpoints.load_weights(model, folder)
     text = tokenizer.load(training.tokenizer)
-    ids = text.encode(prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-    drawn = sample(model, ids or [text.end_of_text], training.sequence, text.vocab, sampling, device)
-    _print(prompt, islice(drawn, tokens), text, stream or sys.stdout)
+    given = prompt_of(model, training, text, prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), device)
+    drawn = sample(given.logits, given.ids, given.window, given.vocab, sampling, device)
+    _print(given, islice(drawn, tokens if given.most is None else min(tokens, given.most)), text, stream or sys.stdout)
     return 0
 
 
@@ -110,14 +115,18 @@ def draw(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -
     return int(order[torch.multinomial(chances, 1, generator=generator)])
 
 
-def _print(prompt: str, drawn: Iterator[int], text: tokenizer.TextTokenizer, stream: TextIO) -> None:
+def _print(prompt: Prompt, drawn: Iterator[int], text: tokenizer.TextTokenizer, stream: TextIO) -> None:
     decoder = text.stream()
-    stream.write(prompt)
+    stream.write(prompt.shown)
     stream.flush()
     for token in drawn:
-        if token == text.end_of_text:
+        if token in prompt.stop:
             break
-        stream.write(decoder.push(token))
+        if token in prompt.spelt:
+            stream.write(decoder.close() + prompt.spelt[token])
+            decoder = text.stream()
+        else:
+            stream.write(decoder.push(token))
         stream.flush()
     stream.write(decoder.close() + "\n")
     stream.flush()

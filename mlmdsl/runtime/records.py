@@ -82,7 +82,7 @@ def rendered(messages: Sequence[Message], tokenizer: TextTokenizer, place: str =
 
     try:
         return _compiled(tokenizer.template or PLAIN).render(
-            messages=list(messages), add_generation_prompt=prompt, eos_token=tokenizer.end, bos_token=""
+            messages=list(messages), add_generation_prompt=prompt, eos_token=tokenizer.end, bos_token=tokenizer.begin
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         _fail("MLM0715", f"{place or 'the conversation'}: the chat template fails: {error}")

@@ -48,13 +48,16 @@ SENTINELS = 100
 class TextTokenizer(Protocol):
     """`identity` names what the ids mean: two tokenizers with the same identity give the same ids. `vocab` counts the ids that
     text has; `pad` fills rows and starts a decoder; `mask` is None and `sentinels` are none where the tokenizer lacks them;
-    `end` spells `end_of_text`; `template` is a chat template in jinja2."""
+    `special` are tokens that stand for no text; `begin` and `end` spell what a chat template, in jinja2, calls bos_token and
+    eos_token, the end being `end_of_text`."""
 
     vocab: int
     end_of_text: int
     pad: int
     mask: int | None
     sentinels: Sequence[int]
+    special: frozenset[int]
+    begin: str
     end: str
     template: str | None
 
@@ -81,7 +84,8 @@ class ByteTokenizer:
 
     vocab = 256
     end_of_text = 0
-    end = "\0"
+    special = frozenset({0})
+    begin, end = "", "\0"
     pad = 0
     mask: int | None = 256
     sentinels: Sequence[int] = range(257, 257 + SENTINELS)
@@ -117,6 +121,8 @@ class HuggingFaceTokenizer:
     pad: int = field(init=False)
     mask: int | None = field(init=False)
     sentinels: Sequence[int] = field(init=False)
+    special: frozenset[int] = field(init=False)
+    begin: str = field(init=False)
     end: str = field(init=False)
     template: str | None = field(init=False)
 
@@ -129,6 +135,9 @@ class HuggingFaceTokenizer:
         self.mask = self._first(MASKS)
         found = (self.tokenizer.token_to_id(f"<extra_id_{i}>") for i in range(SENTINELS))
         self.sentinels = list(takewhile(lambda token: token is not None, found))
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = frozenset({self.end_of_text, *(token for token, content in added.items() if content.special)})
+        self.begin = next(iter(_named_beside(self.path, "bos_token")), "")
         self.end = self.tokenizer.id_to_token(self.end_of_text) or ""
         self.template = _template_beside(self.path)
 
@@ -198,7 +207,7 @@ def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
 
 def _end_of_text(path: Path, tokenizer: tokenizers.Tokenizer) -> int:
     """What the files beside it name, then the usual spellings among its tokens."""
-    for name in (*_named_beside(path), *END_OF_TEXT):
+    for name in (*_named_beside(path, "eos_token"), *END_OF_TEXT):
         found = tokenizer.token_to_id(name)
         if found is not None:
             return found
@@ -210,15 +219,15 @@ def _end_of_text(path: Path, tokenizer: tokenizers.Tokenizer) -> int:
     )
 
 
-def _named_beside(path: Path) -> list[str]:
-    """`eos_token` of tokenizer_config.json or special_tokens_map.json in the same folder."""
+def _named_beside(path: Path, role: str) -> list[str]:
+    """`role`, say eos_token, of tokenizer_config.json or special_tokens_map.json in the same folder."""
     names: list[str] = []
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             settings: Any = json.loads(path.with_name(file).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        token = settings.get("eos_token") if isinstance(settings, dict) else None
+        token = settings.get(role) if isinstance(settings, dict) else None
         token = token.get("content") if isinstance(token, dict) else token
         names += [token] if isinstance(token, str) else []
     return names
