@@ -4,6 +4,7 @@
 # make golden rewrites the golden files: read the diff
 # make fuzz   property tests with examples that no run has seen
 # make published  parameters and FLOPs per token of every shipped spec beside published figures and transformers' own models
+# make huggingface  every family against transformers: logits both ways and gradients
 # make parity every plan of the lattice, and every architecture, against one process (long)
 
 PYTHON ?= python3
@@ -44,6 +45,9 @@ fuzz: $(STAMP)
 
 published: $(STAMP)
 	$(BIN)/python -m tests.published.independent
+
+huggingface: $(STAMP)
+	$(BIN)/python -m tests.huggingface.table
 
 parity: $(STAMP)
 	$(BIN)/python -m tests.parity.lattice

@@ -80,8 +80,6 @@ class State(ABC):
         self.plan, self.parallel, self.training, self.mesh = plan, parallel, training, mesh
         self.held = [held for stage, module in stages.items() for held in self._made_real(stage, module)]
         self.held.sort(key=lambda held: (_place_in_flat(held.info), held.stage, held.name))
-        for held in self.held:
-            self._fill(held)
         settings = [(h.info.decay, h.info.balance) for h in self.held]
         self.optimizer = Optimizer(training.optimizer, [h.master for h in self.held], settings)
         self.groups = self._tied_groups()
@@ -95,6 +93,12 @@ class State(ABC):
     @abstractmethod
     def publish(self) -> None:
         """Lets the modules compute with the masters' values."""
+
+    def initialise(self) -> None:
+        """Gives the weights the values that a run begins with. One that goes on from a checkpoint is spared them."""
+        for held in self.held:
+            self._fill(held)
+        self.publish()
 
     def _fill(self, held: Held) -> None:
         where = place(held.info, self.mesh, sharded=self.sharded)
@@ -315,7 +319,6 @@ class Replicated(State):
     def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
         super().__init__(stages, plan, parallel, training, mesh)
         self.flat = Flat(self.held, mesh)
-        self.publish()
 
     def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
         for path, info in weights_of(module).items():
@@ -350,7 +353,6 @@ class Sharded(State):
         super().__init__(stages, plan, parallel, training, mesh)
         self.cut = [held for held in self.held if not held.info.expert]
         self.flat = Flat(self.held[len(self.cut) :], mesh)
-        self.publish()
 
     def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
         infos = weights_of(module)

@@ -72,7 +72,9 @@ class Trainer:
         mesh: Mesh,
         data: Dataset,
         validation: Dataset | None = None,
+        source: Path | None = None,
     ):
+        """`source`: the checkpoint to go on from; None: from the beginning."""
         _check_batch(parallel, training)
         self.parallel, self.training, self.mesh = parallel, training, mesh
         self.data, self.validation = data, validation
@@ -83,6 +85,10 @@ class Trainer:
         rows = training.batch // parallel.data
         self.rows = (mesh.data.rank * rows, (mesh.data.rank + 1) * rows)
         self.tells_loss = len(parallel.stages) - 1 in stages and mesh.tensor.rank == 0
+        if source is None:
+            self.state.initialise()
+        else:
+            self.load(source)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -215,9 +221,7 @@ def _run(
     source = _checkpoint_to_resume(options.resume, out)
     cache = launch.cache_dir()
     data, validation = TokenDataset(training, "train", cache), TokenDataset(training, "validation", cache)
-    trainer = Trainer(make, loss, parallel, training, mesh, data, validation)
-    if source is not None:
-        trainer.load(source)
+    trainer = Trainer(make, loss, parallel, training, mesh, data, validation, source)
     steps = training.steps if options.steps is None else min(options.steps, training.steps)
     record = None
     if rank == 0:

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mlmdsl.huggingface.families import families
-from mlmdsl.runtime import mesh
-from tests.huggingface.models import CASES, batch, exported, imported, loaded, ours, saved, theirs, tokens
-
-LOGITS, GRADIENTS = 1e-4, 1e-4
+from tests.huggingface.models import CASES, exported, imported, loaded, theirs, tokens
+from tests.huggingface.table import GRADIENTS, LOGITS, compared
 
 
 def test_every_family_has_a_case() -> None:
@@ -21,34 +18,16 @@ def test_every_family_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_imported_and_exported_it_computes_the_same(name: str, tmp_path: Path) -> None:
-    model, run = imported(CASES[name], tmp_path)
-    mine, rows = ours(run), batch(CASES[name])
-    with torch.no_grad():
-        expected, found = model(**rows.theirs).logits, mine.model(*rows.ours)
-        back = loaded(exported(run, tmp_path / "back"), CASES[name].head)
-        again = back(**rows.theirs).logits
-    assert expected.abs().max() > 1.0, "logits that say nothing"
-    assert (expected - found).abs().max() < LOGITS
-    assert (expected - again).abs().max() < 1e-5, "memory lies elsewhere: rounding alone"
-    for key, weight in model.state_dict().items():
-        assert torch.equal(weight, back.state_dict()[key]), key
-    assert _described(model) == _described(back)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_of_one_step_agree(name: str, tmp_path: Path) -> None:
-    model: Any
-    model, run = imported(CASES[name], tmp_path)
-    mine, rows = ours(run), batch(CASES[name])
-    model(**rows.theirs, labels=rows.labels).loss.backward()
-    total = mine.loss(mine.model(*rows.ours), rows.targets, mesh.single(torch.device("cpu")))
-    (total / (rows.targets != -100).sum()).backward()
-    found, expected = mine.gradients(), _saved_gradients(model, tmp_path / "gradients")
-    assert found.keys() == expected.keys()
-    least = 1e-3 * max(float(gradient.abs().max()) for gradient in expected.values())  # of key biases rounding alone is left
-    for key, gradient in expected.items():
-        assert (gradient - found[key]).abs().max() <= GRADIENTS * max(float(gradient.abs().max()), least), key
+def test_it_computes_the_same_both_ways(name: str, tmp_path: Path) -> None:
+    found = compared(CASES[name], tmp_path)
+    assert found.logits > 1.0, "logits that say nothing"
+    assert found.imported < LOGITS
+    assert found.exported < 1e-5, "memory lies elsewhere: rounding alone"
+    worst = max(found.gradients, key=lambda key: found.gradients[key])
+    assert found.gradients[worst] <= GRADIENTS, worst
+    for key, weight in found.model.state_dict().items():
+        assert torch.equal(weight, found.back.state_dict()[key]), key
+    assert _described(found.model) == _described(found.back)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3.1", "pythia"])
@@ -68,13 +47,6 @@ def test_bf16_is_rounded_once(tmp_path: Path) -> None:
     back = loaded(exported(run, tmp_path / "back", dtype="bf16"))
     for key, weight in model.state_dict().items():
         assert torch.equal(weight.bfloat16(), back.state_dict()[key]), key
-
-
-def _saved_gradients(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """Under the names that files have, which are not always those in memory: saved in the place of the weights."""
-    for parameter in model.parameters():
-        parameter.data = parameter.grad
-    return load_file(saved(model, folder) / "model.safetensors")
 
 
 def _described(model: Any) -> dict[str, Any]:
