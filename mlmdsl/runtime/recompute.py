@@ -120,7 +120,8 @@ class _Again(TorchDispatchMode):
             out = self.kept.pop(slot)
             self.arrived |= {_place(x) for x in tree_leaves(out) if packet in _MOVED}
             return out
-        if packet in _WAITS and _place(args[0]) in self.arrived:
+        if packet in _WAITS and (place := _place(args[0])) in self.arrived:
+            self.arrived.discard(place)  # once it is free, a copy that is gathered again may have its address
             return args[0]
         return func(*args, **(kwargs or {}))
 
