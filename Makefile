@@ -3,6 +3,7 @@
 # make check  formatter, linter and types
 # make golden rewrites the golden files: read the diff
 # make fuzz   property tests with examples that no run has seen
+# make examples  trains specs/examples in full, one after another, and prints losses and what the models say
 # make published  parameters and FLOPs per token of every shipped spec beside published figures and transformers' own models
 # make huggingface  every family against transformers: logits both ways and gradients
 # make parity every plan of the lattice, and every architecture, against one process (long)
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check golden fuzz published parity clean
+.PHONY: demo examples test check golden fuzz published parity clean
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("mlmdsl needs Python 3.11 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -26,6 +27,16 @@ demo: $(STAMP)
 	$(BIN)/mlmdsl plan specs/quickstart.mlm --here
 	$(BIN)/mlmdsl run specs/quickstart.mlm --here
 	$(BIN)/mlmdsl generate --prompt "The import statement " --tokens 300
+
+examples: $(STAMP)
+	rm -rf runs/examples
+	for name in text code chat translate; do $(BIN)/mlmdsl run specs/examples/$$name.mlm --out runs/examples/$$name || exit; done
+	$(BIN)/mlmdsl generate runs/examples/text --prompt "The import statement " --tokens 240
+	$(BIN)/mlmdsl generate runs/examples/code --prompt "def " --tokens 240
+	$(BIN)/mlmdsl generate runs/examples/chat --prompt "What is the capital of Norway?"
+	$(BIN)/mlmdsl generate runs/examples/chat --prompt "My name is Emmy."
+	$(BIN)/mlmdsl generate runs/examples/translate --prompt "today the old man sees a small bird."
+	$(BIN)/mlmdsl generate runs/examples/translate --prompt "does the young woman love the red flower?"
 
 test: $(STAMP)
 	$(BIN)/python -m compileall -q mlmdsl
