@@ -203,7 +203,7 @@ def recognised_as(family: Family, graph: Graph) -> Recognised | Difference:
     for variant in family.variants:
         try:
             loose = match(family.graph(variant), graph, loosely=True)
-            params = {**variant, **{name: _found(place, loose, graph) for name, place in family.model.items()}}
+            params = {**variant, **params_of(family, variant, loose, graph)}
             reference = family.graph(params)
             return Recognised(family, params, reference, _exactly(reference, graph))
         except Difference as difference:
@@ -231,6 +231,13 @@ def _not_of(family: Family, difference: Difference) -> Diagnostic:
         label=difference.message,
         help="the name maps are data: mlmdsl/huggingface/families has one pair of files for each family",
     )
+
+
+def params_of(family: Family, known: Mapping[str, Any], loose: Match, graph: Graph) -> dict[str, Any]:
+    """Those that are not known, as the model has them; `per` divides by another one."""
+    open_ = {name: place for name, place in family.model.items() if name not in known}
+    found = {name: _found(place, loose, graph) for name, place in open_.items()}
+    return found | {name: found[name] // found[place["per"]] for name, place in open_.items() if "per" in place}
 
 
 def _found(place: Mapping[str, Any], loose: Match, graph: Graph) -> Any:

@@ -19,7 +19,7 @@ from mlmdsl.codegen.emit import Program, emit
 from mlmdsl.compile import Compilation, compile_spec
 from mlmdsl.diagnostics import Diagnostic, SpecError
 from mlmdsl.graph.graph import Graph
-from mlmdsl.huggingface.config import CONFIG, Config, Recognised, fail, read_config, recognised_as
+from mlmdsl.huggingface.config import CONFIG, Config, Recognised, fail, params_of, read_config, recognised_as
 from mlmdsl.huggingface.expressions import literal
 from mlmdsl.huggingface.families import common
 from mlmdsl.huggingface.files import checked, tensors
@@ -84,8 +84,12 @@ def spec_text(config: Config) -> str:
 
 def _matched(config: Config, reference: Graph, compiled: Compilation, graph: Graph) -> Recognised:
     """The checkpoint's model and the spec's, found to be the same."""
+    params = config.params
     try:
-        return Recognised(config.family, config.params, reference, match(reference, graph))
+        if any(name not in params for name in config.family.model):  # how a model is trained stands in no config.json
+            params = {**params, **params_of(config.family, params, match(reference, graph, loosely=True), graph)}
+            reference = config.family.graph(params)
+        return Recognised(config.family, params, reference, match(reference, graph))
     except Difference as difference:
         node = difference.node
         problem = Diagnostic(

@@ -83,6 +83,33 @@ _QWEN3_MOE = {
     "intermediate_size": 24,
     "router_aux_loss_coef": 0.0,
 }
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_mtp_layers": 0,
+}
+_DEEPSEEK_OTHER = _DEEPSEEK | {
+    "first_k_dense_replace": 2,
+    "v_head_dim": 12,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "rope_interleave": False,
+    "tie_word_embeddings": True,
+}
 
 _BERT = {name: value for name, value in _SMALL.items() if not name.endswith(("bos_token_id", "eos_token_id"))}
 _T5 = {
@@ -136,6 +163,8 @@ CASES: dict[str, Case] = {
     "mixtral": _case("mixtral", "Mixtral", num_key_value_heads=2, num_local_experts=4),
     "qwen3 moe": _case("qwen3_moe", "Qwen3Moe", **_QWEN3_MOE),
     "qwen3 moe renormalised": _case("qwen3_moe", "Qwen3Moe", **_QWEN3_MOE, norm_topk_prob=True, tie_word_embeddings=True),
+    "deepseek v3": _case("deepseek_v3", "DeepseekV3", **_DEEPSEEK),
+    "deepseek v3 of other settings": _case("deepseek_v3", "DeepseekV3", **_DEEPSEEK_OTHER),
     "mpt": Case("mpt", "Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3, "vocab_size": VOCAB, "max_seq_len": 64}),
     "bloom": Case("bloom", "Bloom", {"hidden_size": 32, "n_head": 4, "n_layer": 3, "vocab_size": VOCAB}),
     "olmo": _case("olmo", "Olmo", num_key_value_heads=2),
@@ -161,6 +190,9 @@ def theirs(case: Case, seed: int = 0) -> nn.Module:
                 parameter.normal_()
             else:
                 parameter.normal_(0.0, 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.uniform_(-0.2, 0.2)
     return model
 
 

@@ -56,7 +56,7 @@ def compared(case: Case, folder: Path) -> Compared:
         _most(theirs.logits),
         _most(theirs.logits - found),
         _most(theirs.logits - again),
-        _relative(_gradients(model, folder / "gradients"), mine.gradients()),
+        _relative(_gradients(model, folder / "gradients"), mine.gradients(), {name for name, _ in model.named_buffers()}),
     )
 
 
@@ -64,8 +64,10 @@ def _most(x: Tensor) -> float:
     return float(x.detach().abs().max())
 
 
-def _relative(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
+def _relative(expected: dict[str, Tensor], found: dict[str, Tensor], buffers: set[str]) -> dict[str, float]:
+    """`buffers` have no gradient: biases that balance experts."""
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    expected = {name: value for name, value in expected.items() if name not in buffers}
     least = 1e-3 * max(map(_most, expected.values()))  # of key biases rounding alone is left
     return {name: _most(value - found[name]) / max(_most(value), least) for name, value in expected.items()}
 

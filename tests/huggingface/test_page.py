@@ -21,6 +21,7 @@ SHIPPED = {
     "t5_11b": "t5",
     "t5_v1p1_xxl": "t5",
     "bloom_7b": "bloom",
+    "deepseek_v3": "deepseek_v3",
     "falcon_7b": "falcon",
     "gemma2_27b": "gemma2",
     "gemma_2b": "gemma",
