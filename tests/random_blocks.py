@@ -111,6 +111,7 @@ def arithmetic(b: Body) -> Value:
         "1.0 - {} * {}",
         "{} * exp(-1.0 * softplus({}))",
         "1 / (1.0 + exp(tanh({})))",
+        "log(1.5 + sigmoid({}))",
     )
     return b.add(str(form).format(x.name, y.name), x)
 
@@ -163,6 +164,19 @@ def parts(b: Body) -> Value:
     return b.add(f"concat(last({y.name}, size = {x.width - size}), first({x.name}, size = {size}))", x)
 
 
+def beside(b: Body) -> Value:
+    """A loss of its own on the way."""
+    x, y = b.pick() or b.flat(), b.pick() or b.flat()
+    return b.add(f"add_loss({x.name}, sigmoid({y.name}), factor = 0.1)", x)
+
+
+def gates(b: Body) -> Value:
+    """A position is kept, or not, by those before it; loads of whole sequences."""
+    x = b.flat()
+    kept = b.add(f"limit(top_k(softmax({x.name}), k = 2), top_k = 2, factor = 1.5)", x)
+    return b.add(f"{kept.name} * load({kept.name})", x)
+
+
 def shipped(b: Body) -> Value:
     x, other, heads, width = b.flat(), b.flat(), b.one(*HEADS), b.one(*WIDTHS)
     form = b.one(
@@ -194,6 +208,8 @@ STATEMENTS: Mapping[Callable[[Body], Value], int] = {
     attend: 3,
     shares: 1,
     parts: 2,
+    beside: 1,
+    gates: 1,
     shipped: 3,
 }
 

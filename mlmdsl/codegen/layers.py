@@ -54,13 +54,17 @@ FUNCTIONS: Mapping[tuple[str | None, str | None], str] = {
 }
 
 
-AXES = {"tp": "mesh.tensor", "cp": "mesh.context", "ep": "mesh.expert"}  # variables of programs
+AXES = {"tp": "mesh.tensor", "cp": "mesh.context", "ep": "mesh.expert", "tally": "mesh.tally"}  # variables of programs
 
 
 def axes_in(lines: Iterable[str]) -> tuple[str, ...]:
     """The axes that code mentions."""
     text = list(lines)
     return tuple(axis for axis in AXES if any(mentions(line, axis) for line in text))
+
+
+def _annotated(axis: str) -> str:
+    return f"{axis}: {'Tally' if axis == 'tally' else 'Axis'}"
 
 
 def own_axes(lines: Iterable[str]) -> list[str]:
@@ -475,7 +479,7 @@ class Layer:
             return []
         return [
             "",
-            f"{INDENT}def __init__({', '.join(['self', *(f'{axis}: Axis' for axis in self.taken)])}):",
+            f"{INDENT}def __init__({', '.join(['self', *map(_annotated, self.taken)])}):",
             f"{INDENT * 2}super().__init__()",
             *(f"{INDENT * 2}self.{axis} = {axis}" for axis in axes_in(self._body)),
             *self._weight_lines,

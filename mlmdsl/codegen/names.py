@@ -26,16 +26,16 @@ MODULE_ATTRIBUTES = _words(
     register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory
     state_dict to to_empty train training type xpu zero_grad"""
 )
-OWN_ATTRIBUTES = frozenset({"tp", "cp", "ep", "first", "last", "lo", "hi", "self"})
+OWN_ATTRIBUTES = frozenset({"tp", "cp", "ep", "tally", "first", "last", "lo", "hi", "self"})
 
 # Everything an emitted program may refer to by a bare name: no variable and no class is called so.
 PROGRAM_NAMES = _words(
-    """torch F nn tp cp ep lo hi self mesh index block values loss main Stage PARALLEL TRAINING
+    """torch F nn tally Tally tp cp ep lo hi self mesh index block values loss main Stage PARALLEL TRAINING
     AdamW Axis Data Mesh Objective Parallel Schedule Scope Tokenizer Training
     all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split
     attention cross_entropy normal ones positions recomputed rotary vocab_parallel_cross_entropy vocab_parallel_embedding
     weight zeros
-    balanced_top_k combine concat dispatch grouped_linear route top_k"""
+    add_loss balanced_top_k combine concat dispatch grouped_linear limit load route top_k"""
 )
 WORDS = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) | frozenset(dir(builtins))
 

@@ -19,7 +19,9 @@ from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.placement import REPLICATE
 from mlmdsl.planner.plan import Plan, PlanVariables
 
-OWN_NAMES = frozenset({"torch", "F", "nn", "tp", "cp", "ep", "lo", "hi", "self", "mesh", "index", "block", "values"}) | {
+OWN_NAMES = frozenset(
+    {"torch", "F", "nn", "tally", "tp", "cp", "ep", "lo", "hi", "self", "mesh", "index", "block", "values"}
+) | {
     "loss",
     "Stage",
     "PARALLEL",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlmdsl.runtime.attend import attention
+    from mlmdsl.runtime.balance import Tally, add_loss, limit, load
     from mlmdsl.runtime.collectives import (
         all_gather,
         all_reduce,
@@ -38,6 +39,7 @@ _HOMES = {
     "attend": "attention",
     "collectives": "all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split",
     "config": "AdamW Data Objective Parallel Schedule Tokenizer Training",
+    "balance": "Tally add_loss limit load",
     "distances": "alibi relative_positions",
     "functions": "concat cross_entropy positions rotary vocab_parallel_cross_entropy vocab_parallel_embedding",
     "experts": "balanced_top_k combine dispatch grouped_linear route top_k",
@@ -59,8 +61,10 @@ __all__ = [
     "Parallel",
     "Schedule",
     "Scope",
+    "Tally",
     "Tokenizer",
     "Training",
+    "add_loss",
     "alibi",
     "all_gather",
     "all_reduce",
@@ -75,6 +79,8 @@ __all__ = [
     "dispatch",
     "gather",
     "grouped_linear",
+    "limit",
+    "load",
     "main",
     "normal",
     "ones",

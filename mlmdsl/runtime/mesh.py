@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from mlmdsl.runtime.balance import Tally
 from mlmdsl.runtime.config import Parallel
 
 
@@ -34,7 +35,8 @@ class Mesh:
     """`devices` names its axes (pipeline, tensor, replicas), the replicas being the ranks of data and context, which hold the
     same weights: FSDP cuts what the tensor axis has cut already, so a DTensor on (tensor, replicas) describes a weight in a
     checkpoint. None in a single process. `sharers` has the same ranks with the axes (pipeline, tensor, copies, expert): the
-    replicas in groups of neighbours that share one set of experts; None where every rank has all of them."""
+    replicas in groups of neighbours that share one set of experts; None where every rank has all of them. `tally` is this
+    rank's alone."""
 
     tensor: Axis
     data: Axis
@@ -44,6 +46,7 @@ class Mesh:
     context: Axis = Axis("context", zigzag=True)
     expert: Axis = Axis("expert")
     sharers: DeviceMesh | None = field(default=None, compare=False)
+    tally: Tally = field(default_factory=Tally, compare=False)
 
     @property
     def replicas(self) -> Axis:

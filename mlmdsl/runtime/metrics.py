@@ -4,10 +4,13 @@
 metrics.jsonl has
 
     step loss grad_norm learning_rate tokens step_time_s tokens_per_s mfu peak_memory_bytes [validation_loss]
+    [auxiliary_loss] [routed_tokens dropped_tokens padded_tokens]
 
-with losses in nats per token, `tokens` all that counted so far, `tokens_per_s` and `peak_memory_bytes` of the whole world and
-of its fullest rank; a number that is not finite becomes null. The last line is {"summary": {...}} with predicted and measured
-step time and peak memory. MFU counts matrix products only (forward and backward, causal attention half, recomputation not).
+with losses in nats per token (the auxiliary one is what is added to `loss` for what is minimised), `routed_tokens` a token for
+each of its experts, of which capacities left out the dropped ones and stayed empty in padded places (which are not computed),
+`tokens` all that counted so far, `tokens_per_s` and `peak_memory_bytes` of the whole world and of its fullest rank; a number
+that is not finite becomes null. The last line is {"summary": {...}} with predicted and measured step time and peak memory. MFU
+counts matrix products only (forward and backward, causal attention half, recomputation not).
 """
 
 from __future__ import annotations
@@ -84,8 +87,9 @@ class Metrics:
         step_time_s: float,
         peak_memory_bytes: int,
         validation_loss: float | None = None,
+        balance: Mapping[str, float] | None = None,
     ) -> None:
-        """Records step `step`, counted from 1; times in seconds."""
+        """Records step `step`, counted from 1; times in seconds; `balance` as `balance.reported` gives it."""
         tokens_per_s = self.training.batch * self.training.sequence / step_time_s
         line: dict[str, Number | None] = {
             "step": step,
@@ -97,6 +101,7 @@ class Metrics:
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s),
             "peak_memory_bytes": peak_memory_bytes,
+            **(balance or {}),
         }
         if validation_loss is not None:
             line["validation_loss"] = validation_loss
@@ -217,6 +222,7 @@ def progress_text(line: Mapping[str, Any], steps: int, step_time_s: float) -> st
         f"loss {line['loss']:.4f}",
         f"validation {line['validation_loss']:.4f}" if "validation_loss" in line else "",
         f"{line['tokens_per_s']:,.0f} tok/s",
+        f"dropped {line['dropped_tokens'] / line['routed_tokens']:.1%}".replace("%", " %") if "dropped_tokens" in line else "",
         "" if line["mfu"] is None else f"MFU {line['mfu']:.1%}".replace("%", " %"),
         f"{line['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"{_duration((steps - line['step']) * step_time_s)} left" if line["step"] < steps else "",

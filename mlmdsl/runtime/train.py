@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlmdsl.diagnostics import Diagnostic, MlmError, RunError
-from mlmdsl.runtime import checkpoint, launch, metrics, profile
+from mlmdsl.runtime import balance, checkpoint, launch, metrics, profile
 from mlmdsl.runtime import mesh as meshes
 from mlmdsl.runtime.collectives import sliced
 from mlmdsl.runtime.config import Parallel, Training
@@ -58,6 +58,7 @@ class StepReport:
     learning_rate: float
     tokens: int  # valid ones of the whole run so far
     memory_bytes: tuple[int, ...]
+    balance: Mapping[str, float]  # by the names of `balance.reported`
 
 
 class Trainer:
@@ -95,7 +96,7 @@ class Trainer:
     def step(self) -> StepReport:
         """One optimizer step."""
         count, total = self.backward()
-        norm_squared, loss, memory = self._reported(total)
+        norm_squared, loss, memory, balanced = self._reported(total)
         norm = norm_squared**0.5
         clip = self.training.optimizer.clip
         if clip is not None and norm > clip:
@@ -104,13 +105,14 @@ class Trainer:
         rate = learning_rate(schedule, optimizer.lr, self.training.steps, self.done)
         self.state.step(rate)
         self.done, self.tokens = self.done + 1, self.tokens + count
-        return StepReport(self.done, loss / max(1, count), norm, rate, self.tokens, memory)
+        return StepReport(self.done, loss / max(1, count), norm, rate, self.tokens, memory, balanced)
 
     def backward(self) -> tuple[int, Tensor]:
         """Whole gradients of the next step's loss in `state`; its count of valid tokens, this rank's sum of losses."""
         batch = self._local(self.data.batch(self.done, *self.rows))
         count = self._counted(batch["targets"])
         self.state.before_step()
+        self.mesh.tally.sums.clear()
         total = self.engine.train(batch, 1.0 / count if count else 0.0)
         self.state.synchronise()
         return count, total
@@ -128,14 +130,18 @@ class Trainer:
             dist.all_reduce(count, group=self.mesh.group("replicas"))
         return int(count)
 
-    def _reported(self, total: Tensor) -> tuple[float, float, tuple[int, ...]]:
-        """Squared norm and loss of the world, and each rank's memory: one vector in which every rank fills in its part."""
-        vector = torch.zeros(2 + self.mesh.world_size, dtype=torch.float64)
+    def _reported(self, total: Tensor) -> tuple[float, float, tuple[int, ...], dict[str, float]]:
+        """Squared norm and loss of the world, each rank's memory, and the tally: one vector in which every rank fills in its
+        part."""
+        share = self.mesh.tally.shares(self.mesh.tensor.rank == 0 and self.mesh.context.rank == 0)
+        vector = torch.zeros(2 + self.mesh.world_size + len(share), dtype=torch.float64)
+        vector[-len(share) :] = torch.tensor(share)
         vector[0] = self.state.square_norm()
         vector[1] = float(total) if self.tells_loss else 0.0
         vector[2 + self._rank] = peak_memory_bytes(self.mesh.device)
-        norm_squared, loss, *memory = self._summed(vector)
-        return norm_squared, loss, tuple(int(m) for m in memory)
+        norm_squared, loss, *others = self._summed(vector)
+        memory, sums = others[: -len(share)], others[-len(share) :]
+        return norm_squared, loss, tuple(int(m) for m in memory), balance.reported(sums)
 
     def _summed(self, vector: Tensor) -> list[float]:
         if self.mesh.world_size > 1:
@@ -262,6 +268,7 @@ def _train(
                 step_time_s=elapsed,
                 peak_memory_bytes=max(memory),
                 validation_loss=validation,
+                balance=report.balance,
             )
         if _due(report.step, training.checkpoint_every, steps, first=False) and report.step != saved:
             trainer.save(out)

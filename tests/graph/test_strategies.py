@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from mlmdsl.graph.ops.base import Emission
 from mlmdsl.graph.placement import BROADCAST, PARTIAL, REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
 from mlmdsl.graph.tensor import TensorType
 from mlmdsl.runtime import experts, functions
+from mlmdsl.runtime.balance import Tally
 
 B, S, RANKS = 2, 4, 2
 SIZES = {"B": B, "S": S}
@@ -77,7 +79,7 @@ CASES = [
     Case("offset", (floats("B", "S", 6),), (), (("term", 0.5),)),
     Case("gelu", (floats("B", "S", 6),), (), (("tanh", False),)),
     Case("gelu", (floats("B", "S", 6),), (), (("tanh", True),)),
-    *(Case(name, (ROWS,)) for name in ("relu", "silu", "sigmoid", "tanh", "exp", "softplus", "reciprocal", "softmax")),
+    *(Case(name, (ROWS,)) for name in ("relu", "silu", "sigmoid", "tanh", "exp", "log", "softplus", "reciprocal", "softmax")),
     Case("split_heads", (floats("B", "S", 24),), (), (("heads", 4),)),
     Case("merge_heads", (HEADS,)),
     *(Case("rotary", (HEADS,), (), (*ROTARY, ("factor", f), ("dim", dim))) for f, dim in ((1.0, None), (8.0, None), (1.0, 4))),
@@ -99,6 +101,9 @@ CASES = [
     Case("top_k", (floats("B", "S", 6),), (), TOP_K),
     Case("top_k", (floats("B", "S", 6), floats("B", "S", 6)), (), TOP_K),
     Case("balanced_top_k", (floats("B", "S", 6),), ((6,),), TOP_K),
+    *(Case("add_loss", (x, y), (), (("factor", 0.5),)) for x, y in ((ROWS, floats("B", "S")), (ROWS, floats("B", 1, 4)))),
+    Case("load", (ROWS,)),
+    Case("limit", (ROWS,), (), (("top_k", 2), ("factor", 0.5))),
     *(Case("sum", (floats("B", "S", 6),), (), (("keep", keep),)) for keep in (False, True)),
     *(Case(name, (floats("B", "S", 6),), (), (("size", 4),)) for name in ("first", "last")),
     Case("concat", (floats("B", "S", 4, 6), floats("B", "S", 1, 2))),
@@ -215,6 +220,7 @@ def emitted(case: Case, strategy: Strategy, axis: str | None, size: int) -> str:
 
 def run(text: str, inputs: list[Tensor], weights: list[Tensor], extra: dict[str, Any]) -> Tensor:
     names = {name: getattr(runtime, name) for name in runtime.__all__} | {"torch": torch, "F": F, **extra}
+    names |= {"TRAINING": SimpleNamespace(batch=B), "tally": Tally()}
     names |= {f"x{i}": x for i, x in enumerate(inputs)} | {f"w{i}": w for i, w in enumerate(weights)}
     return eval(text, names)
 

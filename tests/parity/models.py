@@ -72,7 +72,34 @@ train {
 }
 """
 
-MODELS = {"gpt": GPT, "llama": LLAMA}
+# Experts with capacities and every kind of balance
+LIMITED = """
+block Sparse(x: [B, S, d]) {
+  h = x + Attention(RMSNorm(x), heads = 4, causal = true, rope_theta = 10_000.0)
+  moe = Experts(
+    RMSNorm(h),
+    experts = 4,
+    top_k = 2,
+    hidden = d,
+    bias_rate = 0.05,
+    balance_loss = 0.5,
+    z_loss = 0.1,
+    capacity = 0.75,
+  )
+  output h + moe
+}
+
+model limited {
+  param d = 32
+  param layers = 4
+  input tokens: int[B, S]
+  h = Embedding(tokens, vocab = 64, dim = d)
+  repeat layers as blocks { h = Sparse(h) }
+  output Linear(RMSNorm(h), out = 64, bias = false)
+}
+"""
+
+MODELS = {"gpt": GPT, "llama": LLAMA, "limited": LIMITED}
 
 
 # ---- shipped architectures -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,25 @@ from tests.parity.models import program_text
 from tests.parity.ranks import run_ranks
 
 CASES = [(EXPERT_FAMILIES[i % 3], variables) for i, variables in enumerate(EXPERT_PLANS)]
+CASES += [("limited", EXPERT_PLANS[1]), ("limited", EXPERT_PLANS[3])]
 ONE = PlanVariables(micro_batch=4, stages=(2,))
 
 
 @pytest.mark.parametrize(("family", "variables"), CASES, ids=lambda value: getattr(value, "described", value))
 def test_shared_experts_keep_parity(family: str, variables: PlanVariables) -> None:
     assert largest_difference(family, variables) < TOLERANCE
+
+
+@pytest.mark.parametrize("variables", [EXPERT_PLANS[2], EXPERT_PLANS[3]], ids=lambda value: value.described)
+def test_counts_and_auxiliary_losses_are_those_of_one_process(variables: PlanVariables) -> None:
+    one, other = (run_ranks(_counted, v.world_size, program_text("limited", v)) for v in (ONE, variables))
+    (wanted,) = one
+    assert wanted.keys() == {"auxiliary_loss", "routed_tokens", "dropped_tokens", "padded_tokens"}
+    assert all(found == pytest.approx(wanted, rel=1e-6) for found in other)
+
+
+def _counted(rank: int, text: str) -> Mapping[str, float]:
+    return make_trainer(text).step().balance
 
 
 def _saved(rank: int, text: str, out: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mlmdsl.graph.ops import (
     attention,
+    balance,
     distances,
     elementwise,
     embedding,
@@ -18,7 +19,7 @@ from mlmdsl.graph.ops import (
 )
 from mlmdsl.graph.ops.base import Op
 
-_FAMILIES = (structure, embedding, linear, norm, elementwise, selection, attention, distances, experts, loss)
+_FAMILIES = (structure, embedding, linear, norm, elementwise, selection, attention, distances, experts, balance, loss)
 CATALOGUE: Mapping[str, Op] = {op.name: op for family in _FAMILIES for op in family.OPS}
 
 __all__ = ["CATALOGUE", "Op"]

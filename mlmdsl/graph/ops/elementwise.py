@@ -95,6 +95,7 @@ OPS = (
     _unary("sigmoid", "Logistic sigmoid.", "torch.sigmoid({x})", ("out",)),
     _unary("tanh", "Hyperbolic tangent.", "torch.tanh({x})", ("out",)),
     _unary("exp", "Exponential.", "torch.exp({x})", ("out",)),
+    _unary("log", "Natural logarithm.", "torch.log({x})", ("in0",)),
     _unary("softplus", "log(1 + exp(x)), a smooth ReLU.", "F.softplus({x})", ("in0",)),
     _unary("reciprocal", "One over a tensor, as in `1 / x`.", "1.0 / {x}", ("out",)),
     SOFTMAX,
