@@ -150,7 +150,7 @@ def _program_arguments(options: argparse.Namespace, out: Path) -> list[str]:
 
 def _generate(options: argparse.Namespace) -> int:
     from mlmdsl.codegen.emit import emit
-    from mlmdsl.compile import compile_spec
+    from mlmdsl.compile import ALONE, compile_spec
     from mlmdsl.planner.plan import load_plan
     from mlmdsl.planner.search import single_device
 
@@ -159,7 +159,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise _usage(f"{run} is no run: it has no plan.json", "name the folder that `mlmdsl run --out` wrote")
     path = str(run / "spec.mlm")
     plan = load_plan(_read(str(run / "plan.json")), str(run / "plan.json"))
-    done = compile_spec(_read(path), path=path, overrides=plan.overrides, folder=plan.folder, until="graph")
+    done = compile_spec(_read(path), path=path, overrides=(*plan.overrides, ALONE), folder=plan.folder, until="graph")
     assert done.spec is not None and done.graph is not None
     from mlmdsl.runtime.generate import generate
 

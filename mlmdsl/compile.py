@@ -26,6 +26,9 @@ from mlmdsl.planner.verify_layout import verify_layout
 Pass = Literal["syntax", "spec", "graph", "plan", "program"]
 
 
+ALONE = "train.documents=joined"  # an override: the model as it is for sequences that are one document each
+
+
 @dataclass(frozen=True)
 class Compilation:
     """What the passes up to `until` made; the later fields are None. `sources` holds the text of every file read, for

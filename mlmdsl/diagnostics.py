@@ -228,6 +228,7 @@ CODES: Mapping[str, str] = {
     "MLM0524": "an input that the objective does not feed",
     "MLM0525": "an input that the objective needs",
     "MLM0526": "inputs whose lengths differ under one name",
+    "MLM0527": "documents that cannot be kept apart",
     # 06xx: planning and saved plans
     # 07xx: the run: data, tokenizers, checkpoints, processes
     "MLM0601": "no plan fits the memory of the devices",

@@ -23,7 +23,7 @@ from mlmdsl.grammar.settings import Settings
 from mlmdsl.grammar.spec import BlockSource, Cluster, ModelSource, PlanConstraints, Spec, Train, fingerprint
 from mlmdsl.grammar.train import read_train
 
-_WORDS = frozenset({"precision", "kind"})  # settings whose values are bare words
+_WORDS = frozenset({"precision", "kind", "documents"})  # settings whose values are bare words
 _Statement = TypeVar("_Statement", bound=s.Node)
 _Item = TypeVar("_Item", bound=s.Item)
 

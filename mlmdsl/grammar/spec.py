@@ -124,6 +124,7 @@ class Train(Frozen):
     data: Data
     tokenizer: Tokenizer
     objective: Objective
+    documents: Literal["joined", "separate"] = "joined"  # of one row: whether attention crosses from one to another
     seq_len: int  # tokens
     batch: int  # sequences
     steps: int

@@ -31,6 +31,7 @@ def read_train(settings: Settings, folder: str) -> Train | None:
     objective = _objective(settings, int(seq_len or 0))
     if data is not None:
         _check_kind(settings, data, objective)
+    documents: Any = settings.word("documents", ("joined", "separate"), "joined")
     batch = _batch(settings, seq_len)
     steps = _steps(settings, seq_len, batch)
     optimizer = _optimizer(settings)
@@ -46,6 +47,7 @@ def read_train(settings: Settings, folder: str) -> Train | None:
         data=data or Data(kind="text", paths=(os.path.join(folder, "corpus/*.txt"),)),
         tokenizer=tokenizer,
         objective=objective,
+        documents=documents,
         seq_len=int(seq_len),
         batch=batch,
         steps=steps,

@@ -63,7 +63,7 @@ def bind_tensors(
     others = {a.name: _argument(body, given, bound, a) for a in signature.arguments}
     if POISON in tensors or any(value is POISON for value in others.values()):
         return None, None
-    return tuple(tensors), others
+    return tuple(tensors), others | {name: name in present for name in signature.noted}
 
 
 def _tensor(body: Evaluator, given: Given, bound: Mapping[str, Any], name: str) -> Any:

@@ -24,13 +24,14 @@ class Argument:
 
 @dataclass(frozen=True)
 class Signature:
-    """`tensors` are the leading positional arguments, `optional` those after them that may be left out or `none`; `bias` says
-    that a bias operation may follow (argument `bias`)."""
+    """`tensors` are the leading positional arguments, `optional` those after them that may be left out or `none`, of which
+    attributes of those `noted` say whether they are there; `bias` says that a bias operation may follow (argument `bias`)."""
 
     op: str
     tensors: tuple[str, ...]
     arguments: tuple[Argument, ...] = ()
     optional: tuple[str, ...] = ()
+    noted: tuple[str, ...] = ()
     owns: bool = False
     bias: bool = False
 
@@ -91,7 +92,8 @@ SIGNATURES: Mapping[str, Signature] = {
             Argument("window", "optional int", None),
             Argument("softcap", "optional float", None),
         ),
-        optional=("bias", "valid"),
+        optional=("bias", "valid", "documents"),
+        noted=("documents",),
     ),
     "RelativePosition": Signature(
         "relative_position",

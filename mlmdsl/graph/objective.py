@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from mlmdsl.diagnostics import Diagnostics, Label
 from mlmdsl.grammar.spec import Train
-from mlmdsl.graph.graph import Node
+from mlmdsl.graph.graph import Node, Scalar
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import ShapeProblem
 from mlmdsl.graph.state import State
@@ -18,6 +21,8 @@ def add_loss(
 ) -> tuple[Node, dict[str, int]] | None:
     """Adds the targets and the cross entropy; with the lengths of symbols that are not seq_len's. None where a mistake was
     reported. Without `train` a model may have any inputs."""
+    if train is not None and train.documents == "separate" and not _keep_apart(state, train, diagnostics):
+        return None
     inputs = _named(state, train, diagnostics)
     if inputs is None or (train is not None and not _names_fit(state, inputs, train, diagnostics)):
         return None
@@ -37,6 +42,42 @@ def add_loss(
     node = Node(path, "cross_entropy", (output.path, "targets"), kind, span=output.span)
     state.add(node)
     return node, lengths
+
+
+def _keep_apart(state: State, train: Train, diagnostics: Diagnostics) -> bool:
+    """Every attention is given an input that numbers the documents of a row. False where that cannot be (reported)."""
+    attends = [node for node in state.paths.values() if node.op == "attend" and not node.attrs["documents"]]
+    inputs, span = [state.paths[path] for path in state.inputs], train.spans.get("documents")
+    tokens = next((node for node in inputs if node.type.dtype == "int" and len(node.type.shape) == 2), None)
+    if tokens is None:  # said elsewhere
+        return True
+    problem, labels, help = "", (), "write documents = joined"
+    if "documents" not in train.objective.feeds.fed:
+        problem = f"{train.objective.kind}() has no several documents in a row"
+    elif "documents" in state.paths and "documents" not in state.inputs:
+        problem, help = "the model calls a value `documents`, as its input would be", "give the value another name"
+    for node in () if problem else attends:
+        if any(state.paths[source].type.shape[:2] != tokens.type.shape for source in node.inputs[:2]):
+            problem = "an attention is not of the row's tokens among themselves"
+            labels = (Label(node.span, "here"),) if node.span else ()
+            help = "write documents = joined, or attend with documents of your own"
+    if problem:
+        diagnostics.report("MLM0527", problem, span, label="to be kept apart", secondary=labels, help=help)
+        return False
+    if "documents" not in state.inputs:
+        added = Node("documents", "input", (), tokens.type, variable="documents")
+        state.inputs.append("documents")
+        state.first_nodes.append(added)
+        state.paths["documents"] = added
+    told = {n.path: replace(n, inputs=(*n.inputs, "documents"), attributes=_with(n.attrs, documents=True)) for n in attends}
+    state.nodes = [told.get(node.path, node) for node in state.nodes]
+    state.regions = [replace(r, nodes=tuple(told.get(node.path, node) for node in r.nodes)) for r in state.regions]
+    state.paths.update(told)
+    return True
+
+
+def _with(attributes: Mapping[str, Scalar], **more: Scalar) -> tuple[tuple[str, Scalar], ...]:
+    return tuple(sorted({**attributes, **more}.items()))
 
 
 def _objective(train: Train | None) -> config.Objective:

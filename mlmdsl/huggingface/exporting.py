@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from mlmdsl.compile import compile_spec
+from mlmdsl.compile import ALONE, compile_spec
 from mlmdsl.diagnostics import RunError
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.huggingface.config import CONFIG, config_of, fail, recognise
@@ -41,7 +41,7 @@ def export_checkpoint(source: Path, out: Path, dtype: str | None, shard_bytes: i
     plan = load_plan((run / "plan.json").read_text(encoding="utf-8"), str(run / "plan.json"))
     path = run / "spec.mlm"
     done = compile_spec(
-        path.read_text(encoding="utf-8"), path=str(path), overrides=plan.overrides, folder=plan.folder, until="graph"
+        path.read_text(encoding="utf-8"), path=str(path), overrides=(*plan.overrides, ALONE), folder=plan.folder, until="graph"
     )
     assert done.graph is not None and done.spec is not None
     homes = _homes(run, done.spec)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlmdsl.codegen.emit import Program, emit
-from mlmdsl.compile import Compilation, compile_spec
+from mlmdsl.compile import ALONE, Compilation, compile_spec
 from mlmdsl.diagnostics import Diagnostic, SpecError
 from mlmdsl.graph.graph import Graph
 from mlmdsl.huggingface.config import CONFIG, Config, Recognised, fail, params_of, read_config, recognised_as
@@ -70,7 +70,7 @@ def import_checkpoint(
 
 def _compiled(config: Config, out: Path, spec: tuple[str, str] | None, overrides: Sequence[str]) -> Compilation:
     path, text = spec or (str(out / "spec.mlm"), spec_text(config))
-    return compile_spec(text, path=path, overrides=overrides, until="graph")
+    return compile_spec(text, path=path, overrides=(*overrides, ALONE), until="graph")
 
 
 def spec_text(config: Config) -> str:

@@ -9,6 +9,7 @@ Three ways, by what is asked for:
                             backward pass; also for a bias with a gradient on a CPU, where torch would keep all scores
 
 Over the context axis a rank has two chunks of the queries, each of which is attention over the slice of keys that it may see.
+Documents that are kept apart are slices, too: one call each, with no mask that a single document would not have.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlmdsl.runtime.config import QUERY_BLOCK
 from mlmdsl.runtime.mesh import Axis
@@ -33,6 +35,7 @@ def attention(
     bias: Tensor | None = None,
     valid: Tensor | None = None,
     *,
+    documents: Tensor | None = None,
     cp: Axis | None = None,
     causal: bool = False,
     scale: float | None = None,
@@ -44,11 +47,14 @@ def attention(
     `scale` defaults to D ** -0.5. `softcap` makes the scaled scores softcap * tanh(scores / softcap) (arXiv:2408.00118). `bias`
     [H, S, T], the first two of which may be 1, is added to them. Query i sees key j where j <= i if `causal`, and where
     |i - j| < window. Of `valid` [B, T] keys of 0 are padding, which nothing sees, except that with `causal` or a window a query
-    sees itself in any case. Each row has to have a key that is none.
+    sees itself in any case. Each row has to have a key that is none. `documents` [B, T] numbers documents: neighbours with the
+    same number are one, and nothing is seen but its own; padding is a document of its own, and `valid` is not looked at.
 
-    Over the context axis `cp`, q and the rows of a bias are this rank's part of the sequence, k, v and `valid` whole."""
+    Over the context axis `cp`, q and the rows of a bias are this rank's part of the sequence, k, v and the integers whole."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     settings: dict[str, Any] = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
+    if documents is not None and not documents.is_meta:
+        return _by_document(q, k, v, bias, _runs(documents), _chunks(k.size(2), cp), settings)
     if cp is None or cp.size == 1 or not (causal or window is not None):
         return _attend(q, k, v, bias, valid, 0, **settings).transpose(1, 2)
     size = q.size(2) // 2
@@ -61,6 +67,69 @@ def attention(
         of_valid = None if valid is None else valid[:, seen]
         parts.append(_attend(q[:, :, mine], k[:, :, seen], v[:, :, seen], of_bias, of_valid, offset, **settings))
     return torch.cat(parts, 2).transpose(1, 2)
+
+
+def _chunks(length: int, cp: Axis | None) -> list[range]:
+    """The positions that this rank has."""
+    if cp is None or cp.size == 1:
+        return [range(length)]
+    size = length // (2 * cp.size)
+    return [range(index * size, (index + 1) * size) for index in (cp.rank, 2 * cp.size - 1 - cp.rank)]
+
+
+_RUNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # all layers ask for the same
+
+
+def _runs(documents: Tensor) -> list[list[range]]:
+    """The positions of each document, by row."""
+    if documents not in _RUNS:
+        found: list[list[range]] = []
+        for row in documents.cpu():
+            ends: list[int] = row.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+            found.append([range(low, high) for low, high in zip([0, *ends], ends, strict=False)])
+        _RUNS[documents] = found
+    return _RUNS[documents]
+
+
+def _by_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    runs: list[list[range]],
+    chunks: list[range],
+    settings: dict[str, Any],
+) -> Tensor:
+    """[B, S, H, E]: row by row, chunk by chunk of this rank's queries, document by document.
+
+    The keys of a chunk's documents follow one another, so that what is cut apart is joined in the backward pass at once."""
+    causal, window = settings["causal"], settings["window"]
+    sides = 1 if causal else 2
+    within = None if window is None else min(k.size(2), sides * (window - 1) + max(map(len, chunks)))
+    parts: list[Tensor] = []
+    for number, row in enumerate(zip(q.split(1), k.split(1), v.split(1), strict=True)):
+        before = 0
+        for chunk, mine in zip(chunks, row[0].split([len(chunk) for chunk in chunks], 2), strict=True):
+            pieces = [range(max(d.start, chunk.start), min(d.stop, chunk.stop)) for d in runs[number]]
+            pairs = [(p, _own_keys(p, d, causal, window)) for p, d in zip(pieces, runs[number], strict=True) if p]
+            cut = slice(pairs[0][1].start, pairs[-1][1].stop)
+            sizes = [len(keys) for _, keys in pairs]
+            queries = mine.split([len(p) for p, _ in pairs], 2)
+            taken = zip(pairs, queries, *(x[:, :, cut].split(sizes, 2) for x in row[1:]), strict=True)
+            for (places, keys), query, key, value in taken:
+                rows, seen = slice(before, before + len(places)), slice(keys.start, keys.stop)
+                of_bias = None if bias is None else _of(bias, rows, seen)
+                offset = places.start - keys.start
+                part = _attend(query, key, value, of_bias, None, offset, within=within, **settings)
+                parts.append(part.transpose(1, 2)[0])
+                before += len(places)
+    return torch.cat(parts).unflatten(0, (q.size(0), -1))
+
+
+def _own_keys(queries: range, document: range, causal: bool, window: int | None) -> range:
+    """The keys of their document that any of these queries sees."""
+    seen = seen_keys(queries, document.stop, causal, window)
+    return range(max(seen.start, document.start), seen.stop)
 
 
 def _of(bias: Tensor, rows: slice, keys: slice) -> Tensor:
@@ -80,8 +149,10 @@ def _attend(
     scale: float | None,
     window: int | None,
     softcap: float | None,
+    within: int | None = None,
 ) -> Tensor:
-    """[B, H, S, D] and so on; the first query stands at the position of key number `offset`."""
+    """[B, H, S, D] and so on; the first query stands at the position of key number `offset`. `within`: the mask of a window is
+    a part of that of so many positions, which serves every call."""
     if window is not None and window >= max(offset + q.size(2), k.size(2)):
         window = None
     if softcap is not None or (bias is not None and bias.requires_grad and q.device.type == "cpu"):
@@ -93,7 +164,11 @@ def _attend(
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)
         last = _last_rows(q.size(2), k.size(2), q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=last, scale=scale, enable_gqa=shared)
-    mask = _mask(q, k, bias, valid, offset, causal, window)
+    if within is not None and window is not None and bias is None:
+        whole = _window_mask(range(within), range(within), causal, window, q.dtype, q.device)
+        mask = whole[offset : offset + q.size(2), : k.size(2)]
+    else:
+        mask = _mask(q, k, bias, valid, offset, causal, window)
     if q.size(1) != k.size(1):  # the kernels that take a mask want a key for every head
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

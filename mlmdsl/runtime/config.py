@@ -87,7 +87,12 @@ class Objective:
     @property
     def fed(self) -> tuple[str, ...]:
         """All inputs that it can feed."""
-        more = {"masked_token": ("segments",), "span_corruption": ("decoder_tokens",), "seq2seq": ("decoder_tokens",)}
+        more = {
+            "masked_token": ("segments", "documents"),
+            "next_token": ("documents",),
+            "span_corruption": ("decoder_tokens",),
+            "seq2seq": ("decoder_tokens",),
+        }
         return ("tokens", "valid", *more.get(self.kind, ()))
 
     def length(self, name: str, sequence: int) -> int:

@@ -72,7 +72,19 @@ class Form:
                 ids, counts = ids[: self.training.sequence + 1], counts[: self.training.sequence + 1]
                 return {"tokens": ids[:-1], "targets": np.where(counts[1:], ids[1:], IGNORE)}
             case _:
-                return {"tokens": ids[:-1], "targets": ids[1:]}
+                return self._next(ids)
+
+    def _next(self, ids: np.ndarray) -> Row:
+        """Where documents are kept apart, the end of one does not tell how the next begins."""
+        tokens, targets = ids[:-1], ids[1:]
+        if "documents" in self.training.inputs:
+            targets = np.where(tokens == self.text.end_of_text, IGNORE, targets)
+        return {"tokens": tokens, "documents": self._documents(tokens), "targets": targets}
+
+    def _documents(self, ids: np.ndarray) -> np.ndarray:
+        """The number of each token's document in its row: an end belongs to the document that it ends."""
+        ends = ids == self.text.end_of_text
+        return np.cumsum(ends) - ends
 
     def _masked(self, ids: np.ndarray, drawn: np.ndarray) -> Row:
         chosen = (drawn[0] < self.objective.probability) & (ids != self.text.end_of_text)
@@ -80,9 +92,10 @@ class Form:
         tokens = np.where(chosen & (drawn[1] < 0.8), self.text.mask, ids)
         other = (drawn[2] * self.text.vocab).astype(np.int64)
         tokens = np.where(chosen & (drawn[1] >= 0.9), other, tokens)
-        ends = ids == self.text.end_of_text
-        segments = np.minimum(np.cumsum(ends) - ends, 1)  # an end belongs to the document that it ends
-        return {"tokens": tokens, "segments": segments, "targets": np.where(chosen, ids, IGNORE)}
+        documents = self._documents(ids)
+        segments = np.minimum(documents, 1)
+        targets = np.where(chosen, ids, IGNORE)
+        return {"tokens": tokens, "segments": segments, "documents": documents, "targets": targets}
 
     def _corrupted(self, ids: np.ndarray, drawn: np.ndarray) -> Row:
         tokens, target = corrupted(
@@ -116,7 +129,7 @@ class Form:
         lengths = {name: width(name, self.training.sequence) for name in self.training.inputs}
         lengths[last] = width(self.objective.required[-1], self.training.sequence)
         for name, length in lengths.items():
-            fill = IGNORE if name == last else self.text.pad if name in ("tokens", "decoder_tokens") else 0
+            fill = {last: IGNORE, "tokens": self.text.pad, "decoder_tokens": self.text.pad, "documents": -1}.get(name, 0)
             padded = np.full((len(rows), length), fill, dtype=np.int64)
             for index, row in enumerate(rows):
                 values = np.ones(max(1, len(row["tokens"])), dtype=np.int64) if name == "valid" else row[name]

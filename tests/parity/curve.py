@@ -43,7 +43,8 @@ def training(sequence: int = 16, batch: int = 8, steps: int = 8, **changes: Any)
 class Synthetic:
     """Tokens by a formula; each row has another length, the rest of it is padding; some rows have no valid token at all.
 
-    `inputs` of the model and their objective as in Training: `valid` says what is no padding, `segments` changes half-way."""
+    `inputs` of the model and their objective as in Training: `valid` says what is no padding, `segments` changes half-way,
+    and a row has three `documents`."""
 
     batch_size: int
     sequence: int
@@ -60,6 +61,8 @@ class Synthetic:
         made = {name: found[0][:, :-1].contiguous() for name, found in stream.items()}
         places = torch.arange(self.sequence)
         made["valid"] = (places < lengths.get("tokens", lengths[predicted]).clamp(min=1)[:, None]).long()
+        ends = torch.tensor([[3 + row % 5, 9 + row % 4] for row in rows])
+        made["documents"] = (places >= ends[..., None]).sum(1)
         made["segments"] = (places >= self.sequence // 2).long().expand(len(rows), -1)
         targets = stream[predicted][0][:, 1:].clone()
         targets[torch.arange(targets.size(1)) >= lengths[predicted][:, None]] = -100

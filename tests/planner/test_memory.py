@@ -49,9 +49,9 @@ AXES: list[dict[str, Any]] = [{}, {"tensor": 2, "sequence_parallel": True}, {"te
 
 
 def compiled(model: str, pins: dict[str, Any], *overrides: str) -> tuple[Compilation, Plan, str]:
-    world = prod(pins.get(axis, 1) for axis in ("tensor", "pipeline", "data"))
+    world = prod(pins.get(axis, 1) for axis in ("tensor", "context", "pipeline", "data"))
     every = (f"{model.partition('_')[0]}.d=64", f"cluster.devices_per_node={world}", *overrides)
-    defaults = {"tensor": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 4, "recompute": "none"}
+    defaults = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 4, "recompute": "none"}
     written = [f"{name}={str(value).lower()}" for name, value in (defaults | pins).items()]
     done = compile_spec((MODELS | VARIANTS)[model] + SETTINGS, path="/specs/x.mlm", overrides=every, pins=written)
     assert done.plan is not None and done.program is not None
@@ -103,7 +103,8 @@ def held_by_rank(rank: int, text: str) -> tuple[int, int]:
     trainer = make_trainer(text)
     engine: Any = trainer.engine
     trainer.state.before_step()
-    *inputs, targets = (x[: engine.micro_batch].clone() for x in trainer.data.batch(0, *trainer.rows).values())
+    rows = trainer._local(trainer.data.batch(0, *trainer.rows))
+    *inputs, targets = (x[: engine.micro_batch].clone() for x in rows.values())
     weights = [held.parameter for held in trainer.state.held]
     with Storages((*weights, *trainer.state.gradients, *inputs, targets)) as found:
         value = engine.loss(engine.module(*inputs), targets, engine.mesh)
@@ -117,8 +118,21 @@ def modelled(done: Compilation, plan: Plan) -> Passing:
     assert done.spec is not None and done.graph is not None
     bench = Setting(done.spec, done.graph).shard(plan.plan.tensor, plan.plan.sequence_parallel)
     assert isinstance(bench, Bench)
+    bench = bench.over_context(plan.plan.context)
+    assert isinstance(bench, Bench)
     part = Place(bench, 1, 1).given(plan.plan.stages).parts[0]
     return bench.part(part, plan.plan.micro_batch, MODES.index(plan.plan.recompute), False).bytes
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+@pytest.mark.parametrize("axes", [{"context": 2}, {"context": 2, "tensor": 2, "sequence_parallel": True}, {}], ids=str)
+def test_what_stays_of_a_part_of_each_sequence(axes: dict[str, Any], documents: str, recompute: str) -> None:
+    """On the context axis, and where documents are kept apart."""
+    done, plan, text = compiled("llama", {"recompute": recompute, **axes}, f"train.documents={documents}")
+    expected = modelled(done, plan)
+    held, _ = min(run_ranks(held_by_rank, plan.plan.world_size, text))
+    assert held == pytest.approx(expected.kept + expected.loss, rel=0.01)
 
 
 @pytest.mark.parametrize("recompute", MODES)

@@ -122,6 +122,39 @@ def test_attention_over_another_sequence_without_its_padding(softcap: float | No
     assert_same(attention(q, k, v, valid=valid, softcap=softcap), expected, (q, k, v))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("bias", [None, (4, 12, 12), (4, 1, 12)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (False, None), (False, 2)])
+def test_attention_does_not_cross_documents(
+    causal: bool, window: int | None, softcap: float | None, bias: tuple[int, ...] | None, kv_heads: int, ranks: int
+):
+    """Of which some end inside a rank's chunk, and some reach over several."""
+    q = torch.randn(2, 12, 4, 8, requires_grad=True)
+    k, v = (torch.randn(2, 12, kv_heads, 8, requires_grad=True) for _ in range(2))
+    b = None if bias is None else torch.randn(bias, requires_grad=True)
+    given = (q, k, v) if b is None else (q, k, v, b)
+    settings = {"causal": causal, "window": window, "softcap": softcap}
+    documents = torch.tensor([[0] * 4 + [1] * 7 + [-1], [3] + [4] * 2 + [0] * 9])
+    alone = [
+        torch.cat([attention(*(x[i : i + 1, d] for x in (q, k, v)), sliced_bias(b, d), **settings) for d in found], 1)
+        for i, found in enumerate([[slice(0, 4), slice(4, 11), slice(11, 12)], [slice(0, 1), slice(1, 3), slice(3, 12)]])
+    ]
+    parts: list[Tensor] = []
+    for rank in range(ranks):
+        cp = Axis("context", ranks, rank, zigzag=True)
+        rows = sliced(b, cp, 1) if b is not None and b.size(1) > 1 else b
+        parts.append(attention(sliced(q, cp, 1), k, v, rows, documents=documents, cp=cp, **settings))
+    whole = torch.cat(alone)
+    expected = torch.cat([sliced(whole, Axis("context", ranks, rank, zigzag=True), 1) for rank in range(ranks)], 1)
+    assert_same(torch.cat(parts, 1), expected, given)
+
+
+def sliced_bias(bias: Tensor | None, document: slice) -> Tensor | None:
+    return None if bias is None else bias[:, document if bias.size(1) > 1 else slice(None), document]
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_attention_over_another_sequence(softcap: float | None):
     q, k, v = (torch.randn(2, n, 4, 8, requires_grad=True) for n in (5, 9, 9))

@@ -114,12 +114,19 @@ def _attend_type(types: Types, attrs: Attributes) -> TensorType:
     softcap = attrs["softcap"]
     if softcap is not None and number(attrs, "softcap") <= 0:
         raise ShapeProblem("MLM0503", f"softcap is a positive number, not {softcap}")
+    if _documents(attrs) and query.shape[1] != key.shape[1]:
+        raise ShapeProblem("MLM0501", f"documents want as many queries as keys, not {query} and {key}", 1)
     for argument, extra in enumerate(types[3:], 3):
         if extra.dtype != "int":
             _fit_bias(extra, (heads, query.shape[1], key.shape[1]))
         elif extra.shape != key.shape[:2]:
-            raise ShapeProblem("MLM0501", f"{extra} does not say which of the keys {key} are valid", argument)
+            raise ShapeProblem("MLM0501", f"{extra} is not of the keys {key}", argument)
     return TensorType("float", (*query.shape[:3], value.shape[3]))
+
+
+def _documents(attrs: Attributes) -> bool:
+    """The last input numbers documents."""
+    return bool(attrs.get("documents"))
 
 
 def _fit_bias(bias: TensorType, scores: tuple[int | str, ...]) -> None:
@@ -157,8 +164,30 @@ def _pairs(length: int, attrs: Attributes) -> float:
 
 
 def _attend_work(local: Local) -> Work:
-    """By what the runtime calls (runtime/attend.py). Flash attention (arXiv:2205.14135): scores never reach memory; the output
-    and the log-sum-exp are kept for backward."""
+    """By what the runtime calls (runtime/attend.py): where the calls for chunks of a sequence or for its documents are joined,
+    their results stay beside the whole; the gradients of what was cut for them are joined, too."""
+    apart = _documents(local.attrs)
+    seen = tuple(shape for i, shape in enumerate(local.inputs) if i < 3 or len(shape) == 3)  # not the integers
+    work = _whole_work(replace(local, inputs=seen) if apart else local)
+    masked = local.attrs["causal"] or local.attrs["window"] is not None
+    chunks = 2 if masked and local.inputs[0][1] < local.inputs[1][1] else 1
+    if chunks == 1 and not apart:
+        return work
+    joined = float(prod(local.output) * local.output_bytes)
+    cut = float(sum(prod(s) for s in local.inputs[:3]) * local.output_bytes)
+    return replace(
+        work,
+        bytes_forward=work.bytes_forward + 2 * joined,
+        bytes_backward=work.bytes_backward + 2 * (joined + cut),
+        extra_saved_bytes=work.extra_saved_bytes + joined,
+        extra_cheap_bytes=work.extra_cheap_bytes + joined,
+        kernels_forward=work.kernels_forward * chunks + 1,
+        kernels_backward=work.kernels_backward * chunks + 4,
+    )
+
+
+def _whole_work(local: Local) -> Work:
+    """Flash attention (arXiv:2205.14135): scores never reach memory; the output and the log-sum-exp are kept for backward."""
     batch, queries, heads, size = local.inputs[0]
     keys, kv_heads = local.inputs[1][1:3]
     attrs, width = local.attrs, local.output_bytes
@@ -242,6 +271,8 @@ def _attend_emit(e: Emission) -> str:
     options += ["causal=True"] if e.attrs["causal"] else []
     options += [f"{name}={e.attrs[name]!r}" for name in ("scale", "window", "softcap") if e.attrs[name] is not None]
     named = [f"valid={x}" if t.dtype == "int" else x for x, t in zip(e.inputs, e.input_types, strict=True)]
+    if _documents(e.attrs):
+        named[-1] = f"documents={e.inputs[-1]}"
     return f"attention({', '.join([*named, *options])})"
 
 
@@ -278,8 +309,10 @@ OPS = (
         " With `softcap` the scores are softcap * tanh(scores / softcap) (arXiv:2408.00118); `bias` [H, S, T], 1 in place of a"
         " dim where it is the same along it, is added to them. Query i sees key j where j <= i if `causal`, and where"
         " |i - j| < `window`. Nothing sees padding, keys of 0 in `valid` int[B, T]; only with `causal` or a window a query sees"
-        " itself in any case. FLOPs count the area that the mask leaves: S^2 / 2 of causal attention, S w - w^2 / 2 of a causal"
-        " window. Time counts what is computed: a window, a bias or padding is a mask to a fused kernel, which computes all"
+        " itself in any case. With `documents` int[B, T] a query sees the keys of its document alone, neighbours with the same"
+        " number; FLOPs, time and memory are those of one document in each row. FLOPs count the area"
+        " that the mask leaves: S^2 / 2 of causal attention, S w - w^2 / 2 of a causal window. Time counts what is computed: a"
+        " window, a bias or padding is a mask to a fused kernel, which computes all"
         " scores;"
         f" soft-capping is computed in blocks of {QUERY_BLOCK} queries, whose scores pass through memory.",
         infer=_attend_type,
