@@ -14,13 +14,13 @@ from mlmdsl.planner.plan import Plan
 from mlmdsl.report.terminal import render_plan
 
 SPEC = Path(__file__).resolve().parents[2] / "specs" / "models" / "llama3_8b.mlm"
-LONG = ("train.seq_len=131072 tok", "train.batch=32 seq")
 
 
 @cache
-def planned(*pins: str) -> Plan:
-    """Llama 3 8B on 64 H100s, in steps of 4 Mi tokens."""
-    done = compile_spec(SPEC.read_text(encoding="utf-8"), path=str(SPEC), overrides=LONG, pins=pins, until="plan")
+def planned(*pins: str, batch: int = 32) -> Plan:
+    """Llama 3 8B on 64 H100s at 131,072 tokens."""
+    long = ("train.seq_len=131072 tok", f"train.batch={batch} seq")
+    done = compile_spec(SPEC.read_text(encoding="utf-8"), path=str(SPEC), overrides=long, pins=pins, until="plan")
     assert done.plan is not None
     return done.plan
 
@@ -37,8 +37,8 @@ def test_a_sequence_that_one_rank_does_not_hold() -> None:
     """Neither weights nor layers are cut: what is too much is the sequence."""
     whole = ("tensor=1", "pipeline=1", "micro_batch=1", "zero=3")
     with pytest.raises(PlanError, match="MLM0601"):
-        planned(*whole, "context=1")
-    held = planned(*whole, "context=16")
+        planned(*whole, "context=1", batch=64)
+    held = planned(*whole, "context=16", batch=64)
     assert held.plan.context == 16 and held.plan.data == 4
 
 
