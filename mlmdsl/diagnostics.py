@@ -203,6 +203,7 @@ CODES: Mapping[str, str] = {
     "MLM0424": "an axis that is not laid out",
     "MLM0425": "a rule on cost without a price",
     "MLM0426": "a sequence that the context axis cannot split",
+    "MLM0427": "experts that the expert axis cannot share out",
     # 05xx: shapes, the graph, expect
     "MLM0501": "shapes that do not fit together",
     "MLM0502": "integers for floating-point values, or the other way round",

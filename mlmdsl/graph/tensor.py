@@ -74,3 +74,7 @@ class Weight:
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+    def shape_over(self, experts: int) -> tuple[int, ...]:
+        """On one of the ranks of an expert axis."""
+        return (self.shape[0] // experts, *self.shape[1:]) if self.expert else self.shape

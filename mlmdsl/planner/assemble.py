@@ -21,7 +21,7 @@ from mlmdsl.planner.plan import (
 from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
 from mlmdsl.planner.traffic import collectives
 
-_AXES = ("tensor", "context", "data", "pipeline")
+_AXES = ("tensor", "context", "expert", "data", "pipeline")
 
 
 def plan_of(place: Place, candidate: Candidate, report: SearchReport) -> Plan:
@@ -59,6 +59,7 @@ def variables(c: Candidate) -> PlanVariables:
         schedule=c.schedule,
         data=c.data,
         zero=c.zero,
+        expert=c.expert,
         micro_batch=c.micro_batch,
         recompute=MODES[c.recompute],
         stages=c.cut.stages,
@@ -103,6 +104,7 @@ class _Share(NamedTuple):
     recompute: float
     tensor: float
     context: float
+    expert: float
     sends: float
     gathered: float
 
@@ -121,6 +123,7 @@ def _breakdown(place: Place, c: Candidate, times: Times) -> dict[str, float]:
         "recompute": m * busiest.recompute,
         "tensor": m * busiest.tensor,
         "context": m * busiest.context,
+        "expert": m * busiest.expert,
         "pipeline": m * busiest.sends,
         "data": m * busiest.gathered + times.gathered + times.summed + place.sync_seconds,
         "optimizer": times.optimizer,
@@ -134,13 +137,14 @@ def _share(place: Place, c: Candidate, stages: tuple[int, ...]) -> _Share:
     compute = sum(count * (cost.forward_seconds + cost.backward_seconds) for cost, count in counted)
     tensor = sum(count * (cost.tensor_forward_seconds + cost.tensor_backward_seconds) for cost, count in counted)
     context = sum(count * (cost.context_forward_seconds + cost.context_backward_seconds) for cost, count in counted)
+    expert = sum(count * (cost.expert_forward_seconds + cost.expert_backward_seconds) for cost, count in counted)
     repeated = [(cost.again[c.recompute], count) for cost, count in counted]
-    again = sum(count * (a.kernel_seconds + a.tensor_seconds + a.context_seconds) for a, count in repeated)
+    again = sum(count * (a.kernel_seconds + a.tensor_seconds + a.context_seconds + a.expert_seconds) for a, count in repeated)
     forward, backward = _passes(place, c, stages)
-    sends = forward + backward - compute - tensor - context - again
+    sends = forward + backward - compute - tensor - context - expert - again
     gathering = place.with_gathers(c, ((1, forward, backward, 0.0),))
     gathered = sum(f + b for _, f, b, _ in gathering) - forward - backward
-    return _Share(compute, again, tensor, context, sends if place.pipeline > 1 else 0.0, gathered)
+    return _Share(compute, again, tensor, context, expert, sends if place.pipeline > 1 else 0.0, gathered)
 
 
 def _passes(place: Place, c: Candidate, stages: tuple[int, ...]) -> tuple[float, float]:

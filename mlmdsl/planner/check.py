@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 from mlmdsl.diagnostics import Diagnostics, Label
@@ -23,7 +23,7 @@ from mlmdsl.planner.schedule import cannot_run, executable, recomputes, virtual_
 
 _WORDS = frozenset({*SCHEDULES, *RECOMPUTE})
 _MESH = ("tensor", "context", "pipeline", "data")
-_ALONE = ("replicate", "expert")  # axes that the planner does not lay out
+_ALONE = ("replicate",)  # axes that the planner does not lay out
 
 
 def check(spec: Spec, graph: Graph, diagnostics: Diagnostics) -> None:
@@ -184,6 +184,23 @@ def _context(c: _Checker) -> None:
         c.report("MLM0426", f"context = {n} cannot split a sequence of {seq_len}", c.pins["context"], help, labels)
 
 
+def _experts(c: _Checker) -> None:
+    """Every rank of the axis has as many experts of each layer, and the axis is a part of the replicas."""
+    n = c.pinned("expert")
+    if n == 1:
+        return
+    stacks = {weight.key: weight.shape[0] for weight in c.graph.weights.values() if weight.expert}
+    pin = c.pins["expert"]
+    if not stacks:
+        c.report("MLM0427", f"expert = {n}, and the model has no experts", pin, "take the pin away")
+    elif uneven := next((count for count in stacks.values() if count % n), 0):
+        help = f"expert has to divide {gcd(*stacks.values())}"
+        c.report("MLM0427", f"expert = {n} cannot share out {uneven} experts", pin, help)
+    elif "data" in c.pins and (replicas := c.pinned("data") * c.pinned("context")) % n:
+        message = f"expert = {n} cannot be taken out of {replicas} replicas"
+        c.report("MLM0427", message, pin, "expert has to divide data * context", c.others("data", "context"))
+
+
 def _sequence(c: _Checker) -> None:
     pin = c.pins.get("sequence_parallel")
     if pin is None or pin.value is not True:
@@ -309,6 +326,7 @@ _CHECKS: tuple[Callable[[_Checker], None], ...] = (
     _micro_batches,
     _sequence,
     _context,
+    _experts,
     _schedule,
     _rules,
     _cost,

@@ -71,9 +71,10 @@ def local_sizes(
     sizes: Mapping[str, int],
     float_bytes: int,
     context: tuple[Strategy, int] | None = None,
+    expert: int = 1,
 ) -> Local:
     """A node's sizes on one of `n` ranks of the tensor axis; `context`: its strategy on the context axis, and that one's
-    ranks."""
+    ranks; `expert`: ranks of the expert axis, each of which has as many rows as without it, of fewer experts."""
     types = [graph.nodes[source].type for source in node.inputs]
     outer, ranks = context or (strategy, 1)
 
@@ -85,7 +86,9 @@ def local_sizes(
         input_bytes=tuple(width(t, float_bytes) for t in types),
         output=local(node.type, strategy.output, outer.output),
         output_bytes=width(node.type, float_bytes),
-        weights=tuple(cut(graph.weights[k].shape, w.dim, n) for k, w in zip(node.weights, strategy.weights, strict=True)),
+        weights=tuple(
+            cut(graph.weights[k].shape_over(expert), w.dim, n) for k, w in zip(node.weights, strategy.weights, strict=True)
+        ),
         weight_bytes=float_bytes,
         attrs=node.attrs,
     )

@@ -7,6 +7,8 @@ w = 2 bytes in bf16, 4 in fp32):
     1: w of weights, that FSDP2 keeps gathered; 4 / d of masters; 4 / d of gradients, and their unsharded sums; 8 / d of AdamW
     3: of weights and unsharded gradients those of two layers, the rest as 1; with a pipeline torch gathers and sums as for 1
 
+Experts that the expert axis shares out are held as for 0, a share of them on each of its ranks.
+
 Shards are counted as FSDP2 cuts them: dim 0 in chunks of ceil(rows / d). Passes: what one micro-batch leaves on a stage, times
 the micro-batches that the schedule holds there, and what recomputing brings back for one layer. torch's pipeline stages keep a
 receive buffer for every micro-batch, in both directions, and a stage's outputs until their backward pass.
@@ -22,6 +24,7 @@ from typing import Literal, NamedTuple
 
 from mlmdsl.grammar.spec import Device
 from mlmdsl.graph.graph import Graph, Weight
+from mlmdsl.planner.choice import cut
 from mlmdsl.planner.passes import PassCost, Passes
 from mlmdsl.planner.plan import StageMemory
 from mlmdsl.planner.sharding import Sharding
@@ -63,15 +66,18 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Holding:
-    """Local weight elements of one part: all, those of its largest layer and of what stands around the layers (FSDP2's units),
-    and the largest single one. `keys`: how many of each weight."""
+    """Local weight elements of one part: all but `experts`, those of its largest layer and of what stands around the layers
+    (FSDP2's units), and the largest single one; `experts` that the expert axis shares out. `keys`: how many of each other
+    weight; `expert_keys` of those."""
 
     elements: int
     layer: int
     root: int
     largest: int
     layers: int
+    experts: int
     keys: Mapping[str, int]
+    expert_keys: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,10 @@ class Holdings:
         return {key: self._local_shape(weight) for key, weight in self.graph.weights.items()}
 
     def _local_shape(self, weight: Weight) -> tuple[int, ...]:
-        cut = self.sharding.weights[weight.key].dim
-        return tuple(size // self.sharding.tensor if dim == cut else size for dim, size in enumerate(weight.shape))
+        return cut(weight.shape_over(self.sharding.expert), self.sharding.weights[weight.key].dim, self.sharding.tensor)
+
+    def _shared_out(self, key: str) -> bool:
+        return self.sharding.expert > 1 and self.graph.weights[key].expert
 
     def of(self, part: Part) -> Holding:
         if part not in self._parts:
@@ -109,15 +117,17 @@ class Holdings:
         for kind, count in enumerate(part.layers):
             if count:
                 own = self._used(self.chain.kinds[kind][:1], own=True)
-                layer = max(layer, self._sum(own))
+                layer = max(layer, self._sum(key for key in own if not self._shared_out(key)))
                 keys |= {key: keys.get(key, 0) + count for key in own}
                 keys |= dict.fromkeys(self._used(self.chain.kinds[kind], own=False), 1)
         for straight in (self.chain.first * part.first, self.chain.last * part.last):
             keys |= dict.fromkeys(self._used(straight, own=False), 1)
-        elements = sum(prod(self.local_shapes[key]) * count for key, count in keys.items())
-        root = self._sum(key for key, count in keys.items() if not self.graph.weights[key].region and count)
         largest = max((prod(self.local_shapes[key]) for key in keys), default=0)
-        return Holding(elements, layer, root, largest, sum(part.layers), keys)
+        shared_out = {key: count for key, count in keys.items() if self._shared_out(key)}
+        common = {key: count for key, count in keys.items() if key not in shared_out}
+        elements, experts = (sum(prod(self.local_shapes[key]) * n for key, n in each.items()) for each in (common, shared_out))
+        root = self._sum(key for key, count in common.items() if not self.graph.weights[key].region and count)
+        return Holding(elements, layer, root, largest, sum(part.layers), experts, common, shared_out)
 
     def _used(self, regions: Iterable[int], *, own: bool) -> tuple[str, ...]:
         """Weights of the regions: those of each pass, or those that all passes share."""
@@ -142,8 +152,12 @@ class Holdings:
 
     def partial(self, part: Part, replicas: int) -> int:
         """Elements whose gradients are partial sums over the tensor axis, as far as the first of the replicas has them."""
-        keys = self.of(part).keys
-        return self._cut({key: n for key, n in keys.items() if self.sharding.weights[key].partial_gradient}, replicas)
+        held = self.of(part)
+        common, experts = ({k: n for k, n in keys.items() if self._is_partial(k)} for keys in (held.keys, held.expert_keys))
+        return self._cut(common, replicas) + self._cut(experts, 1)
+
+    def _is_partial(self, key: str) -> bool:
+        return self.sharding.weights[key].partial_gradient
 
     def _cut(self, keys: Mapping[str, int], replicas: int) -> int:
         shapes = ((self.local_shapes[key], count) for key, count in keys.items())
@@ -152,10 +166,9 @@ class Holdings:
     def state(self, parts: Iterable[Part], zero: int, replicas: int, width: int, pipeline: int, micro_batches: int) -> State:
         """Of a rank that runs `parts`. A weight's gradient is made before it is added to the sum, or sent."""
         held = [self.of(part) for part in parts]
-        p = sum(h.elements for h in held)
+        p, experts = sum(h.elements for h in held), sum(h.experts for h in held)
         if not zero or replicas == 1:
-            master = 4 * p if width < 4 else 0
-            return State(width * p, master, 4 * p, 8 * p, 0, width * max(h.largest for h in held))
+            return _whole(p + experts, width, width * max(h.largest for h in held))
         shard = sum(self.shard(part, replicas) for part in parts)
         unit = max(max(h.layer, h.root) for h in held)
         sums = p * (4 if micro_batches > 1 else width)
@@ -163,7 +176,13 @@ class Holdings:
             sums = width * min(p, 2 * unit)
         gathered = width * min(p, 2 * max(h.layer for h in held) + max(h.root for h in held)) if pipeline == 1 else width * p
         weights, unsharded = (width * p, 0) if zero == 1 else (0, gathered)
-        return State(weights, 4 * shard, sums + 4 * shard, 8 * shard, unsharded, (2 * width + 4) * unit)
+        common = State(weights, 4 * shard, sums + 4 * shard, 8 * shard, unsharded, (2 * width + 4) * unit)
+        return State(*map(sum, zip(common, _whole(experts, width, 0), strict=True)))
+
+
+def _whole(elements: int, width: int, buffers: int) -> State:
+    """Held without ZeRO."""
+    return State(width * elements, 4 * elements if width < 4 else 0, 4 * elements, 8 * elements, 0, buffers)
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------

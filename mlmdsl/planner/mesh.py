@@ -2,7 +2,8 @@
 
 Ranks are torch.arange(world).view(pipeline, data, context, tensor), tensor innermost, and fill node after node: the axis that
 talks most is nearest. Axes are "tensor", "context", "data", "pipeline"; "replicas" for data and context together, over which
-weights are alike; and "world" for all ranks.
+weights are alike; "expert" for neighbours among the replicas, which share one set of experts, and "copies" for the ranks that
+have the same experts; and "world" for all ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Mesh:
     pipeline: int
     devices_per_node: int
     context: int = 1
+    expert: int = 1
 
     @property
     def replicas(self) -> int:
@@ -43,6 +45,8 @@ class Mesh:
             "context": (self.context, self.tensor),
             "data": (self.data, inner),
             "replicas": (self.replicas, self.tensor),
+            "expert": (self.expert, self.tensor),
+            "copies": (self.replicas // self.expert, self.tensor * self.expert),
             "pipeline": (self.pipeline, inner * self.data),
             "world": (self.world_size, 1),
         }

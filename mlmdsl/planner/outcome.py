@@ -30,7 +30,8 @@ class Found(NamedTuple):
 
     @property
     def mesh(self) -> tuple[int, ...]:
-        return self.candidate.tensor, self.candidate.context, self.candidate.pipeline, self.candidate.data
+        c = self.candidate
+        return c.tensor, c.context, c.pipeline, c.data, c.expert
 
     def order(self, ignored: int = 0) -> tuple[Any, ...]:
         """Sorts the best first; `ignored`: wishes that do not count. Ties are seen through rounding."""

@@ -41,6 +41,8 @@ class Again:
     kernel_seconds: float = 0.0
     tensor_seconds: float = 0.0
     context_seconds: float = 0.0
+    expert_seconds: float = 0.0
+    deliveries: tuple[Node, ...] = ()  # operations whose exchanges over the expert axis are made again
     moves: tuple[Move, ...] = ()
 
 
@@ -60,6 +62,8 @@ class PassCost:
     tensor_backward_seconds: float
     context_forward_seconds: float
     context_backward_seconds: float
+    expert_forward_seconds: float
+    expert_backward_seconds: float
     again: tuple[Again, Again, Again]
     saved_bytes: tuple[int, int, int]
     entry_bytes: tuple[int, int, int]
@@ -81,6 +85,7 @@ class Passes:
     sizes: Mapping[str, int]
     float_bytes: int
     context_group: Group | None = None
+    expert_group: Group | None = None
 
     @cached_property
     def costs(self) -> tuple[PassCost, ...]:
@@ -106,6 +111,8 @@ class Passes:
             tensor_backward_seconds=self._moved_back(over["tensor"]),
             context_forward_seconds=self._moved(over["context"]),
             context_backward_seconds=self._moved_back(over["context"]),
+            expert_forward_seconds=sum(self._delivery_seconds(node)[0] for node in region.nodes),
+            expert_backward_seconds=sum(self._delivery_seconds(node)[1] for node in region.nodes),
             again=again,
             loss_bytes=int(loss.extra_saved_bytes) if loss else 0,
             loss_transient_bytes=int(loss.transient_bytes) if loss else 0,
@@ -142,6 +149,19 @@ class Passes:
     def _inner_seconds(self, node: Node) -> float:
         return sum(count * collective_seconds(kind, size, self.group) for kind, size, count in self.inner(node))
 
+    def delivered(self, node: Node) -> tuple[int, int]:
+        """Bytes that the operation exchanges over the expert axis, forward and backward, rows being spread evenly."""
+        if self.sharding.expert == 1:
+            return 0, 0
+        return CATALOGUE[node.op].deliveries(self.sharding.local(node, self.sizes, self.float_bytes))
+
+    def _delivery_seconds(self, node: Node) -> tuple[float, float]:
+        if self.expert_group is None:
+            return 0.0, 0.0
+        group = self.expert_group
+        forward, backward = (collective_seconds("all_to_all", size, group) if size else 0.0 for size in self.delivered(node))
+        return forward, backward
+
     def _again(self, region: Region, moves: Iterable[Move], mode: str) -> Again:
         """Everything up to the last operation that saves something; under "selective" of that what is cheap, and gathers."""
         upto = -1
@@ -155,7 +175,10 @@ class Passes:
         inner = sum(self._inner_seconds(node) for node in rerun) if mode == "full" else 0.0
         kernels = sum(self.kernels.forward_seconds(self._works[node.path]) for node in rerun)
         tensor, context = (self._moved(move for move in repeated if move.axis == axis) for axis in ("tensor", "context"))
-        return Again(kernels, tensor + inner, context, repeated)
+        arriving = region.nodes[: upto + 2] if mode == "full" else ()  # what an operation saves has come to it by an exchange
+        delivering = tuple(node for node in arriving if self.delivered(node)[0])
+        expert = sum(self._delivery_seconds(node)[0] for node in delivering)
+        return Again(kernels, tensor + inner, context, expert, delivering, repeated)
 
     # ---- bytes ------------------------------------------------------------------------------------------------------
 
@@ -261,6 +284,9 @@ class Passes:
         for move in moves:
             if move.step.forward in (*_SUMS, "all_to_all"):
                 yield self._storage(move.value, move.lie), self._bytes(move.value, move.lie)
+        for node in region.nodes:
+            if size := self.delivered(node)[0]:
+                yield (node.path, "delivered"), size
 
     def _only_summed(self, value: str, users: Mapping[str, list[Node]]) -> bool:
         """Whether a product is a partial sum that a collective adds up, by itself or added to others."""
@@ -307,7 +333,7 @@ class Passes:
             return 0
         inputs = sum(self._bytes(value, self.sharding.asked(node, i)) for i, value in enumerate(node.inputs))
         inside = 0 if node.path == self.graph.loss else int(self._works[node.path].transient_bytes)
-        return inputs + self._bytes(node.path, self.sharding.left(node.path)) + inside
+        return inputs + self._bytes(node.path, self.sharding.left(node.path)) + inside + max(self.delivered(node))
 
     def boundary_bytes(self, entry: str) -> int:
         """A carried value as it lies between passes and stages."""

@@ -100,7 +100,7 @@ class Collective(Frozen):
 
     stage: int  # pipeline rank
     kind: CollectiveKind
-    axis: Literal["tensor", "context", "pipeline", "data", "replicas", "world"]  # replicas: data and context
+    axis: Literal["tensor", "context", "pipeline", "data", "replicas", "expert", "copies", "world"]  # as mesh.py has them
     bytes: int
     count: int
     reason: str
@@ -136,7 +136,9 @@ class Predicted(Frozen):
     train_days: float
     cost_usd: float | None
     energy_kwh: float
-    breakdown_s: dict[str, float]  # of the busiest rank: compute, recompute, tensor, context, pipeline, data, optimizer, bubble
+    breakdown_s: dict[
+        str, float
+    ]  # of the busiest rank: compute, recompute, tensor, context, expert, pipeline, data, optimizer, bubble
 
 
 class ModelFacts(Frozen):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple
 
 from mlmdsl.grammar.spec import Device, Pool, Spec
@@ -49,6 +49,7 @@ class Candidate(NamedTuple):
     zero: int
     cut: Cut
     context: int = 1
+    expert: int = 1
 
 
 class Times(NamedTuple):
@@ -111,6 +112,11 @@ class Setting:
         return flops_per_token(self.graph, train.seq_len) * train.seq_len * train.batch
 
     @cached_property
+    def experts(self) -> int:
+        """What degrees of the expert axis have to divide: the experts of every layer; 0 without any."""
+        return gcd(*(weight.shape[0] for weight in self.graph.weights.values() if weight.expert))
+
+    @cached_property
     def shared_weights(self) -> frozenset[str]:
         """Weights outside the repeats that more than one region uses: several stages may hold them."""
         used: dict[str, set[int]] = {}
@@ -120,8 +126,8 @@ class Setting:
                     used.setdefault(key, set()).add(index)
         return frozenset(key for key, regions in used.items() if len(regions) > 1)
 
-    def mesh(self, tensor: int, data: int, pipeline: int, context: int = 1) -> Mesh:
-        return Mesh(tensor, data, pipeline, self.network.devices_per_node, context)
+    def mesh(self, tensor: int, data: int, pipeline: int, context: int = 1, expert: int = 1) -> Mesh:
+        return Mesh(tensor, data, pipeline, self.network.devices_per_node, context, expert)
 
     def shard(self, tensor: int, sequence_parallel: bool) -> Bench | Infeasible:
         """The sharding does not depend on the micro-batch: it is chosen for one sequence."""
@@ -146,12 +152,14 @@ class PartCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that depends on the sharding over the tensor and context axes; what is asked for is made once."""
+    """Everything that depends on the sharding over the tensor, context and expert axes; what is asked for is made once."""
 
     setting: Setting
     sharding: Sharding
     group: Group
     context_group: Group | None = None
+    expert_group: Group | None = None
+    _experts: dict[int, Bench] = field(default_factory=dict[int, "Bench"])
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
     _parts: dict[tuple[Part, int, int, bool], PartCost] = field(default_factory=dict[tuple[Part, int, int, bool], PartCost])
     _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
@@ -164,6 +172,17 @@ class Bench:
         mesh = self.setting.mesh(self.sharding.tensor, 1, 1, context)
         return Bench(self.setting, found, self.group, group_of(mesh, "context", self.setting.network))
 
+    def over_experts(self, expert: int) -> Bench:
+        """The same with `expert` neighbours among the replicas that share one set of experts."""
+        if expert == 1:
+            return self
+        if expert not in self._experts:
+            mesh = self.setting.mesh(self.sharding.tensor, expert, 1, self.sharding.context, expert)
+            group = group_of(mesh, "expert", self.setting.network)
+            found = replace(self.sharding, expert=expert)
+            self._experts[expert] = Bench(self.setting, found, self.group, self.context_group, group)
+        return self._experts[expert]
+
     @cached_property
     def holdings(self) -> memory.Holdings:
         return memory.Holdings(self.setting.graph, self.sharding, self.setting.chain)
@@ -173,7 +192,7 @@ class Bench:
             sizes = self.setting.graph.sizes(micro_batch, self.setting.spec.train.seq_len)
             setting = self.setting
             common = (setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
-            self._passes[micro_batch] = Passes(*common, self.context_group)
+            self._passes[micro_batch] = Passes(*common, self.context_group, self.expert_group)
         return self._passes[micro_batch]
 
     def layer_seconds(self, micro_batch: int, mode: int) -> tuple[tuple[float, ...], float, float]:
@@ -188,10 +207,12 @@ class Bench:
         """(forward, backward, weights' share of it) of one pass, with what is recomputed in the backward pass."""
         return [
             (
-                cost.forward_seconds + cost.tensor_forward_seconds + cost.context_forward_seconds,
+                cost.forward_seconds + cost.tensor_forward_seconds + cost.context_forward_seconds + cost.expert_forward_seconds,
                 cost.backward_seconds
                 + cost.tensor_backward_seconds
                 + cost.context_backward_seconds
+                + cost.expert_backward_seconds
+                + cost.again[mode].expert_seconds
                 + cost.again[mode].kernel_seconds
                 + cost.again[mode].tensor_seconds
                 + cost.again[mode].context_seconds,
@@ -225,11 +246,12 @@ class Bench:
 
 class Exchange(NamedTuple):
     """Seconds of one rank's traffic over weights and gradients: all gathers once, all reductions once, the share of the largest
-    unit in them; tied and partial gradients; the optimizer."""
+    unit in them; those of experts that are shared out; tied and partial gradients; the optimizer."""
 
     gather: float
     reduce: float
     unit: float
+    experts: float
     tied: float
     partial: float
     optimizer: float
@@ -247,11 +269,15 @@ class Place:
 
     @cached_property
     def mesh(self) -> Mesh:
-        return self.bench.setting.mesh(self.bench.sharding.tensor, self.data, self.pipeline, self.context)
+        return self.bench.setting.mesh(self.bench.sharding.tensor, self.data, self.pipeline, self.context, self.expert)
 
     @property
     def context(self) -> int:
         return self.bench.sharding.context
+
+    @property
+    def expert(self) -> int:
+        return self.bench.sharding.expert
 
     @cached_property
     def replicas(self) -> int:
@@ -268,7 +294,8 @@ class Place:
 
     @cached_property
     def context_bytes(self) -> int:
-        several = (self.bench.sharding.tensor > 1) + (self.replicas > 1) + (self.pipeline > 1) + (self.context > 1)
+        axes = ("tensor", "context", "replicas", "pipeline", "expert")
+        several = sum(self.mesh.size(axis) > 1 for axis in axes) + (1 < self.expert < self.replicas)
         return memory.context_bytes(self.bench.setting.device.kind, several)
 
     @cached_property
@@ -352,7 +379,7 @@ class Place:
         passes = clock(c.schedule, runs, m, self.pipeline, c.interleave)
         busy = m * sum(count * (f + b) for count, f, b, _ in runs) / self.pipeline
         gathered, reduced = self._exposed(c, exchange, runs)
-        summed = reduced + exchange.tied + exchange.partial
+        summed = reduced + exchange.experts + exchange.tied + exchange.partial
         total = passes + gathered + summed + exchange.optimizer + self.sync_seconds
         return Times(passes, max(0.0, passes - busy) if self.pipeline > 1 else 0.0, gathered, summed, exchange.optimizer, total)
 
@@ -400,7 +427,8 @@ class Place:
     def _exchange(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> Exchange:
         setting, holdings, group = self.bench.setting, self.bench.holdings, self.replica_group
         held = [holdings.of(part) for part in parts]
-        elements, owned = sum(h.elements for h in held), sum(h.elements for h in held)
+        elements, shared_out = sum(h.elements for h in held), sum(h.experts for h in held)
+        owned = elements
         gather, reduce, unit = 0.0, collective_seconds("all_reduce", 4 * elements, group), 1.0
         if zero and self.replicas > 1:
             owned = sum(holdings.shard(part, self.replicas) for part in parts)
@@ -408,10 +436,11 @@ class Place:
             gather = sum(n * collective_seconds("all_gather", setting.width * size, group) for n, size in units if size)
             reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, group) for n, size in units if size)
             unit = max(size for _, size in units) / max(1, elements)
+        experts = collective_seconds("all_reduce", 4 * shared_out, group_of(self.mesh, "copies", setting.network))
         partial = collective_seconds("all_reduce", 4 * self.partial_elements(parts, zero), self.bench.group)
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(cut, parts, zero), self._pair)
-        optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * owned)
-        return Exchange(gather, reduce, unit, tied, partial, optimizer)
+        optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * (owned + shared_out))
+        return Exchange(gather, reduce, unit, experts, tied, partial, optimizer)
 
     def partial_elements(self, parts: tuple[Part, ...], zero: int) -> int:
         """Local elements whose gradients the tensor axis still has to add up, as far as ZeRO leaves them here."""

@@ -1,9 +1,9 @@
 """The search: every legal plan is priced and put against the ledger; the best one is assembled into a Plan.
 
-Exhaustive over tensor x sequence_parallel x context x pipeline x data x micro_batch x recompute x schedule x interleave x ZeRO,
-but for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that leave a rank little
-of a sequence (`Space._contexts`). "Legal" is what divides and what torch's schedules can run; everything else has its price
-(pricing.py). Deterministic: of plans that cost the same the simpler one is taken.
+Exhaustive over tensor x sequence_parallel x context x pipeline x data x expert x micro_batch x recompute x schedule x
+interleave x ZeRO, but for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that
+leave a rank little of a sequence (`Space._contexts`). "Legal" is what divides and what torch's schedules can run; everything
+else has its price (pricing.py). Deterministic: of plans that cost the same the simpler one is taken.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Any, NamedTuple
 
 from mlmdsl.grammar.spec import PlanConstraints, Spec
@@ -141,10 +142,15 @@ class Space:
             message = f"a batch of {batch} cannot be split over data = {data}"
             self._reject("batch", float(data), message)
             return
-        place = Place(bench, pipeline, data)
-        for micro_batch in self.within("micro_batch", divisors(batch // data)):
-            for schedule, interleave in self._schedules(pipeline, batch // data // micro_batch):
-                yield from self._cuts(place, micro_batch, schedule, interleave)
+        for expert in self._experts(data * bench.sharding.context):
+            place = Place(bench.over_experts(expert), pipeline, data)
+            for micro_batch in self.within("micro_batch", divisors(batch // data)):
+                for schedule, interleave in self._schedules(pipeline, batch // data // micro_batch):
+                    yield from self._cuts(place, micro_batch, schedule, interleave)
+
+    def _experts(self, replicas: int) -> list[int]:
+        """Degrees that divide the replicas and the experts of every layer."""
+        return self.within("expert", divisors(gcd(replicas, self.setting.experts)) if self.setting.experts else (1,))
 
     def _schedules(self, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
         for schedule, interleave in self._choices(pipeline):
@@ -222,7 +228,7 @@ class Judge:
         sharding = place.bench.sharding
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
         chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
-        candidates = [Candidate(*fixed, *chosen, zero, group.cut, place.context) for zero in zeros]
+        candidates = [Candidate(*fixed, *chosen, zero, group.cut, place.context, place.expert) for zero in zeros]
         outcome.candidates += len(candidates)
         held = place.held_bytes(candidates[0])
         fitting: list[tuple[Candidate, int]] = []
@@ -262,11 +268,14 @@ class Judge:
     def facts(self, c: Candidate, place: Place, times: Times, peak: int) -> dict[str, Any]:
         """What rules may speak of, as plain numbers."""
         spec, mesh = self.setting.spec, place.mesh
-        crosses = {f"{axis}.crosses_nodes": mesh.crosses_nodes(axis) for axis in ("tensor", "context", "pipeline", "data")}
-        alone = {f"{axis}.crosses_nodes": False for axis in ("replicate", "expert")}
+        crosses = {
+            f"{axis}.crosses_nodes": mesh.crosses_nodes(axis) for axis in ("tensor", "context", "pipeline", "data", "expert")
+        }
         hours = times.total * spec.train.steps / 3600
         return {
-            **dict.fromkeys(("replicate", "expert"), 1),
+            "replicate": 1,
+            "replicate.crosses_nodes": False,
+            "expert": c.expert,
             "tensor": c.tensor,
             "context": c.context,
             "pipeline": c.pipeline,
@@ -284,12 +293,11 @@ class Judge:
             "mfu": self.setting.step_flops / (times.total * spec.cluster.world_size * self.setting.kernels.peak),
             "cost": hours * spec.cluster.world_size * (spec.cluster.usd_per_device_hour or 0.0),
             **crosses,
-            **alone,
         }
 
 
 def simplicity(c: Candidate, peak: int) -> tuple[int, ...]:
-    """Smaller is simpler: nothing recomputed, less ZeRO, fewer virtual stages, no context axis, a shorter pipeline, less tensor
-    parallelism."""
-    axes = (c.context, c.pipeline, c.tensor, c.sequence_parallel)
+    """Smaller is simpler: nothing recomputed, less ZeRO, fewer virtual stages, no context axis, no expert axis, a shorter
+    pipeline, less tensor parallelism."""
+    axes = (c.context, c.expert, c.pipeline, c.tensor, c.sequence_parallel)
     return (c.recompute, c.zero, c.interleave, *axes, _PLAIN.index(c.schedule), peak)

@@ -72,6 +72,7 @@ class Sharding:
     moves: tuple[Move, ...]
     context: int = 1
     context_strategies: Mapping[str, Strategy] = field(default_factory=dict[str, Strategy])
+    expert: int = 1
 
     def left(self, path: str) -> Lie:
         """How a node leaves its value on the tensor and the context axis."""
@@ -95,7 +96,7 @@ class Sharding:
     def local(self, node: Node, sizes: Mapping[str, int], float_bytes: int) -> Local:
         """Sizes of a node on one rank."""
         around = (self.context_strategies[node.path], self.context) if self.context > 1 else None
-        return local_sizes(self.graph, node, self.strategies[node.path], self.tensor, sizes, float_bytes, around)
+        return local_sizes(self.graph, node, self.strategies[node.path], self.tensor, sizes, float_bytes, around, self.expert)
 
     def local_shape(self, type: TensorType, lie: Lie, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """A value on one rank."""

@@ -1,6 +1,7 @@
 """Every collective that a rank of each stage makes in one step: what the emitted program calls, and what the runtime adds.
 
-Over the tensor and context axes the plan's transitions and the operations' own, over the pipeline sends and receives, over the
+Over the tensor and context axes the plan's transitions and the operations' own, over the expert axis rows to their experts and
+back (as many bytes as there are where they are spread evenly), over the pipeline sends and receives, over the
 replicas (data, with context where that has ranks) what ZeRO asks for (FSDP2 takes each layer, and the rest of a stage, as a
 unit), and at the step's end the counts and norms of all ranks.
 """
@@ -15,7 +16,7 @@ from mlmdsl.planner.plan import Collective, CollectiveKind
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.stages import Part
 
-Axis = Literal["tensor", "context", "pipeline", "data", "replicas", "world"]
+Axis = Literal["tensor", "context", "pipeline", "data", "replicas", "expert", "copies", "world"]
 Call = tuple[CollectiveKind, Axis, int, int, str]  # kind, axis, bytes, count, reason
 
 
@@ -44,6 +45,8 @@ def _of_rank(place: Place, c: Candidate, rank: int) -> Iterator[Call]:
     partial, tied = place.partial_elements(parts, c.zero), place.tied_elements(c.cut, parts, c.zero)
     yield "all_reduce", "tensor", 4 * partial, int(partial > 0), "gradients that are partial sums"
     yield "all_reduce", "pipeline", 4 * tied, int(tied > 0), "gradients of tied weights"
+    experts = sum(place.bench.holdings.of(part).experts for part in parts)
+    yield "all_reduce", "copies", 4 * experts, int(experts > 0), "gradients of experts"
     yield "all_reduce", _replicas(place), 8, 1, "valid tokens of the step"
     yield "all_reduce", "world", place.norm_bytes, 1, "norm of the gradients, loss"
 
@@ -73,6 +76,10 @@ def _transitions(place: Place, c: Candidate, part: Part) -> Iterator[Call]:
                     calls * count * m,
                     f"{node.path}: {sharding.strategies[node.path].name}",
                 )
+            again = sum(repeated is node for repeated in passes.costs[index].again[c.recompute].deliveries)
+            forward, backward = passes.delivered(node)
+            yield "all_to_all", "expert", forward, (1 + again) * count * m * (forward > 0), f"{node.path}: rows to experts"
+            yield "all_to_all", "expert", backward, count * m * (backward > 0), f"{node.path}: rows to experts, backward"
 
 
 def _over_pipeline(place: Place, c: Candidate, stage: int) -> Iterator[Call]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlmdsl.codegen.emit import emit
 from mlmdsl.compile import compile_spec
 from mlmdsl.planner.plan import PlanVariables
 
@@ -167,16 +166,13 @@ def program_text(model: str, variables: PlanVariables) -> str:
 
 
 def emitted(text: str, variables: PlanVariables, *overrides: str) -> str:
-    """The program of a model's text, every variable pinned. Experts are shared out after planning: the planner lays out no
-    expert axis."""
+    """The program of a model's text, every variable pinned."""
     devices = f"cluster.devices_per_node={variables.world_size}"
-    pins = [f"{name}={_written(value)}" for name, value in variables if name not in ("replicate", "expert")]
+    pins = [f"{name}={_written(value)}" for name, value in variables if name != "replicate"]
     done = compile_spec(text + SETTINGS, path="/specs/model.mlm", overrides=(*overrides, devices), pins=pins)
-    assert done.plan is not None and done.program is not None and done.spec is not None and done.graph is not None
-    assert done.plan.plan == variables.model_copy(update={"expert": 1})
-    if variables.expert == 1:
-        return done.program.text
-    return emit(done.spec, done.graph, done.plan.model_copy(update={"plan": variables})).text
+    assert done.plan is not None and done.program is not None
+    assert done.plan.plan == variables
+    return done.program.text
 
 
 def _written(value: object) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mlmdsl.compile import compile_spec
-from mlmdsl.diagnostics import Diagnostic, MlmError
+from mlmdsl.diagnostics import Diagnostic, MlmError, SpecError
+from tests.parity.models import SETTINGS, small_model
 from tests.planner.small import text_of
 
 
@@ -54,7 +55,7 @@ CONTRADICTIONS = {
     ),
     # axes that are not laid out
     ("pin replicate = 2",): ("MLM0424", "replicate = 2: this axis is not laid out yet", "pin replicate = 1"),
-    ("pin expert = 4",): ("MLM0424", "expert = 4: this axis is not laid out yet", "pin expert = 1"),
+    ("pin expert = 4",): ("MLM0427", "expert = 4, and the model has no experts", "take the pin away"),
     # rules
     ("pin zero = 3", "forbid zero == 3"): ("MLM0422", "`forbid zero == 3` contradicts a pin", "change one of the two"),
     ("pin tensor = 2", "pin data = 4", "require tensor * data <= 4"): (
@@ -145,4 +146,26 @@ def test_an_odd_vocabulary_is_a_warning() -> None:
 
 def test_every_contradiction_is_said_at_once() -> None:
     found = checked("pin tensor = 8", "pin pipeline = 8", "pin micro_batch = 3", "pin expert = 2", "require zero == 2")
-    assert {item.code for item in found} == {"MLM0424", "MLM0412", "MLM0414", "MLM0415", "MLM0416", "MLM0422"}
+    assert {item.code for item in found} == {"MLM0427", "MLM0412", "MLM0414", "MLM0415", "MLM0416", "MLM0422"}
+
+
+@pytest.mark.parametrize(
+    ("pins", "message", "help"),
+    [
+        (["expert=3"], "expert = 3 cannot share out 4 experts", "expert has to divide 4"),
+        (["expert=4", "data=2"], "expert = 4 cannot be taken out of 2 replicas", "expert has to divide data * context"),
+    ],
+)
+def test_experts_are_shared_out_evenly(pins: list[str], message: str, help: str) -> None:
+    overrides = ("cluster.devices_per_node=8",)
+    with pytest.raises(SpecError) as refused:
+        compile_spec(small_model("mixtral") + SETTINGS, path="/specs/x.mlm", overrides=overrides, pins=pins, until="plan")
+    (found,) = refused.value.diagnostics
+    assert (found.code, found.message, found.help) == ("MLM0427", message, help)
+
+
+def test_experts_may_be_shared_over_parts_of_a_sequence() -> None:
+    pins = ["expert=4", "data=2", "context=2", "tensor=1", "pipeline=1"]
+    overrides = ("cluster.devices_per_node=4",)
+    done = compile_spec(small_model("mixtral") + SETTINGS, path="/specs/x.mlm", overrides=overrides, pins=pins, until="plan")
+    assert done.plan is not None and done.plan.plan.expert == 4

@@ -21,7 +21,7 @@ from mlmdsl.planner.plan import Plan
 from mlmdsl.planner.pricing import Bench, Place, Setting
 from mlmdsl.runtime.parallel import local_part
 from tests.parity.curve import make_trainer
-from tests.parity.models import GPT, LLAMA, MODELS, SEQUENCE, SETTINGS
+from tests.parity.models import GPT, LLAMA, MODELS, SEQUENCE, SETTINGS, small_model
 from tests.parity.ranks import run_ranks
 
 # Masks and biases of attention, in the models of the parity tests
@@ -53,7 +53,8 @@ def compiled(model: str, pins: dict[str, Any], *overrides: str) -> tuple[Compila
     every = (f"{model.partition('_')[0]}.d=64", f"cluster.devices_per_node={world}", *overrides)
     defaults = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 4, "recompute": "none"}
     written = [f"{name}={str(value).lower()}" for name, value in (defaults | pins).items()]
-    done = compile_spec((MODELS | VARIANTS)[model] + SETTINGS, path="/specs/x.mlm", overrides=every, pins=written)
+    text = (MODELS | VARIANTS).get(model) or small_model(model)
+    done = compile_spec(text + SETTINGS, path="/specs/x.mlm", overrides=every, pins=written)
     assert done.plan is not None and done.program is not None
     return done, done.plan, done.program.text
 
@@ -264,6 +265,22 @@ def test_state(model: str, pins: dict[str, Any]) -> None:
         else:
             assert entry.weights_bytes == held["parameters"] == held["masters"] and entry.master_weights_bytes == 0
             assert entry.gradients_bytes == held["gradients"]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_state_of_experts_that_ranks_share(zero: int) -> None:
+    """Held whole on each of the ranks that have them, whatever ZeRO cuts of the rest."""
+    pins = {"data": 4, "expert": 2, "zero": zero, "micro_batch": 2}
+    done, plan, text = compiled("mixtral", pins, "mixtral.layers=2")
+    assert done.graph is not None
+    experts = [w for w in done.graph.weights.values() if w.expert]
+    own = 4 * sum(w.elements * done.graph.count_of(w) for w in experts) // 2
+    entry = plan.memory[0]
+    for _, held in run_ranks(state_of_rank, plan.plan.world_size, text):
+        assert entry.optimizer_bytes == held["optimizer"]
+        shards = entry.master_weights_bytes + own if zero else entry.weights_bytes
+        assert shards == held["masters"]
+        assert held["gradients"] <= entry.gradients_bytes <= held["gradients"] + held["whole"]
 
 
 def peak_of_rank(rank: int, text: str) -> int:

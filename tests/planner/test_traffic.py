@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlmdsl.compile import compile_spec
 from mlmdsl.planner.plan import Plan
 from tests.parity.curve import make_trainer
-from tests.parity.models import MODELS, SETTINGS
+from tests.parity.models import MODELS, SETTINGS, small_model
 from tests.parity.ranks import run_ranks
 
 Calls = Counter[tuple[str, str, int]]  # kind, axis, bytes
@@ -63,7 +63,10 @@ def calls_of_rank(rank: int, text: str) -> tuple[int, dict[tuple[str, str, int],
     mesh = trainer.mesh
     named = {"tensor": mesh.tensor, "context": mesh.context, "pipeline": mesh.pipeline}
     named["data" if mesh.context.size == 1 else "replicas"] = mesh.replicas
+    named["expert"] = mesh.expert
     axes = {axis.group_name: name for name, axis in named.items() if axis.size > 1}
+    if mesh.sharers is not None:
+        axes[mesh.sharers.get_group("copies").group_name] = "copies"
     found: Calls = Counter()
     for (kind, group, size), count in heard.calls.items():
         found[kind, axes.get(group, "world" if group == dist.group.WORLD.group_name else "pair"), size] += count
@@ -75,7 +78,8 @@ def compiled(model: str, layers: int, pins: dict[str, Any]) -> tuple[Plan, str]:
     overrides = (f"{model}.layers={layers}", f"cluster.devices_per_node={world}")
     defaults = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"}
     written = [f"{name}={str(value).lower()}" for name, value in (defaults | pins).items()]
-    done = compile_spec(MODELS[model] + SETTINGS, path="/specs/x.mlm", overrides=overrides, pins=written)
+    text = MODELS[model] if model in MODELS else small_model(model)
+    done = compile_spec(text + SETTINGS, path="/specs/x.mlm", overrides=overrides, pins=written)
     assert done.plan is not None and done.program is not None
     return done.plan, done.program.text
 
@@ -135,6 +139,35 @@ def test_collectives_of_a_step(model: str, pins: dict[str, Any]) -> None:
     for stage, calls in run_ranks(calls_of_rank, plan.plan.world_size, text):
         planned = ((item.kind, item.axis, item.bytes, item.count) for item in plan.collectives if item.stage == stage)
         assert merged(plan, ((*call, count) for call, count in calls.items())) == merged(plan, planned)
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [
+        dict(data=4, expert=2),
+        dict(data=4, expert=2, zero=1, recompute="selective"),
+        dict(data=4, expert=2, zero=3, recompute="full"),
+    ],
+    ids=lambda x: " ".join(map(str, x.values())),
+)
+def test_rows_travel_to_their_experts(pins: dict[str, Any]) -> None:
+    """As often as planned, and over all ranks as many bytes: where one rank gets more another one gets fewer."""
+    plan, text = compiled("mixtral", 2, pins)
+    every = run_ranks(calls_of_rank, plan.plan.world_size, text)
+    planned = [item for item in plan.collectives if item.kind == "all_to_all" and item.axis == "expert"]
+    heard = [
+        (size, n) for _, calls in every for (kind, axis, size), n in calls.items() if (kind, axis) == ("all_to_all", "expert")
+    ]
+    assert sum(n for _, n in heard) == len(every) * sum(item.count for item in planned)
+    assert sum(size * n for size, n in heard) == len(every) * sum(item.bytes * item.count for item in planned)
+    for _, calls in every:
+        others = (
+            (item.kind, item.axis, item.bytes, item.count)
+            for item in plan.collectives
+            if (item.kind, item.axis) != ("all_to_all", "expert")
+        )
+        rest = ((*call, count) for call, count in calls.items() if call[:2] != ("all_to_all", "expert"))
+        assert merged(plan, rest) == merged(plan, others)
 
 
 def test_nothing_is_said_on_one_device() -> None:

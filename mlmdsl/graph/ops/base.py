@@ -123,6 +123,7 @@ class Op:
     context: the ways to place it on the context axis, over which every sequence is cut and every weight is whole with a partial
         gradient, the best first; where it is not given, `strategies` by name (`on_context`).
     cheap: recomputed under `recompute = selective` (everything but matrix products and flash attention).
+    deliveries(local): bytes that an exchange over the expert axis moves on one rank, (forward, backward), where that has ranks.
     active(input types): the share of its weights that one token is computed with.
     """
 
@@ -139,6 +140,7 @@ class Op:
     cheap: bool = True
     active: Callable[[tuple[TensorType, ...]], float] = lambda types: 1.0
     collectives: Callable[[Strategy, Local], tuple[tuple[str, int, int], ...]] = lambda strategy, local: ()
+    deliveries: Callable[[Local], tuple[int, int]] = lambda local: (0, 0)
     context: ContextRule | None = None
 
     def on_context(

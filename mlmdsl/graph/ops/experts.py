@@ -173,6 +173,23 @@ def _combine_work(local: Local) -> Work:
     )
 
 
+def _routing_delivered(local: Local) -> tuple[int, int]:
+    """How many rows of each expert."""
+    return 8 * local.inputs[0][-1], 0
+
+
+def _rows_delivered(local: Local) -> tuple[int, int]:
+    """dispatch: every row to the rank that has its expert, and its gradient back."""
+    size = prod(local.output) * local.output_bytes
+    return size, size
+
+
+def _rows_returned(local: Local) -> tuple[int, int]:
+    """combine: the other way round."""
+    size = prod(local.inputs[0]) * local.input_bytes[0]
+    return size, size
+
+
 def _called(name: str, *arguments: str | None) -> str:
     """The call; the last argument is the expert axis, None where there is none."""
     return f"{name}({', '.join(a for a in arguments if a is not None)})"
@@ -193,6 +210,7 @@ OPS = (
         work=_route_work,
         emit=lambda e: _called("route", e.inputs[0], str(e.attrs["top_k"]), e.expert),
         imports=("route",),
+        deliveries=_routing_delivered,
     ),
     Op(
         name="dispatch",
@@ -203,6 +221,7 @@ OPS = (
         work=_dispatch_work,
         emit=lambda e: _called("dispatch", *e.inputs, str(_chosen(e.input_types[1])), e.expert),
         imports=("dispatch",),
+        deliveries=_rows_delivered,
     ),
     Op(
         name="grouped_linear",
@@ -233,5 +252,6 @@ OPS = (
         work=_combine_work,
         emit=lambda e: _called("combine", *e.inputs, e.expert),
         imports=("combine",),
+        deliveries=_rows_returned,
     ),
 )
