@@ -98,7 +98,8 @@ model limited {
 }
 """
 
-MODELS = {"gpt": GPT, "llama": LLAMA, "limited": LIMITED}
+MODELS = {"gpt": GPT, "llama": LLAMA}
+OTHERS = {"limited": LIMITED}
 
 
 # ---- shipped architectures -------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def program_text(model: str, variables: PlanVariables) -> str:
     """The emitted program with every variable of the plan pinned; as many layers as its stages say."""
     layers = f"{model}.layers={sum(variables.stages) // STACKS.get(model, 1)}"
     objective = f"train.objective={OBJECTIVES.get(model, 'next_token()')}"
-    return emitted(MODELS[model] if model in MODELS else small_model(model), variables, layers, objective)
+    return emitted((MODELS | OTHERS).get(model) or small_model(model), variables, layers, objective)
 
 
 def emitted(text: str, variables: PlanVariables, *overrides: str) -> str:
