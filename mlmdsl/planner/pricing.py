@@ -308,8 +308,8 @@ class Place:
 
     @property
     def norm_bytes(self) -> int:
-        """Loss, norm, and a place for each rank's own."""
-        return 8 * (2 + self.mesh.world_size)
+        """Loss, norm, a place for each rank's own, and four for what blocks add to the loss and leave out."""
+        return 8 * (6 + self.mesh.world_size)
 
     def micro_batches(self, micro_batch: int) -> int:
         return self.bench.setting.spec.train.batch // (self.data * micro_batch)
