@@ -7,7 +7,8 @@ w = 2 bytes in bf16, 4 in fp32):
     1: w of weights, that FSDP2 keeps gathered; 4 / d of masters; 4 / d of gradients, and their unsharded sums; 8 / d of AdamW
     3: of weights and unsharded gradients those of two layers, the rest as 1; with a pipeline torch gathers and sums as for 1
 
-Experts that the expert axis shares out are held as for 0, a share of them on each of its ranks.
+Experts that the expert axis shares out are held as for 0, a share of them on each of its ranks; under 1 and 3 their masters,
+4 / c of gradients beside the sums, and AdamW's 8 / c are cut over the c replicas that have the same ones.
 
 Shards are counted as FSDP2 cuts them: dim 0 in chunks of ceil(rows / d). Passes: what one micro-batch leaves on a stage, times
 the micro-batches that the schedule holds there, and what recomputing brings back for one layer. torch's pipeline stages keep a
@@ -16,7 +17,7 @@ receive buffer for every micro-batch, in both directions, and a stage's outputs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -78,6 +79,15 @@ class Holding:
     experts: int
     keys: Mapping[str, int]
     expert_keys: Mapping[str, int]
+
+
+class Stack(NamedTuple):
+    """A weight of experts that are shared out: how many like it, its local elements, and those that this rank steps."""
+
+    key: str
+    count: int
+    elements: int
+    stepped: int
 
 
 @dataclass(frozen=True)
@@ -153,8 +163,18 @@ class Holdings:
     def partial(self, part: Part, replicas: int) -> int:
         """Elements whose gradients are partial sums over the tensor axis, as far as the first of the replicas has them."""
         held = self.of(part)
-        common, experts = ({k: n for k, n in keys.items() if self._is_partial(k)} for keys in (held.keys, held.expert_keys))
-        return self._cut(common, replicas) + self._cut(experts, 1)
+        common = {key: count for key, count in held.keys.items() if self._is_partial(key)}
+        experts = (stack for stack in self.experts(part, replicas) if self._is_partial(stack.key))
+        return self._cut(common, replicas) + sum(stack.count * stack.stepped for stack in experts)
+
+    def experts(self, part: Part, replicas: int) -> Iterator[Stack]:
+        """Of the part's experts that are shared out, as ZeRO over the replicas (1: none) leaves them: cut along dim 1 over
+        those that have the same ones, where that is even."""
+        copies = max(1, replicas // self.sharding.expert)
+        for key, count in self.of(part).expert_keys.items():
+            shape = self.local_shapes[key]
+            even = len(shape) > 1 and shape[1] % copies == 0
+            yield Stack(key, count, prod(shape), prod(shape) // copies if even else prod(shape))
 
     def _is_partial(self, key: str) -> bool:
         return self.sharding.weights[key].partial_gradient
@@ -165,6 +185,7 @@ class Holdings:
 
     def state(self, parts: Iterable[Part], zero: int, replicas: int, width: int, pipeline: int, micro_batches: int) -> State:
         """Of a rank that runs `parts`. A weight's gradient is made before it is added to the sum, or sent."""
+        parts = tuple(parts)
         held = [self.of(part) for part in parts]
         p, experts = sum(h.elements for h in held), sum(h.experts for h in held)
         if not zero or replicas == 1:
@@ -177,7 +198,18 @@ class Holdings:
         gathered = width * min(p, 2 * max(h.layer for h in held) + max(h.root for h in held)) if pipeline == 1 else width * p
         weights, unsharded = (width * p, 0) if zero == 1 else (0, gathered)
         common = State(weights, 4 * shard, sums + 4 * shard, 8 * shard, unsharded, (2 * width + 4) * unit)
-        return State(*map(sum, zip(common, _whole(experts, width, 0), strict=True)))
+        return State(*map(sum, zip(common, self._shared(parts, replicas, width), strict=True)))
+
+    def _shared(self, parts: Iterable[Part], replicas: int, width: int) -> State:
+        """Experts that are shared out, under ZeRO."""
+        state = State(0, 0, 0, 0, 0, 0)
+        for stack in (stack for part in parts for stack in self.experts(part, replicas)):
+            whole, stepped = stack.count * stack.elements, stack.count * stack.stepped
+            cut = stepped < whole
+            master, gradients = 4 * stepped * (cut or width < 4), 4 * whole + 4 * stepped * cut
+            one = State(width * whole, master, gradients, 8 * stepped, 0, 0)
+            state = State(*map(sum, zip(state, one, strict=True)))
+        return state
 
 
 def _whole(elements: int, width: int, buffers: int) -> State:

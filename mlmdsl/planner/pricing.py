@@ -7,7 +7,7 @@ Plain floats and tuples: a search asks tens of thousands of times.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import gcd, prod
@@ -22,7 +22,7 @@ from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.context import over_context
 from mlmdsl.planner.mesh import Mesh, Network, network_of
 from mlmdsl.planner.passes import Passes
-from mlmdsl.planner.plan import Schedule
+from mlmdsl.planner.plan import CollectiveKind, Schedule
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
 
@@ -427,8 +427,7 @@ class Place:
     def _exchange(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> Exchange:
         setting, holdings, group = self.bench.setting, self.bench.holdings, self.replica_group
         held = [holdings.of(part) for part in parts]
-        elements, shared_out = sum(h.elements for h in held), sum(h.experts for h in held)
-        owned = elements
+        elements = owned = sum(h.elements for h in held)
         gather, reduce, unit = 0.0, collective_seconds("all_reduce", 4 * elements, group), 1.0
         if zero and self.replicas > 1:
             owned = sum(holdings.shard(part, self.replicas) for part in parts)
@@ -436,15 +435,41 @@ class Place:
             gather = sum(n * collective_seconds("all_gather", setting.width * size, group) for n, size in units if size)
             reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, group) for n, size in units if size)
             unit = max(size for _, size in units) / max(1, elements)
-        experts = collective_seconds("all_reduce", 4 * shared_out, group_of(self.mesh, "copies", setting.network))
+        experts = sum(
+            count * collective_seconds(kind, size, self._copies) for kind, size, count in self.expert_exchanges(parts, zero)
+        )
         partial = collective_seconds("all_reduce", 4 * self.partial_elements(parts, zero), self.bench.group)
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(cut, parts, zero), self._pair)
-        optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * (owned + shared_out))
+        stepped = sum(stack.count * stack.stepped for part in parts for stack in holdings.experts(part, self._zeroed(zero)))
+        optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * (owned + stepped))
         return Exchange(gather, reduce, unit, experts, tied, partial, optimizer)
+
+    def _zeroed(self, zero: int) -> int:
+        """Ranks that ZeRO shares state out over."""
+        return self.replicas if zero else 1
+
+    @cached_property
+    def _copies(self) -> Group:
+        return group_of(self.mesh, "copies", self.bench.setting.network)
+
+    def expert_exchanges(self, parts: tuple[Part, ...], zero: int) -> Iterator[tuple[CollectiveKind, int, int]]:
+        """(kind, bytes, how many) over the ranks that have the same experts, once a step: one sum of all gradients, or under
+        ZeRO weight by weight."""
+        holdings, width = self.bench.holdings, self.bench.setting.width
+        if not zero:
+            elements = sum(holdings.of(part).experts for part in parts)
+            yield "all_reduce", 4 * elements, int(elements > 0)
+            return
+        for stack in (stack for part in parts for stack in holdings.experts(part, self.replicas)):
+            if stack.stepped == stack.elements:
+                yield "all_reduce", 4 * stack.elements, stack.count
+            else:
+                yield "reduce_scatter", 4 * stack.elements, stack.count
+                yield "all_gather", width * stack.elements, stack.count
 
     def partial_elements(self, parts: tuple[Part, ...], zero: int) -> int:
         """Local elements whose gradients the tensor axis still has to add up, as far as ZeRO leaves them here."""
-        return sum(self.bench.holdings.partial(part, self.replicas if zero else 1) for part in parts)
+        return sum(self.bench.holdings.partial(part, self._zeroed(zero)) for part in parts)
 
     def tied_elements(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> int:
         """Local elements of weights that other ranks of the pipeline hold too, as far as ZeRO leaves them here."""
@@ -456,7 +481,7 @@ class Place:
         counted = Counter(key for keys in held for key in keys)
         mine = {key for part in parts for key in holdings.of(part).keys}
         shapes = [holdings.local_shapes[key] for key in sorted(mine & shared) if counted[key] > 1]
-        return sum(-(-shape[0] // (self.replicas if zero else 1)) * prod(shape[1:]) for shape in shapes)
+        return sum(-(-shape[0] // self._zeroed(zero)) * prod(shape[1:]) for shape in shapes)
 
     @cached_property
     def _pair(self) -> Group:

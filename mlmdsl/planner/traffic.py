@@ -45,8 +45,8 @@ def _of_rank(place: Place, c: Candidate, rank: int) -> Iterator[Call]:
     partial, tied = place.partial_elements(parts, c.zero), place.tied_elements(c.cut, parts, c.zero)
     yield "all_reduce", "tensor", 4 * partial, int(partial > 0), "gradients that are partial sums"
     yield "all_reduce", "pipeline", 4 * tied, int(tied > 0), "gradients of tied weights"
-    experts = sum(place.bench.holdings.of(part).experts for part in parts)
-    yield "all_reduce", "copies", 4 * experts, int(experts > 0), "gradients of experts"
+    for kind, size, count in place.expert_exchanges(parts, c.zero):
+        yield kind, "copies", size, count, "weights of experts" if kind == "all_gather" else "gradients of experts"
     yield "all_reduce", _replicas(place), 8, 1, "valid tokens of the step"
     yield "all_reduce", "world", place.norm_bytes, 1, "norm of the gradients, loss"
 

@@ -16,7 +16,7 @@ class Parallel:
 
     `stages` gives layers per virtual stage in model order, pipeline * interleave of them. Ranks of data and context hold the
     same weights: zero 0: gradients all-reduced over them; 1: optimizer state sharded; 3: weights sharded too (FSDP2); but of
-    experts `expert` neighbours among them hold one set together."""
+    experts `expert` neighbours among them hold one set together, and 1 and 3 shard the optimizer state of each set's copies."""
 
     pipeline: int = 1
     data: int = 1

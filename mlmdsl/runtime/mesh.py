@@ -56,12 +56,20 @@ class Mesh:
         return Axis("replicas", self.data.size * self.context.size, rank, name)
 
     @property
+    def copies(self) -> Axis:
+        """The ranks that have the same experts, where the expert axis shares them out."""
+        replicas = self.replicas
+        name = self.sharers.get_group("copies").group_name if self.sharers is not None else ""
+        return Axis("copies", replicas.size // self.expert.size, replicas.rank // self.expert.size, name)
+
+    @property
     def world_size(self) -> int:
         return self.tensor.size * self.replicas.size * self.pipeline.size
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        assert self.devices is not None
-        return self.devices.get_group(axis)
+        devices = self.sharers if axis == "copies" else self.devices
+        assert devices is not None
+        return devices.get_group(axis)
 
 
 def single(device: torch.device) -> Mesh:

@@ -167,14 +167,19 @@ class Place:
 
 def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
     """`sharded`: FSDP2 cuts dim 0 over the replicas, in chunks of ceil(rows / ranks), of all but experts that are shared
-    out."""
+    out; those are cut as `over_copies` says."""
     local, offsets = list(info.shape), [0] * len(info.shape)
+
+    def cut(dim: int, ranks: int, rank: int) -> None:
+        local[dim] //= ranks
+        offsets[dim] += rank * local[dim]
+
     if info.shard is not None:
-        local[info.shard] //= mesh.tensor.size
-        offsets[info.shard] = mesh.tensor.rank * local[info.shard]
+        cut(info.shard, mesh.tensor.size, mesh.tensor.rank)
     if info.expert:
-        local[0] //= mesh.expert.size
-        offsets[0] += mesh.expert.rank * local[0]
+        cut(0, mesh.expert.size, mesh.expert.rank)
+        if sharded and over_copies(info, mesh):
+            cut(1, mesh.copies.size, mesh.copies.rank)
     elif sharded:
         rows = local[0]
         chunk = -(-rows // mesh.replicas.size)
@@ -182,6 +187,13 @@ def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
         local[0] = min(chunk, rows - low)
         offsets[0] += low
     return Place(tuple(offsets), tuple(local))
+
+
+def over_copies(info: WeightInfo, mesh: Mesh) -> bool:
+    """Whether ZeRO cuts a stack of experts along dim 1 over the ranks that have the same ones: where that is even."""
+    if not info.expert or mesh.copies.size == 1 or len(info.shape) < 2:
+        return False
+    return info.shape[1] // (mesh.tensor.size if info.shard == 1 else 1) % mesh.copies.size == 0
 
 
 def local_part(x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Two ways to hold weights over the replicas (the ranks of data and context), one 
                           all_reduce over the replicas, and one over tensor for the part in front (partial gradients). In bf16
                           the weights that compute are bfloat16, with float32 masters and gradients.
     Sharded (ZeRO 1, 3)   FSDP2: float32 shards along dim 0, cast to bf16 for computing where asked; gradients reduce-scattered
-                          in float32. Experts that the expert axis shares out are held as by ZeRO 0.
+                          in float32. Of experts that the expert axis shares out weights and gradients stay whole; masters and
+                          optimizer state are cut over the ranks that have the same ones (as ZeRO 1, for 3 too).
 
 `Held.master` is this rank's float32 part, which the optimizer steps and checkpoints store. A weight that several stages hold
 (tied embeddings) has one Held on each; all start alike, their gradients are summed over the holders, so they stay alike.
@@ -32,6 +33,7 @@ from mlmdsl.runtime.parallel import (
     WeightInfo,
     local_part,
     on_meta,
+    over_copies,
     place,
     public_name,
     sharded_units,
@@ -158,9 +160,9 @@ class State(ABC):
     @torch.no_grad()
     def synchronise(self) -> None:
         """Adds gradients up over every axis, once per step."""
+        self._sum_replicas()
         self._sum_partial()
         self._sum_tied()
-        self._sum_replicas()
 
     def _sum_tied(self) -> None:
         gradients = self.gradients if self.groups else []
@@ -183,16 +185,16 @@ class State(ABC):
         shares = torch.tensor([(not held.info.balance) / self._copies(held) for held in self.held], dtype=torch.float64)
         return float((squares * shares).sum())
 
-    @property
-    def _replicas(self) -> int:
-        """Ranks with the same elements of what is not shared out."""
-        return 1 if self.sharded else self.mesh.replicas.size
-
     def _copies(self, held: Held) -> int:
         """How many ranks (or stages of one rank) have the same elements."""
         tensor = 1 if held.info.shard is not None else self.mesh.tensor.size
-        replicas = self.mesh.replicas.size // self.mesh.expert.size if held.info.expert else self._replicas
+        alike = self.mesh.copies if held.info.expert else self.mesh.replicas
+        replicas = 1 if self._is_cut(held.info) else alike.size
         return tensor * replicas * len(self.plan.holders[held.name])
+
+    def _is_cut(self, info: WeightInfo) -> bool:
+        """Whether ranks that would hold the same share it out."""
+        return self.sharded and (over_copies(info, self.mesh) or not info.expert)
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
@@ -245,11 +247,13 @@ class State(ABC):
         if self.mesh.devices is None:
             return part.detach()
         over_tensor = Replicate() if held.info.shard is None else Shard(held.info.shard)
-        placements = (over_tensor, Shard(0) if self.sharded else Replicate())
+        cut = self._is_cut(held.info)
+        placements = (over_tensor, Shard(0) if cut else Replicate())
         mesh = self.mesh.devices["tensor", "replicas"]
         if held.info.expert:
             assert self.mesh.sharers is not None
-            placements, mesh = (over_tensor, Replicate(), Shard(0)), self.mesh.sharers["tensor", "copies", "expert"]
+            placements = (over_tensor, Shard(1) if cut else Replicate(), Shard(0))
+            mesh = self.mesh.sharers["tensor", "copies", "expert"]
         shape = torch.Size(held.info.shape)
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(part.detach(), mesh, placements, run_check=False, shape=shape, stride=strides)
@@ -266,13 +270,13 @@ class Flat:
 
     def __init__(self, held: Sequence[Held], mesh: Mesh):
         self.held, self.mesh = held, mesh
-        sizes = [h.master.numel() for h in held]
+        sizes = [h.parameter.numel() for h in held]
         bounds = [sum(n for n, h in zip(sizes, held, strict=True) if _place_in_flat(h.info) < end) for end in range(5)]
         self.buffer = torch.zeros(sum(sizes), device=mesh.device)
         self.common, self.partial, self.experts = (
             self.buffer[low:high] for low, high in ((0, bounds[2]), (bounds[1], bounds[3]), (bounds[2], bounds[4]))
         )
-        self.gradients = [part.view(h.master.shape) for part, h in zip(self.buffer.split(sizes), held, strict=True)]
+        self.gradients = [part.view(h.parameter.shape) for part, h in zip(self.buffer.split(sizes), held, strict=True)]
         for h, gradient in zip(held, self.gradients, strict=True):
             h.parameter.register_post_accumulate_grad_hook(_adding_to(gradient))
             if h.parameter.dtype == torch.float32:
@@ -287,18 +291,59 @@ class Flat:
     def sum_replicas(self) -> None:
         if self.common.numel() and self.mesh.replicas.size > 1:
             dist.all_reduce(self.common, group=self.mesh.group("replicas"))
-        if self.experts.numel() and self.mesh.replicas.size > self.mesh.expert.size:
-            assert self.mesh.sharers is not None
-            dist.all_reduce(self.experts, group=self.mesh.sharers.get_group("copies"))
+        if self.experts.numel() and self.mesh.copies.size > 1:
+            dist.all_reduce(self.experts, group=self.mesh.group("copies"))
 
 
-def _made_whole(stage: int, module: nn.Module, path: str, info: WeightInfo, mesh: Mesh, precision: str) -> Held:
-    """Puts a weight of this rank in the module's: in bf16 one to compute with, and a master beside it."""
+class Shared:
+    """Experts that ranks share out, under ZeRO: what computes is whole; the ranks that have the same ones reduce-scatter their
+    gradients, step a part each and gather it, one weight at a time. A weight that cannot be cut evenly is summed and whole."""
+
+    def __init__(self, held: Sequence[Held], mesh: Mesh):
+        self.flat, self.mesh = Flat(held, mesh), mesh
+        whole = zip(held, self.flat.gradients, strict=True)
+        self.gradients = [torch.zeros_like(h.master) if over_copies(h.info, mesh) else gradient for h, gradient in whole]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for held in self.flat.held:
+            if not over_copies(held.info, self.mesh):
+                held.parameter.copy_(held.master)
+                continue
+            part = held.master.to(held.parameter.dtype)
+            parts = part.new_empty(self.mesh.copies.size, *part.shape)
+            dist.all_gather_into_tensor(parts.flatten(0, 1), part, group=self.mesh.group("copies"))
+            _by_copy(held.parameter, self.mesh).copy_(parts)
+
+    def sum_replicas(self) -> None:
+        if self.mesh.copies.size == 1:
+            return
+        for held, whole, part in zip(self.flat.held, self.flat.gradients, self.gradients, strict=True):
+            if over_copies(held.info, self.mesh):
+                parts = _by_copy(whole, self.mesh).flatten(0, 1)
+                dist.reduce_scatter_tensor(part, parts, group=self.mesh.group("copies"))
+            else:
+                dist.all_reduce(whole, group=self.mesh.group("copies"))
+
+
+def _by_copy(x: Tensor, mesh: Mesh) -> Tensor:
+    """[E, m, ...] -> [copies, E, m / copies, ...], a view: each copy's part of it."""
+    return x.unflatten(1, (mesh.copies.size, -1)).movedim(1, 0)
+
+
+def _made_whole(
+    stage: int, module: nn.Module, path: str, info: WeightInfo, mesh: Mesh, precision: str, *, sharded: bool
+) -> Held:
+    """Puts a weight of this rank in the module's. One that computes in bf16, or is more than this rank steps, has its master
+    beside it."""
     owner_path, _, attribute = path.rpartition(".")
-    master = torch.empty(place(info, mesh, sharded=False).shape, device=mesh.device)
-    parameter = nn.Parameter(torch.empty_like(master, dtype=torch.bfloat16) if precision == "bf16" else master)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    shape, stepped = (place(info, mesh, sharded=cut).shape for cut in (False, sharded))
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=mesh.device))
     setattr(module.get_submodule(owner_path), attribute, parameter)
-    return Held(public_name(path), stage, info, parameter, master if precision == "bf16" else parameter.data)
+    apart = precision == "bf16" or stepped != shape
+    master = torch.empty(stepped, device=mesh.device) if apart else parameter.data
+    return Held(public_name(path), stage, info, parameter, master)
 
 
 def _adding_to(gradient: Tensor):
@@ -322,7 +367,7 @@ class Replicated(State):
 
     def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
         for path, info in weights_of(module).items():
-            yield _made_whole(stage, module, path, info, self.mesh, self.training.precision)
+            yield _made_whole(stage, module, path, info, self.mesh, self.training.precision, sharded=False)
 
     def publish(self) -> None:
         self.flat.publish()
@@ -352,7 +397,7 @@ class Sharded(State):
         self.stages = list(stages.values())
         super().__init__(stages, plan, parallel, training, mesh)
         self.cut = [held for held in self.held if not held.info.expert]
-        self.flat = Flat(self.held[len(self.cut) :], mesh)
+        self.experts = Shared(self.held[len(self.cut) :], mesh)
 
     def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
         infos = weights_of(module)
@@ -360,7 +405,7 @@ class Sharded(State):
         experts = {path: parameter for path, parameter in module.named_parameters() if infos[path].expert}
         wrap_sharded(module, self.parallel, self.mesh.devices["replicas"], self.training.precision, set(experts.values()))
         for path in experts:
-            yield _made_whole(stage, module, path, infos[path], self.mesh, self.training.precision)
+            yield _made_whole(stage, module, path, infos[path], self.mesh, self.training.precision, sharded=True)
         module._apply(lambda x: torch.empty_like(x, device=self.mesh.device) if x.is_meta else x)
         for path, parameter in module.named_parameters():
             if path not in experts:
@@ -368,13 +413,13 @@ class Sharded(State):
 
     def publish(self) -> None:
         """FSDP2 gathers from the masters themselves; what an evaluation has gathered is let go."""
-        self.flat.publish()
+        self.experts.publish()
         for stage in self.stages:
             for unit in sharded_units(stage):
                 unit.reshard()
 
     def before_step(self) -> None:
-        self.flat.buffer.zero_()
+        self.experts.flat.buffer.zero_()
         for held in self.cut:
             held.parameter.grad = None
 
@@ -395,14 +440,14 @@ class Sharded(State):
 
     def _sum_replicas(self) -> None:
         """FSDP2 has done it, but for experts."""
-        self.flat.sum_replicas()
+        self.experts.sum_replicas()
 
     @property
     def gradients(self) -> list[Tensor]:
         for held in self.cut:
             if held.parameter.grad is None:  # no part in the loss
                 held.parameter.grad = torch.zeros_like(held.parameter)
-        return [local_part(h.parameter.grad) for h in self.cut if h.parameter.grad is not None] + self.flat.gradients
+        return [local_part(h.parameter.grad) for h in self.cut if h.parameter.grad is not None] + self.experts.gradients
 
 
 def make_state(stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh) -> State:

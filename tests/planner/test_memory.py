@@ -267,19 +267,19 @@ def test_state(model: str, pins: dict[str, Any]) -> None:
             assert entry.gradients_bytes == held["gradients"]
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
-def test_state_of_experts_that_ranks_share(zero: int) -> None:
-    """Held whole on each of the ranks that have them, whatever ZeRO cuts of the rest."""
-    pins = {"data": 4, "expert": 2, "zero": zero, "micro_batch": 2}
+@pytest.mark.parametrize(("zero", "copies"), [(0, 2), (1, 1), (1, 2), (3, 2)])
+def test_state_of_experts_that_ranks_share(zero: int, copies: int) -> None:
+    """Weights and gradients whole on each of the ranks that have them; masters and moments cut over the copies by ZeRO."""
+    pins = {"data": 4, "expert": 4 // copies, "zero": zero, "micro_batch": 2}
     done, plan, text = compiled("mixtral", pins, "mixtral.layers=2")
     assert done.graph is not None
     experts = [w for w in done.graph.weights.values() if w.expert]
-    own = 4 * sum(w.elements * done.graph.count_of(w) for w in experts) // 2
+    own = 4 * sum(w.elements * done.graph.count_of(w) for w in experts) * copies // 4
     entry = plan.memory[0]
     for _, held in run_ranks(state_of_rank, plan.plan.world_size, text):
         assert entry.optimizer_bytes == held["optimizer"]
-        shards = entry.master_weights_bytes + own if zero else entry.weights_bytes
-        assert shards == held["masters"]
+        masters = entry.weights_bytes if not zero else entry.master_weights_bytes + own * (copies == 1)
+        assert masters == held["masters"]
         assert held["gradients"] <= entry.gradients_bytes <= held["gradients"] + held["whole"]
 
 
