@@ -85,6 +85,9 @@ def _mesh(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
     columns = _elided(p.data, max(3, (width - 17 - layers) // cell))
     within = f", {p.context} parts of a sequence one after another" if p.context > 1 else ""
     yield f"{ink.bold('mesh')}    a row is a pipeline stage, a column a data rank, a cell its ranks{within}"
+    if p.expert > 1:
+        whose = "data ranks" if p.context == 1 else "replicas (data and context)"
+        yield f"        {p.expert} neighbouring {whose} share one set of experts"
     yield " " * 17 + "".join(("..." if c is None else f"data {c}").rjust(cell) for c in columns)
     for stage in _elided(p.pipeline, 8):
         if stage is None:

@@ -47,6 +47,7 @@ EXPERT_PLANS = (
     ),
     PlanVariables(pipeline=2, data=2, expert=2, interleave=2, schedule="zb_v", micro_batch=1, stages=(1, 1, 1, 1)),
     PlanVariables(context=2, data=2, expert=4, zero=1, micro_batch=2, recompute="selective", stages=(2,)),
+    PlanVariables(tensor=2, sequence_parallel=True, data=4, expert=2, zero=3, micro_batch=1, recompute="full", stages=(2,)),
 )
 
 

@@ -52,7 +52,7 @@ def _loaded(rank: int, text: str, out: Path) -> dict[str, Tensor]:
     return collected(trainer, [held.master for held in trainer.state.held])
 
 
-@pytest.mark.parametrize(("writer", "reader"), [(EXPERT_PLANS[2], ONE), (ONE, EXPERT_PLANS[3])], ids=["written", "read"])
+@pytest.mark.parametrize(("writer", "reader"), [(EXPERT_PLANS[2], ONE), (ONE, EXPERT_PLANS[8])], ids=["written", "read"])
 def test_checkpoints_do_not_know_the_axis(tmp_path: Path, writer: PlanVariables, reader: PlanVariables) -> None:
     texts = [program_text("deepseek_v3", variables) for variables in (writer, reader)]
     expected = run_ranks(_saved, writer.world_size, texts[0], tmp_path)[0]
