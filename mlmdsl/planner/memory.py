@@ -10,9 +10,10 @@ w = 2 bytes in bf16, 4 in fp32):
 Experts that the expert axis shares out are held as for 0, a share of them on each of its ranks; under 1 and 3 their masters,
 4 / c of gradients beside the sums, and AdamW's 8 / c are cut over the c replicas that have the same ones.
 
-Shards are counted as FSDP2 cuts them: dim 0 in chunks of ceil(rows / d). Passes: what one micro-batch leaves on a stage, times
-the micro-batches that the schedule holds there, and what recomputing brings back for one layer. torch's pipeline stages keep a
-receive buffer for every micro-batch, in both directions, and a stage's outputs until their backward pass.
+Shards are counted as FSDP2 cuts them: along a dim that d divides, or dim 0 in chunks of ceil(rows / d). Passes: what one
+micro-batch leaves on a stage, times the micro-batches that the schedule holds there, and what recomputing brings back for one
+layer. torch's pipeline stages keep a receive buffer for every micro-batch, in both directions, and a stage's outputs until
+their backward pass.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mlmdsl.planner.passes import PassCost, Passes
 from mlmdsl.planner.plan import StageMemory
 from mlmdsl.planner.sharding import Sharding
 from mlmdsl.planner.stages import Chain, Part
+from mlmdsl.runtime.config import even_dim
 
 MIB = 2**20
 # What a process takes before any tensor: driver context, kernels and cuBLAS workspaces on a GPU; Python with torch (resident,
@@ -67,25 +69,36 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Holding:
-    """Local weight elements of one part: all but `experts`, those of its largest layer and of what stands around the layers
-    (FSDP2's units), and the largest single one; `experts` that the expert axis shares out. `keys`: how many of each other
-    weight; `expert_keys` of those."""
+    """Local weight elements of one part: all but `experts`, those of its largest single weight, and `experts` that the expert
+    axis shares out. `keys`: how many of each other weight; `expert_keys` of those. FSDP2's units, by weight: `layers` of each
+    kind and how many there are, `root` of what stands around them."""
 
     elements: int
-    layer: int
-    root: int
     largest: int
-    layers: int
     experts: int
     keys: Mapping[str, int]
     expert_keys: Mapping[str, int]
+    layers: tuple[tuple[int, tuple[str, ...]], ...]
+    root: tuple[str, ...]
+
+
+class Units(NamedTuple):
+    """Elements of FSDP2's units with what it pads them by: of the layers of each kind and how many there are, of the root."""
+
+    layers: tuple[tuple[int, int], ...]
+    root: int
+
+    @property
+    def layer(self) -> int:
+        """The largest."""
+        return max((size for _, size in self.layers), default=0)
 
 
 class Stack(NamedTuple):
     """A weight of experts that are shared out: how many like it, its local elements, and those that this rank steps."""
 
     key: str
-    count: int
+    times: int
     elements: int
     stepped: int
 
@@ -100,6 +113,10 @@ class Holdings:
 
     @cached_property
     def _parts(self) -> dict[Part, Holding]:
+        return {}
+
+    @cached_property
+    def _units(self) -> dict[tuple[Part, int], Units]:
         return {}
 
     @cached_property
@@ -123,11 +140,11 @@ class Holdings:
 
     def _make(self, part: Part) -> Holding:
         keys: dict[str, int] = {}
-        layer = 0
+        layers: list[tuple[int, tuple[str, ...]]] = []
         for kind, count in enumerate(part.layers):
             if count:
                 own = self._used(self.chain.kinds[kind][:1], own=True)
-                layer = max(layer, self._sum(key for key in own if not self._shared_out(key)))
+                layers.append((count, tuple(key for key in own if not self._shared_out(key))))
                 keys |= {key: keys.get(key, 0) + count for key in own}
                 keys |= dict.fromkeys(self._used(self.chain.kinds[kind], own=False), 1)
         for straight in (self.chain.first * part.first, self.chain.last * part.last):
@@ -136,8 +153,8 @@ class Holdings:
         shared_out = {key: count for key, count in keys.items() if self._shared_out(key)}
         common = {key: count for key, count in keys.items() if key not in shared_out}
         elements, experts = (sum(prod(self.local_shapes[key]) * n for key, n in each.items()) for each in (common, shared_out))
-        root = self._sum(key for key, count in common.items() if not self.graph.weights[key].region and count)
-        return Holding(elements, layer, root, largest, sum(part.layers), experts, common, shared_out)
+        root = tuple(key for key, count in common.items() if not self.graph.weights[key].region and count)
+        return Holding(elements, largest, experts, common, shared_out, tuple(layers), root)
 
     def _used(self, regions: Iterable[int], *, own: bool) -> tuple[str, ...]:
         """Weights of the regions: those of each pass, or those that all passes share."""
@@ -150,8 +167,13 @@ class Holdings:
                         found[key] = None
         return tuple(found)
 
-    def _sum(self, keys: Iterable[str]) -> int:
-        return sum(prod(self.local_shapes[key]) for key in keys)
+    def units(self, part: Part, replicas: int) -> Units:
+        key = (part, replicas)
+        if key not in self._units:
+            held = self.of(part)
+            layers = tuple((count, replicas * self._cut(dict.fromkeys(keys, 1), replicas)) for count, keys in held.layers)
+            self._units[key] = Units(layers, replicas * self._cut(dict.fromkeys(held.root, 1), replicas))
+        return self._units[key]
 
     def shard(self, part: Part, replicas: int) -> int:
         """Elements that FSDP2 leaves the first of the replicas."""
@@ -165,7 +187,7 @@ class Holdings:
         held = self.of(part)
         common = {key: count for key, count in held.keys.items() if self._is_partial(key)}
         experts = (stack for stack in self.experts(part, replicas) if self._is_partial(stack.key))
-        return self._cut(common, replicas) + sum(stack.count * stack.stepped for stack in experts)
+        return self._cut(common, replicas) + sum(stack.times * stack.stepped for stack in experts)
 
     def experts(self, part: Part, replicas: int) -> Iterator[Stack]:
         """Of the part's experts that are shared out, as ZeRO over the replicas (1: none) leaves them: cut along dim 1 over
@@ -180,8 +202,7 @@ class Holdings:
         return self.sharding.weights[key].partial_gradient
 
     def _cut(self, keys: Mapping[str, int], replicas: int) -> int:
-        shapes = ((self.local_shapes[key], count) for key, count in keys.items())
-        return sum(count * -(-shape[0] // replicas) * prod(shape[1:]) for shape, count in shapes)
+        return sum(count * shard_elements(self.local_shapes[key], replicas) for key, count in keys.items())
 
     def state(self, parts: Iterable[Part], zero: int, replicas: int, width: int, pipeline: int, micro_batches: int) -> State:
         """Of a rank that runs `parts`. A weight's gradient is made before it is added to the sum, or sent."""
@@ -191,25 +212,32 @@ class Holdings:
         if not zero or replicas == 1:
             return _whole(p + experts, width, width * max(h.largest for h in held))
         shard = sum(self.shard(part, replicas) for part in parts)
-        unit = max(max(h.layer, h.root) for h in held)
+        units = [self.units(part, replicas) for part in parts]
+        layer, root = max(u.layer for u in units), max(u.root for u in units)
         sums = p * (4 if micro_batches > 1 else width)
         if pipeline == 1 and (zero == 3 or micro_batches == 1):
-            sums = width * min(p, 2 * unit)
-        gathered = width * min(p, 2 * max(h.layer for h in held) + max(h.root for h in held)) if pipeline == 1 else width * p
+            sums = width * min(p, 2 * max(layer, root))
+        gathered = width * min(p, 2 * layer + root) if pipeline == 1 else width * p
         weights, unsharded = (width * p, 0) if zero == 1 else (0, gathered)
-        common = State(weights, 4 * shard, sums + 4 * shard, 8 * shard, unsharded, (2 * width + 4) * unit)
+        common = State(weights, 4 * shard, sums + 4 * shard, 8 * shard, unsharded, (2 * width + 4) * max(layer, root))
         return State(*map(sum, zip(common, self._shared(parts, replicas, width), strict=True)))
 
     def _shared(self, parts: Iterable[Part], replicas: int, width: int) -> State:
         """Experts that are shared out, under ZeRO."""
         state = State(0, 0, 0, 0, 0, 0)
         for stack in (stack for part in parts for stack in self.experts(part, replicas)):
-            whole, stepped = stack.count * stack.elements, stack.count * stack.stepped
+            whole, stepped = stack.times * stack.elements, stack.times * stack.stepped
             cut = stepped < whole
             master, gradients = 4 * stepped * (cut or width < 4), 4 * whole + 4 * stepped * cut
             one = State(width * whole, master, gradients, 8 * stepped, 0, 0)
             state = State(*map(sum, zip(state, one, strict=True)))
         return state
+
+
+def shard_elements(shape: Sequence[int], replicas: int) -> int:
+    """Of the largest shard of a weight over the replicas."""
+    dim = even_dim(shape, replicas)
+    return prod(shape) // shape[dim] * -(-shape[dim] // replicas)
 
 
 def _whole(elements: int, width: int, buffers: int) -> State:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import gcd, prod
+from math import gcd
 from typing import NamedTuple
 
 from mlmdsl.grammar.spec import Device, Pool, Spec
@@ -431,16 +431,17 @@ class Place:
         gather, reduce, unit = 0.0, collective_seconds("all_reduce", 4 * elements, group), 1.0
         if zero and self.replicas > 1:
             owned = sum(holdings.shard(part, self.replicas) for part in parts)
-            units = [(h.layers, h.layer) for h in held] + [(1, h.root) for h in held]
+            each = [holdings.units(part, self.replicas) for part in parts]
+            units = [layer for unit in each for layer in unit.layers] + [(1, unit.root) for unit in each]
             gather = sum(n * collective_seconds("all_gather", setting.width * size, group) for n, size in units if size)
             reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, group) for n, size in units if size)
-            unit = max(size for _, size in units) / max(1, elements)
+            unit = min(1.0, max(size for _, size in units) / max(1, elements))
         experts = sum(
             count * collective_seconds(kind, size, self._copies) for kind, size, count in self.expert_exchanges(parts, zero)
         )
         partial = collective_seconds("all_reduce", 4 * self.partial_elements(parts, zero), self.bench.group)
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(cut, parts, zero), self._pair)
-        stepped = sum(stack.count * stack.stepped for part in parts for stack in holdings.experts(part, self._zeroed(zero)))
+        stepped = sum(stack.times * stack.stepped for part in parts for stack in holdings.experts(part, self._zeroed(zero)))
         optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * (owned + stepped))
         return Exchange(gather, reduce, unit, experts, tied, partial, optimizer)
 
@@ -462,10 +463,10 @@ class Place:
             return
         for stack in (stack for part in parts for stack in holdings.experts(part, self.replicas)):
             if stack.stepped == stack.elements:
-                yield "all_reduce", 4 * stack.elements, stack.count
+                yield "all_reduce", 4 * stack.elements, stack.times
             else:
-                yield "reduce_scatter", 4 * stack.elements, stack.count
-                yield "all_gather", width * stack.elements, stack.count
+                yield "reduce_scatter", 4 * stack.elements, stack.times
+                yield "all_gather", width * stack.elements, stack.times
 
     def partial_elements(self, parts: tuple[Part, ...], zero: int) -> int:
         """Local elements whose gradients the tensor axis still has to add up, as far as ZeRO leaves them here."""
@@ -481,7 +482,7 @@ class Place:
         counted = Counter(key for keys in held for key in keys)
         mine = {key for part in parts for key in holdings.of(part).keys}
         shapes = [holdings.local_shapes[key] for key in sorted(mine & shared) if counted[key] > 1]
-        return sum(-(-shape[0] // self._zeroed(zero)) * prod(shape[1:]) for shape in shapes)
+        return sum(memory.shard_elements(shape, self._zeroed(zero)) for shape in shapes)
 
     @cached_property
     def _pair(self) -> Group:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, cast
 
-from mlmdsl.planner.memory import Holding
+from mlmdsl.planner.memory import Units
 from mlmdsl.planner.plan import Collective, CollectiveKind
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.stages import Part
@@ -93,22 +93,23 @@ def _over_pipeline(place: Place, c: Candidate, stage: int) -> Iterator[Call]:
 
 
 def _over_replicas(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Call]:
-    held, axis = [place.bench.holdings.of(part) for part in parts], _replicas(place)
+    holdings, axis = place.bench.holdings, _replicas(place)
     if not c.zero:
-        yield "all_reduce", axis, 4 * sum(h.elements for h in held), 1, "gradients"
+        yield "all_reduce", axis, 4 * sum(holdings.of(part).elements for part in parts), 1, "gradients"
         return
     m, width = place.micro_batches(c.micro_batch), place.bench.setting.width
     each_pass = c.zero == 3 and place.pipeline == 1
-    for holding in held:
-        for name, units, size, gathers in _units(holding, c.zero, place.pipeline, m):
+    for part in parts:
+        for name, units, size, gathers in _units(holdings.units(part, place.replicas), c.zero, place.pipeline, m):
             if size:
                 yield "all_gather", axis, width * size, units * gathers, f"weights of {name}"
                 yield "reduce_scatter", axis, 4 * size, units * (m if each_pass else 1), f"gradients of {name}"
 
 
-def _units(held: Holding, zero: int, pipeline: int, m: int) -> Iterator[tuple[str, int, int, int]]:
+def _units(units: Units, zero: int, pipeline: int, m: int) -> Iterator[tuple[str, int, int, int]]:
     """(name, how many, elements, gathers in a step) of FSDP2's units. The root stays gathered from forward to backward pass;
     under a pipeline torch leaves what a backward pass has gathered for the next forward pass."""
     layer, root = (1, 1) if zero == 1 else (2 * m, m) if pipeline == 1 else (m + 1, 1)
-    yield "a layer", held.layers, held.layer, layer
-    yield "the stage's embedding, head and norms", 1, held.root, root
+    for count, size in units.layers:
+        yield "a layer", count, size, layer
+    yield "the stage's embedding, head and norms", 1, units.root, root

@@ -5,9 +5,16 @@ They appear literally in `program.py`, so that the settings of a run can be read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 QUERY_BLOCK = 256  # queries whose scores are in memory at one time where attention is computed without a fused kernel
+
+
+def even_dim(shape: Sequence[int], ranks: int) -> int:
+    """Along which dim ZeRO cuts a rank's local weight over its replicas: the first that they divide, or dim 0 in chunks of
+    ceil(rows / ranks), whose last ones FSDP2 pads."""
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A program's modules are made on the meta device, so that no rank ever holds what it does not own. `weight` gives the local
 shape on the tensor axis; its WeightInfo stays beside it until `weights_of` has read it. Parameters are plain local tensors on
-the tensor axis; FSDP2 cuts them further along dim 0 over the replicas (ZeRO 1 and 3).
+the tensor axis; FSDP2 cuts them further over the replicas (ZeRO 1 and 3).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
-from mlmdsl.runtime.config import Parallel
+from mlmdsl.runtime.config import Parallel, even_dim
 from mlmdsl.runtime.initial import Init
 from mlmdsl.runtime.mesh import Axis, Mesh
 
@@ -134,6 +135,7 @@ def wrap_sharded(
     by the count of valid tokens beforehand. set_gradient_divide_factor(1.0) alone still premultiplies, which gloo refuses."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else None
     settings: dict[str, Any] = {"mesh": replicas, "ignored_params": ignored} | ({"mp_policy": policy} if policy else {})
+    settings["shard_placement_fn"] = lambda parameter: Shard(even_dim(parameter.shape, replicas.size()))
     for layer in layers(stage):
         if any(parameter not in ignored for parameter in layer.parameters()):
             fully_shard(layer, reshard_after_forward=parallel.zero == 3, **settings)
@@ -166,8 +168,8 @@ class Place:
 
 
 def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
-    """`sharded`: FSDP2 cuts dim 0 over the replicas, in chunks of ceil(rows / ranks), of all but experts that are shared
-    out; those are cut as `over_copies` says."""
+    """`sharded`: over the replicas, as `even_dim` says, are cut all but experts that are shared out; those over the ranks that
+    have the same ones, as `over_copies` says."""
     local, offsets = list(info.shape), [0] * len(info.shape)
 
     def cut(dim: int, ranks: int, rank: int) -> None:
@@ -181,11 +183,11 @@ def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
         if sharded and over_copies(info, mesh):
             cut(1, mesh.copies.size, mesh.copies.rank)
     elif sharded:
-        rows = local[0]
-        chunk = -(-rows // mesh.replicas.size)
+        dim = even_dim(local, mesh.replicas.size)
+        rows, chunk = local[dim], -(-local[dim] // mesh.replicas.size)
         low = min(rows, mesh.replicas.rank * chunk)
-        local[0] = min(chunk, rows - low)
-        offsets[0] += low
+        local[dim] = min(chunk, rows - low)
+        offsets[dim] += low
     return Place(tuple(offsets), tuple(local))
 
 

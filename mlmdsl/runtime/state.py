@@ -5,7 +5,7 @@ Two ways to hold weights over the replicas (the ranks of data and context), one 
     Replicated (ZeRO 0)   every rank all of them. Gradients are views of one flat float32 buffer, so that a step needs one
                           all_reduce over the replicas, and one over tensor for the part in front (partial gradients). In bf16
                           the weights that compute are bfloat16, with float32 masters and gradients.
-    Sharded (ZeRO 1, 3)   FSDP2: float32 shards along dim 0, cast to bf16 for computing where asked; gradients reduce-scattered
+    Sharded (ZeRO 1, 3)   FSDP2: float32 shards, cast to bf16 for computing where asked; gradients reduce-scattered
                           in float32. Of experts that the expert axis shares out weights and gradients stay whole; masters and
                           optimizer state are cut over the ranks that have the same ones (as ZeRO 1, for 3 too).
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mlmdsl.runtime import initial
-from mlmdsl.runtime.config import Parallel, Training
+from mlmdsl.runtime.config import Parallel, Training, even_dim
 from mlmdsl.runtime.mesh import Mesh
 from mlmdsl.runtime.optimizer import Optimizer
 from mlmdsl.runtime.parallel import (
@@ -248,7 +248,8 @@ class State(ABC):
             return part.detach()
         over_tensor = Replicate() if held.info.shard is None else Shard(held.info.shard)
         cut = self._is_cut(held.info)
-        placements = (over_tensor, Shard(0) if cut else Replicate())
+        local = place(held.info, self.mesh, sharded=False).shape
+        placements = (over_tensor, Shard(even_dim(local, self.mesh.replicas.size)) if cut else Replicate())
         mesh = self.mesh.devices["tensor", "replicas"]
         if held.info.expert:
             assert self.mesh.sharers is not None

@@ -108,6 +108,7 @@ _COMMON = {"d": 32, "layers": 4, "vocab": 64}
 
 # family -> (spec, its params made small)
 FAMILIES: dict[str, tuple[str, Mapping[str, float]]] = {
+    "gpt2": ("gpt2_124m", {"heads": 4}),
     "llama2": ("llama2_70b", {"heads": 8, "kv_heads": 4, "ff": 64}),
     # at 32 features rounding in the gradients of its norms grows to 1e-5 within five steps, micro-batches alone to 5e-6
     "olmo2": ("olmo2_7b", {"d": 64, "heads": 8, "ff": 128}),

@@ -61,12 +61,9 @@ def calls_of_rank(rank: int, text: str) -> tuple[int, dict[tuple[str, str, int],
     with Listener() as heard:
         trainer.step()
     mesh = trainer.mesh
-    named = {"tensor": mesh.tensor, "context": mesh.context, "pipeline": mesh.pipeline}
-    named["data" if mesh.context.size == 1 else "replicas"] = mesh.replicas
-    named["expert"] = mesh.expert
+    named = {"expert": mesh.expert, "copies": mesh.copies, "tensor": mesh.tensor, "context": mesh.context}
+    named |= {"pipeline": mesh.pipeline, "data" if mesh.context.size == 1 else "replicas": mesh.replicas}
     axes = {axis.group_name: name for name, axis in named.items() if axis.size > 1}
-    if mesh.sharers is not None:
-        axes[mesh.sharers.get_group("copies").group_name] = "copies"
     found: Calls = Counter()
     for (kind, group, size), count in heard.calls.items():
         found[kind, axes.get(group, "world" if group == dist.group.WORLD.group_name else "pair"), size] += count
@@ -147,27 +144,29 @@ def test_collectives_of_a_step(model: str, pins: dict[str, Any]) -> None:
         dict(data=4, expert=2),
         dict(data=4, expert=2, zero=1, recompute="selective"),
         dict(data=4, expert=2, zero=3, recompute="full"),
+        dict(tensor=2, sequence_parallel=True, data=4, expert=2, zero=1),
+        dict(tensor=2, sequence_parallel=False, data=2, expert=2, zero=3, recompute="selective"),
+        dict(context=2, data=2, expert=4, zero=1),
+        dict(pipeline=2, data=2, expert=2, schedule="1f1b"),
+        dict(pipeline=2, data=4, expert=2, zero=1, schedule="gpipe"),
     ],
     ids=lambda x: " ".join(map(str, x.values())),
 )
 def test_rows_travel_to_their_experts(pins: dict[str, Any]) -> None:
-    """As often as planned, and over all ranks as many bytes: where one rank gets more another one gets fewer."""
+    """As often as planned, and over all ranks of a stage as many bytes: where one rank gets more another one gets fewer."""
     plan, text = compiled("mixtral", 2, pins)
     every = run_ranks(calls_of_rank, plan.plan.world_size, text)
-    planned = [item for item in plan.collectives if item.kind == "all_to_all" and item.axis == "expert"]
-    heard = [
-        (size, n) for _, calls in every for (kind, axis, size), n in calls.items() if (kind, axis) == ("all_to_all", "expert")
-    ]
-    assert sum(n for _, n in heard) == len(every) * sum(item.count for item in planned)
-    assert sum(size * n for size, n in heard) == len(every) * sum(item.bytes * item.count for item in planned)
-    for _, calls in every:
-        others = (
-            (item.kind, item.axis, item.bytes, item.count)
-            for item in plan.collectives
-            if (item.kind, item.axis) != ("all_to_all", "expert")
-        )
-        rest = ((*call, count) for call, count in calls.items() if call[:2] != ("all_to_all", "expert"))
-        assert merged(plan, rest) == merged(plan, others)
+    for stage in range(plan.plan.pipeline):
+        ranks = [calls for at, calls in every if at == stage]
+        heard = [(size, n) for calls in ranks for (kind, _, size), n in calls.items() if kind == "all_to_all"]
+        planned = [item for item in plan.collectives if item.stage == stage]
+        rows = [item for item in planned if item.kind == "all_to_all"]
+        others = [(item.kind, item.axis, item.bytes, item.count) for item in planned if item.kind != "all_to_all"]
+        assert sum(n for _, n in heard) == len(ranks) * sum(item.count for item in rows)
+        assert sum(size * n for size, n in heard) == len(ranks) * sum(item.bytes * item.count for item in rows)
+        for calls in ranks:
+            rest = ((*call, count) for call, count in calls.items() if call[0] != "all_to_all")
+            assert merged(plan, rest) == merged(plan, others)
 
 
 def test_nothing_is_said_on_one_device() -> None:
