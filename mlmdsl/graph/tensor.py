@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Literal
 
@@ -17,8 +18,16 @@ def size_of(dim: Dim, bound: Mapping[str, int]) -> int:
     """A dim with its symbols replaced: KeyError for an unbound one."""
     if isinstance(dim, int):
         return dim
-    terms = (term.split("*") for term in dim.split("+"))
-    return sum(prod(int(f) if f.isdecimal() else bound[f] for f in factors) for factors in terms)
+    return sum(number * prod(bound[symbol] for symbol in symbols) for number, symbols in _terms(dim))
+
+
+@cache
+def _terms(dim: str) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """(number, symbols) of each product."""
+    products = [term.split("*") for term in dim.split("+")]
+    return tuple(
+        (prod(int(f) for f in factors if f.isdecimal()), tuple(f for f in factors if not f.isdecimal())) for factors in products
+    )
 
 
 def symbols_of(dim: Dim) -> frozenset[str]:

@@ -14,13 +14,13 @@ runtime calls it:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
-from mlmdsl.graph.ops.base import Work
+from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import PARTIAL
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
@@ -86,6 +86,7 @@ class Passes:
     float_bytes: int
     context_group: Group | None = None
     expert_group: Group | None = None
+    _measured: dict[tuple[str, Lie], int] = field(default_factory=dict[tuple[str, Lie], int])
 
     @cached_property
     def costs(self) -> tuple[PassCost, ...]:
@@ -123,7 +124,11 @@ class Passes:
 
     @cached_property
     def _works(self) -> Mapping[str, Work]:
-        return {path: self.sharding.work(node, self.sizes, self.float_bytes) for path, node in self.graph.nodes.items()}
+        return {path: CATALOGUE[node.op].work(self._locals[path]) for path, node in self.graph.nodes.items()}
+
+    @cached_property
+    def _locals(self) -> Mapping[str, Local]:
+        return {path: self.sharding.local(node, self.sizes, self.float_bytes) for path, node in self.graph.nodes.items()}
 
     def move_bytes(self, move: Move) -> int:
         return self.sharding.move_bytes(move, self.sizes, self.float_bytes)
@@ -143,8 +148,7 @@ class Passes:
         """Collectives that the operation itself makes, forward only: (kind, bytes, count)."""
         if self.sharding.tensor == 1:
             return ()
-        local = self.sharding.local(node, self.sizes, self.float_bytes)
-        return CATALOGUE[node.op].collectives(self.sharding.strategies[node.path], local)
+        return CATALOGUE[node.op].collectives(self.sharding.strategies[node.path], self._locals[node.path])
 
     def _inner_seconds(self, node: Node) -> float:
         return sum(count * collective_seconds(kind, size, self.group) for kind, size, count in self.inner(node))
@@ -153,7 +157,7 @@ class Passes:
         """Bytes that the operation exchanges over the expert axis, forward and backward, rows being spread evenly."""
         if self.sharding.expert == 1:
             return 0, 0
-        return CATALOGUE[node.op].deliveries(self.sharding.local(node, self.sizes, self.float_bytes))
+        return CATALOGUE[node.op].deliveries(self._locals[node.path])
 
     def _delivery_seconds(self, node: Node) -> tuple[float, float]:
         if self.expert_group is None:
@@ -309,9 +313,12 @@ class Passes:
         return not CATALOGUE[node.op].cheap or self._passes_on(node)
 
     def _bytes(self, value: str, lie: Lie) -> int:
-        type = self.graph.nodes[value].type
-        width = {"float": self.float_bytes, "fp32": 4, "int": 8}[type.dtype]
-        return prod(self.sharding.local_shape(type, lie, self.sizes)) * width
+        found = self._measured.get((value, lie))
+        if found is None:
+            type = self.graph.nodes[value].type
+            width = {"float": self.float_bytes, "fp32": 4, "int": 8}[type.dtype]
+            found = self._measured[value, lie] = prod(self.sharding.local_shape(type, lie, self.sizes)) * width
+        return found
 
     def _most_transient(self, region: Region) -> int:
         """The most that an operation's backward pass needs over what the region has saved: when its turn comes, what only later

@@ -21,7 +21,7 @@ from mlmdsl.planner.communication import Group, collective_seconds, group_of, se
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.context import over_context
 from mlmdsl.planner.mesh import Mesh, Network, network_of
-from mlmdsl.planner.passes import Passes
+from mlmdsl.planner.passes import MODES, Passes
 from mlmdsl.planner.plan import CollectiveKind, Schedule
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
@@ -150,6 +150,13 @@ class PartCost(NamedTuple):
     bytes: memory.Passing
 
 
+class Least(NamedTuple):
+    """Bytes that all layers keep for one micro-batch, and that a rank with layers needs while the backward pass of one runs."""
+
+    kept: int
+    working: int
+
+
 @dataclass(frozen=True)
 class Bench:
     """Everything that depends on the sharding over the tensor, context and expert axes; what is asked for is made once."""
@@ -163,6 +170,8 @@ class Bench:
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
     _parts: dict[tuple[Part, int, int, bool], PartCost] = field(default_factory=dict[tuple[Part, int, int, bool], PartCost])
     _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
+    _least: dict[int, tuple[tuple[Least, ...], int]] = field(default_factory=dict[int, "tuple[tuple[Least, ...], int]"])
+    _balanced: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict[tuple[int, int, int], tuple[int, ...]])
 
     def over_context(self, context: int) -> Bench | Infeasible:
         """The same with ranks on the context axis, which are next to each other but for the tensor axis' ones."""
@@ -195,13 +204,35 @@ class Bench:
             self._passes[micro_batch] = Passes(*common, self.context_group, self.expert_group)
         return self._passes[micro_batch]
 
-    def layer_seconds(self, micro_batch: int, mode: int) -> tuple[tuple[float, ...], float, float]:
-        """Forward and backward seconds: of a layer by kind, of the model's beginning and end."""
-        chain = self.setting.chain
-        regions = self._region_seconds(micro_batch, mode)
-        whole = [forward + backward for forward, backward, _ in regions]
-        kinds = tuple(sum(whole[i] for i in kind) for kind in chain.kinds)
-        return kinds, sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last)
+    def balanced(self, micro_batch: int, mode: int, stages: int) -> tuple[int, ...]:
+        """Layers of each virtual stage."""
+        key = (micro_batch, mode, stages)
+        found = self._balanced.get(key)
+        if found is None:
+            chain = self.setting.chain
+            whole = [forward + backward for forward, backward, _ in self._region_seconds(micro_batch, mode)]
+            kinds = tuple(sum(whole[i] for i in kind) for kind in chain.kinds)
+            first, last = sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last)
+            found = self._balanced[key] = balance(chain, kinds, first, last, stages)
+        return found
+
+    def least_activations(self, micro_batch: int) -> tuple[tuple[Least, ...], int]:
+        """By way of recomputing, and what the loss keeps."""
+        found = self._least.get(micro_batch)
+        if found is None:
+            found = self._least[micro_batch] = self._least_activations(micro_batch)
+        return found
+
+    def _least_activations(self, micro_batch: int) -> tuple[tuple[Least, ...], int]:
+        chain, costs = self.setting.chain, self.passes(micro_batch).costs
+        each = [
+            Least(
+                sum(count * costs[i].saved_bytes[mode] for kind, count in chain.layers for i in chain.kinds[kind]),
+                min((max(costs[i].working_bytes[mode] for i in kind) for kind in chain.kinds), default=0),
+            )
+            for mode in range(len(MODES))
+        ]
+        return tuple(each), sum(cost.loss_bytes for cost in costs)
 
     def _region_seconds(self, micro_batch: int, mode: int) -> list[tuple[float, float, float]]:
         """(forward, backward, weights' share of it) of one pass, with what is recomputed in the backward pass."""
@@ -315,8 +346,7 @@ class Place:
         return self.bench.setting.spec.train.batch // (self.data * micro_batch)
 
     def cut(self, micro_batch: int, mode: int, kind: Schedule, interleave: int) -> Cut:
-        kinds, first, last = self.bench.layer_seconds(micro_batch, mode)
-        return self.given(balance(self.bench.setting.chain, kinds, first, last, self.pipeline * interleave), kind)
+        return self.given(self.bench.balanced(micro_batch, mode, self.pipeline * interleave), kind)
 
     def given(self, stages: tuple[int, ...], kind: Schedule = "1f1b") -> Cut:
         key = (stages, kind in schedule.V_SHAPED)
@@ -346,6 +376,29 @@ class Place:
     def state(self, c: Candidate, parts: tuple[Part, ...]) -> memory.State:
         several = self.micro_batches(c.micro_batch) > 1
         return self.bench.state(parts, c.zero, self.replicas, self.pipeline > 1, several)
+
+    def least_bytes(self, micro_batch: int, zero: int) -> int:
+        """What the fullest rank of any plan here holds at least: even shares of state, of what one micro-batch leaves and of
+        the loss. Grows with the micro-batch."""
+        each, loss = self.bench.least_activations(micro_batch)
+        passing = min((least.kept + loss) / self.pipeline + least.working for least in each)
+        return self._bound(self._least_state(zero) / self.pipeline, passing)
+
+    def least_under(self, micro_batch: int, mode: int, kind: Schedule, interleave: int, zero: int) -> int:
+        """The same under a way of recomputing and a schedule, whose ranks hold different numbers of micro-batches."""
+        each, loss = self.bench.least_activations(micro_batch)
+        share, most = schedule.least_in_flight(kind, self.pipeline, interleave, self.micro_batches(micro_batch))
+        state, least = self._least_state(zero), each[mode]
+        even = self._bound(state / self.pipeline, (least.kept + loss) / self.pipeline + least.working)
+        return max(even, self._bound(state * share / most, least.kept * share + least.working))
+
+    def _bound(self, state: float, passing: float) -> int:
+        return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
+
+    def _least_state(self, zero: int) -> float:
+        """Of all pipeline ranks together, but for what torch makes room for one unit at a time."""
+        state = self.bench.state(self.bench.setting.chain.whole, zero, self.replicas, self.pipeline > 1, several=False)
+        return sum(state) if self.pipeline == 1 else sum(state) - state.buffers
 
     def peak_bytes(self, c: Candidate, held: Sequence[int]) -> int:
         return max(rest + sum(self.state(c, parts)) for (_, parts), rest in zip(c.cut.ranks, held, strict=True))

@@ -108,6 +108,16 @@ def in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches:
     return tuple(whole * each + min(max(rest - i * each, 0), each) for i in range(interleave))
 
 
+@cache
+def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> tuple[float, float]:
+    """Of the ranks' mean counts c: 1 / sum(1 / c), and the largest. A rank that keeps k bytes for a micro-batch holds c k or
+    more (larger counts go with larger stages: Chebyshev's sum inequality), so the fullest of ranks that keep K bytes together
+    holds at least K / sum(1 / c)."""
+    counts = (in_flight(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline))
+    means = [sum(each) / len(each) for each in counts]
+    return 1 / sum(1 / mean for mean in means), max(means)
+
+
 def warm_up(pipeline: int, interleave: int, micro_batches: int, rank: int) -> int:
     """Forward passes of a rank before its first backward pass (less the one that directly precedes it): torch's and Megatron's
     count."""

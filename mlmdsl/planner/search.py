@@ -2,8 +2,9 @@
 
 Exhaustive over tensor x sequence_parallel x context x pipeline x data x expert x micro_batch x recompute x schedule x
 interleave x ZeRO, but for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that
-leave a rank little of a sequence (`Space._contexts`). "Legal" is what divides and what torch's schedules can run; everything
-else has its price (pricing.py). Deterministic: of plans that cost the same the simpler one is taken.
+leave a rank little of a sequence (`Space._contexts`); what a bound proves not to fit is counted, not priced. "Legal" is what
+divides and what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that cost the
+same the simpler one is taken.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
     space = Space(setting, {pin.variable: pin.value for pin in limits.pins}, outcome)
     judge = Judge(setting, limits.minimize, tuple(rule for rule in rules if rule.hard), outcome)
     for group in space.groups():
-        judge.price(group, space.zeros(group))
+        judge.price(group, space.zeros(group.place, group.schedule))
     outcome.found.sort(key=Found.order)
     return outcome
 
@@ -144,9 +145,11 @@ class Space:
             return
         for expert in self._experts(data * bench.sharding.context):
             place = Place(bench.over_experts(expert), pipeline, data)
+            hopeless = False
             for micro_batch in self.within("micro_batch", divisors(batch // data)):
+                hopeless = hopeless or self._hopeless(place.least_bytes(micro_batch, zero) for zero in self.zeros(place))
                 for schedule, interleave in self._schedules(pipeline, batch // data // micro_batch):
-                    yield from self._cuts(place, micro_batch, schedule, interleave)
+                    yield from self._cuts(place, micro_batch, schedule, interleave, hopeless)
 
     def _experts(self, replicas: int) -> list[int]:
         """Degrees that divide the replicas and the experts of every layer."""
@@ -185,20 +188,32 @@ class Space:
             return several
         return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
 
-    def _cuts(self, place: Place, micro_batch: int, schedule: Schedule, interleave: int) -> Iterator[Group]:
+    def _cuts(self, place: Place, micro_batch: int, schedule: Schedule, interleave: int, hopeless: bool) -> Iterator[Group]:
+        """Candidates that a bound proves not to fit are tallied at once."""
         modes = self.within("recompute", recomputes(schedule) if self.setting.chain.layers else MODES[:1])
         given = self.pins.get("stages")
         if given is not None and len(given) != place.pipeline * interleave:
             return
+        choices = self.zeros(place, schedule)
         for mode in map(MODES.index, modes):
+            chosen = (micro_batch, mode, schedule, interleave)
+            if hopeless or self._hopeless(place.least_under(*chosen, zero) for zero in choices):
+                self.outcome.rejected["memory", ""].count += len(choices)
+                self.outcome.candidates += len(choices)
+                continue
             cut = place.given(given, schedule) if given is not None else place.cut(micro_batch, mode, schedule, interleave)
-            yield Group(place, micro_batch, mode, schedule, interleave, cut)
+            yield Group(place, *chosen, cut)
 
-    def zeros(self, group: Group) -> tuple[int, ...]:
+    def _hopeless(self, least: Iterable[int]) -> bool:
+        """Whether plans that take so many bytes at least neither fit nor are the closest to it."""
+        tally = self.outcome.rejected.get(("memory", ""))
+        return tally is not None and all(each - self.setting.capacity_bytes > tally.distance for each in least)
+
+    def zeros(self, place: Place, schedule: Schedule = "1f1b") -> tuple[int, ...]:
         """Over one rank with these weights ZeRO is nothing, unless asked for by name."""
         pinned = (self.pins["zero"],) if "zero" in self.pins else None
-        choices = pinned or ((0, 1, 3) if group.place.replicas > 1 else (0,))
-        return tuple(zero for zero in choices if zero in zeros(group.schedule))
+        choices = pinned or ((0, 1, 3) if place.replicas > 1 else (0,))
+        return tuple(zero for zero in choices if zero in zeros(schedule))
 
     def _reject(self, reason: str, distance: float, words: str) -> None:
         self.outcome.candidates += 1

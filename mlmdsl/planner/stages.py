@@ -7,10 +7,11 @@ layer.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from math import floor
 
 from mlmdsl.graph.graph import Graph
@@ -37,6 +38,11 @@ class Chain:
     @property
     def count(self) -> int:
         return sum(count for _, count in self.layers)
+
+    @property
+    def whole(self) -> tuple[Part]:
+        """All of the model."""
+        return (self.part(tuple(count for _, count in self.layers), True, True),)
 
     def regions(self, part: Part) -> list[tuple[int, int]]:
         """The regions that a part runs, and how many passes of each."""
@@ -137,13 +143,14 @@ def _spread(layers: int, stages: int, first: int, middle: int, last: int) -> tup
 
 
 def _general(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    bound = _least_bound(costs, stages)
-    needed = _needed(costs, bound)
+    before = [0.0, *accumulate(costs)]  # what the layers in front of each position cost
+    bound = _least_bound(before, stages)
+    needed = _needed(before, bound)
     found: list[int] = []
     start = 0
     for stage in range(stages - 1):
         after = stages - stage - 1
-        most = min(_extent(costs, start, bound), len(costs) - start - after)
+        most = min(_end(before, start, bound) - start, len(costs) - start - after)
         least = next(n for n in range(1, most + 1) if needed[start + n] <= after)
         size = min(max((len(costs) - start) // (after + 1), least), most)
         found.append(size)
@@ -151,37 +158,33 @@ def _general(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     return (*found, len(costs) - start)
 
 
-def _least_bound(costs: Sequence[float], stages: int) -> float:
+def _least_bound(before: Sequence[float], stages: int) -> float:
     """Raised from below to the next value that lets some stage take one layer more, until the stages suffice."""
-    bound = max(max(costs), sum(costs) / stages)
+    layers = len(before) - 1
+    bound = max(max(b - a for a, b in pairwise(before)), before[-1] / stages)
     while True:
         used, start, following = 0, 0, float("inf")
-        while start < len(costs):
-            size = _extent(costs, start, bound)
-            if start + size < len(costs):
-                following = min(following, sum(costs[start : start + size + 1]))
-            start += size
+        while start < layers:
+            end = _end(before, start, bound)
+            if end < layers:
+                following = min(following, before[end + 1] - before[start])
+            start = end
             used += 1
         if used <= stages:
             return bound
         bound = following
 
 
-def _extent(costs: Sequence[float], start: int, bound: float) -> int:
-    """How many layers from `start` on fit under the bound; at least one."""
-    total, limit = costs[start], bound * (1 + _EPS)
-    for size in range(1, len(costs) - start):
-        total += costs[start + size]
-        if total > limit:
-            return size
-    return len(costs) - start
+def _end(before: Sequence[float], start: int, bound: float) -> int:
+    """Where the layers from `start` on that fit under the bound end; one at least does."""
+    return max(start + 1, bisect_right(before, before[start] + bound * (1 + _EPS)) - 1)
 
 
-def _needed(costs: Sequence[float], bound: float) -> list[int]:
+def _needed(before: Sequence[float], bound: float) -> list[int]:
     """Stages that the layers from each position to the end need."""
-    needed = [0] * (len(costs) + 1)
-    for start in range(len(costs) - 1, -1, -1):
-        needed[start] = 1 + needed[start + _extent(costs, start, bound)]
+    needed = [0] * len(before)
+    for start in range(len(before) - 2, -1, -1):
+        needed[start] = 1 + needed[_end(before, start, bound)]
     return needed
 
 

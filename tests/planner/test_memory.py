@@ -21,7 +21,7 @@ from mlmdsl.planner.plan import Plan
 from mlmdsl.planner.pricing import Bench, Place, Setting
 from mlmdsl.runtime.parallel import local_part
 from tests.parity.curve import make_trainer
-from tests.parity.models import GPT, LLAMA, MODELS, SEQUENCE, SETTINGS, small_model
+from tests.parity.models import GPT, LLAMA, MODELS, SETTINGS, small_model
 from tests.parity.ranks import run_ranks
 
 # Masks and biases of attention, in the models of the parity tests
@@ -100,9 +100,15 @@ class Storages(TorchDispatchMode):
 
 
 def held_by_rank(rank: int, text: str) -> tuple[int, int]:
-    """Bytes that stay after one micro-batch's forward pass and loss, and the most until its backward pass is done."""
+    """Bytes that stay after one micro-batch's forward pass and loss, and the most until its backward pass is done: the least of
+    three times, for gloo's threads hold what they have sent a moment longer, and masks are made once."""
     trainer = make_trainer(text)
-    engine: Any = trainer.engine
+    several = [_held(trainer) for _ in range(3)]
+    return min(held for held, _ in several), min(peak for _, peak in several)
+
+
+def _held(trainer: Any) -> tuple[int, int]:
+    engine = trainer.engine
     trainer.state.before_step()
     rows = trainer._local(trainer.data.batch(0, *trainer.rows))
     *inputs, targets = (x[: engine.micro_batch].clone() for x in rows.values())
@@ -144,9 +150,8 @@ def test_what_stays_until_the_backward_pass(model: str, axes: dict[str, Any], re
     taken as the most that any one does."""
     done, plan, text = compiled(model, {"recompute": recompute, **axes})
     expected = modelled(done, plan)
-    held, peak = min(run_ranks(held_by_rank, plan.plan.world_size, text))
-    mask = 4 * SEQUENCE * SEQUENCE if model.endswith("window") else 0
-    assert held == pytest.approx(expected.kept + expected.loss + mask, rel=0.01)
+    held, peak = map(min, zip(*run_ranks(held_by_rank, plan.plan.world_size, text), strict=True))
+    assert held == pytest.approx(expected.kept + expected.loss, rel=0.01)
     most = expected.kept + expected.loss + expected.working + max(expected.transient, expected.loss_transient)
     assert 0.8 * most < peak < 1.1 * most
 
