@@ -171,6 +171,7 @@ def _environment(threads: int) -> Iterator[None]:
     local = {"GLOO_SOCKET_IFNAME": "lo"} if "lo" in (name for _, name in socket.if_nameindex()) else {}
     wanted = {
         "OMP_NUM_THREADS": str(threads),
+        "GOMP_SPINCOUNT": "10000",  # threads that spin longer at barriers take the cores of whatever else runs
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a store of the ranks' own: the agent's breaks on gloo at a restart
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
