@@ -13,8 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from mlmdsl.graph.graph import Graph, Node
-from mlmdsl.graph.ops import CATALOGUE
-from mlmdsl.graph.ops.base import Local, Work
+from mlmdsl.graph.ops.base import Local
 from mlmdsl.graph.placement import REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
 from mlmdsl.graph.tensor import TensorType, symbols_of
 from mlmdsl.planner.choice import Costs, Problem, cut, cut_around, local_sizes, width
@@ -101,9 +100,6 @@ class Sharding:
     def local_shape(self, type: TensorType, lie: Lie, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """A value on one rank."""
         return cut(cut_around(type, lie[1], self.context, sizes), lie[0].dim, self.tensor)
-
-    def work(self, node: Node, sizes: Mapping[str, int], float_bytes: int) -> Work:
-        return CATALOGUE[node.op].work(self.local(node, sizes, float_bytes))
 
     def local_elements(self, key: str) -> int:
         """Elements of a weight on one rank."""
