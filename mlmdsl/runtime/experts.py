@@ -46,24 +46,27 @@ def balanced_top_k(
 ) -> Tensor:
     """top_k of x [..., E] by x + bias [E]. The bias is given no gradient of the loss but a count: E times the tokens that chose
     each value, less k times all tokens; above zero where more than on average did."""
-    return _Balanced.apply(x, bias, _chosen(x + bias, k, groups, group_limit, group_best), k)
+    chosen = _chosen(x + bias, k, groups, group_limit, group_best)
+    return torch.where(chosen, x, 0.0) + _Counted.apply(bias, chosen, k)
 
 
-class _Balanced(torch.autograd.Function):
-    """Counts are taken with the backward pass, once for each micro-batch however it is recomputed."""
+class _Counted(torch.autograd.Function):
+    """Zeros [E], whose gradient is the count: taken with the backward pass, once for each micro-batch however it is recomputed.
+    The bias meets x in an addition of torch's own: where backward passes are taken apart torch 2.11 begins those of weights at
+    such a node, and cannot at one of ours."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor, chosen: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, bias: Tensor, chosen: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(chosen)
-        ctx.k, ctx.kind = k, bias.dtype
-        return torch.where(chosen, x, 0.0)
+        ctx.k = k
+        return torch.zeros_like(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (chosen,) = ctx.saved_tensors
         rows = chosen.flatten(0, -2)
         count = rows.sum(0) * rows.size(1) - ctx.k * rows.size(0)
-        return torch.where(chosen, grad, 0.0), count.to(ctx.kind), None, None
+        return count.to(grad.dtype), None, None
 
 
 def _chosen(scores: Tensor, k: int, groups: int, group_limit: int | None, group_best: int) -> Tensor:
