@@ -17,6 +17,7 @@ from mlmdsl.graph.body import Body
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.objective import add_loss
 from mlmdsl.graph.state import State
+from mlmdsl.graph.sums import regrouped
 from mlmdsl.graph.values import Scope, TensorValue
 from mlmdsl.graph.walk import unused
 
@@ -86,6 +87,7 @@ def _finished(state: State, name: str, output: TensorValue, loss: Node, lengths:
         regions = _with_first(regions, state.first_nodes)
     needed = _needed(regions, loss.path)
     kept = tuple(r for r in (_without_dead(region, needed) for region in regions) if r.nodes)
+    kept = regrouped(kept, (output.path, loss.path))
     used = {key for region in kept for node in region.nodes for key in node.weights}
     weights = {key: weight for key, weight in state.weights.items() if key in used}
     return Graph(name, kept, weights, tuple(state.inputs), output.path, loss.path, lengths)

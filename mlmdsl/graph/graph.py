@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import networkx as nx
-
 from mlmdsl.diagnostics import Span
 from mlmdsl.graph.tensor import TensorType, Weight, symbols_of
 
@@ -89,17 +87,6 @@ class Graph:
     @cached_property
     def region_of(self) -> Mapping[str, Region]:
         return {n.path: r for r in self.regions for n in r.nodes}
-
-    @cached_property
-    def network(self) -> nx.DiGraph[str]:
-        """Nodes keyed by path with their `Node` as attribute "node"; one edge per use. A repeat is one pass of its body."""
-        network: nx.DiGraph[str] = nx.DiGraph()
-        for path, node in self.nodes.items():
-            network.add_node(path, node=node)
-            network.add_edges_from((source, path) for source in node.inputs)
-        for region in self.regions:
-            network.add_edges_from((c.initial, c.entry) for c in region.carried)
-        return network
 
     def count_of(self, weight: Weight) -> int:
         """How many tensors this folded weight stands for."""

@@ -68,6 +68,9 @@ class Work:
     matmul: tuple[int, int, int] | None = None
     attention: tuple[int, int, int, int, int] | None = None
     computed: float = 1.0
+    precision: str | None = None  # of a matrix product, where it is not the training's
+    batch: int = 1  # matrix products that one kernel computes side by side: `matmul` is of each
+    then: tuple[Work, ...] = ()  # further kernels, one after another: times alone count
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ def _unary(name: str, doc: str, text: str | Callable[[Emission], str], saved: tu
 
 def _binary(name: str, sign: str, saved: tuple[str, ...], *, linear: bool = False) -> Op:
     def work(local: Local) -> Work:
-        return memory_bound(local, saved, backward=0.0 if not saved else 1.5)
+        """Where nothing is saved the gradient passes through; that of a value with several uses is added up: one for each."""
+        return memory_bound(local, saved, backward=1.0 if not saved else 1.5)
 
     return Op(
         name=name,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import prod
 
 from mlmdsl.graph.graph import Scalar
-from mlmdsl.graph.ops.base import Local, Op, ShapeProblem, WeightSpec, Work
+from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, WeightSpec, Work
 from mlmdsl.graph.ops.common import output_bytes, pointwise, shard_name, shardable
 from mlmdsl.graph.placement import (
     BROADCAST,
@@ -97,7 +97,7 @@ def _bias_strategies(
     types: Types, out: TensorType, weights: tuple[tuple[int, ...], ...], attrs: Attributes, n: int
 ) -> tuple[Strategy, ...]:
     last = len(out.shape) - 1
-    found = pointwise(types, out, n, 1, besides=(last,))
+    found = (*pointwise(types, out, n, 1, besides=(last,)), Strategy("shared", (PARTIAL,), (WHOLE_PARTIAL,), PARTIAL))
     cut = isinstance(out.shape[last], int) and weights[0][0] % n == 0
     return (*found, Strategy("column", (shard(last),), (WeightPlacement(0),), shard(last))) if cut else found
 
@@ -105,6 +105,11 @@ def _bias_strategies(
 def _bias_work(local: Local) -> Work:
     """The addition is the epilogue of a matrix product or of what reduces it; the backward pass sums over the tokens."""
     return Work("memory", bytes_backward=output_bytes(local), kernels_forward=0)
+
+
+def _bias_text(e: Emission) -> str:
+    """To a partial sum every rank adds its share."""
+    return f"{e.inputs[0]} + {e.weights[0]}" + (f" / {e.axis_size}" if e.strategy.name == "shared" else "")
 
 
 OPS = (
@@ -126,7 +131,7 @@ OPS = (
         infer=_bias_type,
         strategies=_bias_strategies,
         work=_bias_work,
-        emit=lambda e: f"{e.inputs[0]} + {e.weights[0]}",
+        emit=_bias_text,
         weights=lambda types, attrs: (WeightSpec("bias", (features(types[0]),), Init("zeros"), decay=False),),
     ),
 )

@@ -49,13 +49,14 @@ def _on_context(types: Types, out: TensorType, weights: tuple[tuple[int, ...], .
 
 
 def _work(local: Local) -> Work:
-    """The log-probabilities are kept in fp32 for backward; their gradient and that in the training precision pass by."""
-    count = prod(local.inputs[0])
-    moved = float(count) * (local.input_bytes[0] + 3 * 4)
+    """The log-probabilities are kept in fp32 for backward; their gradient and that in the training precision pass by. Forward:
+    to fp32, log-softmax; backward: zeros with the targets' places, the softmax's gradient of both, to the training
+    precision."""
+    count, width = float(prod(local.inputs[0])), local.input_bytes[0]
     return Work(
         "memory",
-        bytes_forward=moved,
-        bytes_backward=moved,
+        bytes_forward=count * (width + 3 * 4),
+        bytes_backward=count * (width + 5 * 4),
         saved=("in1",),
         extra_saved_bytes=4.0 * count,
         transient_bytes=4.0 * count,
