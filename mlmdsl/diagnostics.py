@@ -200,10 +200,11 @@ CODES: Mapping[str, str] = {
     "MLM0419": "a schedule without enough micro-batches",
     "MLM0420": "a schedule that does not go with interleave",
     "MLM0422": "a rule that contradicts another constraint",
-    "MLM0424": "an axis that is not laid out",
+    "MLM0424": "copies that hybrid sharding cannot make",
     "MLM0425": "a rule on cost without a price",
     "MLM0426": "a sequence that the context axis cannot split",
     "MLM0427": "experts that the expert axis cannot share out",
+    "MLM0428": "recomputation of other layers than the model's",
     # 05xx: shapes, the graph, expect
     "MLM0501": "shapes that do not fit together",
     "MLM0502": "integers for floating-point values, or the other way round",

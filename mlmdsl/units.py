@@ -64,6 +64,7 @@ def _table() -> dict[str, tuple[str, float]]:
         units.update({f"{prefix} {word}": (dimension, factor) for prefix, factor in _COUNTS.items() if prefix})
     units["USD/gpu/hour"] = units["USD/device/hour"] = ("usd_per_device_hour", 1.0)
     units["USD/kWh"] = ("usd_per_kwh", 1.0)
+    units["kg/kWh"], units["g/kWh"] = ("kg_per_kwh", 1.0), ("kg_per_kwh", 1e-3)
     return units
 
 
@@ -81,6 +82,7 @@ WORDS = {
     "watts": "watts (W)",
     "usd_per_device_hour": "a price (USD/gpu/hour)",
     "usd_per_kwh": "an energy price (USD/kWh)",
+    "kg_per_kwh": "CO2 of energy (kg/kWh, g/kWh)",
     "number": "a plain number",
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 from mlmdsl.diagnostics import Span
 from mlmdsl.grammar.evaluate import CallValue
 from mlmdsl.grammar.settings import Settings
-from mlmdsl.grammar.spec import Cluster, Device, Link, Pool
+from mlmdsl.grammar.spec import Cluster, Device, Link, Operation, Pool
 from mlmdsl.units import Quantity
 
 # What one device reaches inside its node where the text is silent: (kind, bytes/s in one direction, latency)
@@ -17,7 +17,7 @@ _INTRA_DEFAULT = {
     "cpu": Link(kind="loopback", bytes_per_second=2e9, latency_seconds=100e-6),
 }
 _LATENCY = {
-    "nvlink": 2e-6,
+    "nvlink": 4e-6,
     "pcie": 5e-6,
     "infinity_fabric": 3e-6,
     "shm": 20e-6,
@@ -29,6 +29,13 @@ _LATENCY = {
 _INTRA = ("nvlink", "pcie", "infinity_fabric", "shm", "loopback")
 _INTER = ("infiniband", "roce", "ethernet", "loopback")
 _PEAKS = ("fp32", "tf32", "fp16", "bf16", "fp8")
+# Efficiency curves that `mlmdsl probe` writes, part by part: the numbers of each; `fill` is a time (docs/probe.md)
+CURVES = {
+    "matmul": ("share", "half_depth", "wave_outputs"),
+    "attention_forward": ("share", "half_length", "half_head", "half_rows"),
+    "attention_backward": ("share", "half_length", "half_head", "half_rows"),
+    "streams": ("share", "optimizer_share"),
+}
 # Marketing figures are the sum of both directions (NVIDIA's NVLink pages): the most that one direction of one device can be
 _NVLINK_ONE_WAY = {"V100": 150e9, "A100": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9, "GB200": 900e9}
 
@@ -41,6 +48,7 @@ def read_cluster(name: str, settings: Settings, pools: tuple[tuple[str, Settings
     inter = _link(settings, "inter", _INTER, per_node)
     price = settings.quantity("price", "usd_per_device_hour")
     energy = settings.quantity("energy", "usd_per_kwh")
+    operation = _operation(settings, per_node)
     if all(found) and nodes > 1 and inter is None and "inter" not in settings.values:
         settings.missing["inter"] = "infiniband(bandwidth = 400 Gb/s per gpu)"
         settings.failed = True
@@ -48,7 +56,24 @@ def read_cluster(name: str, settings: Settings, pools: tuple[tuple[str, Settings
         return None
     whole: Span = settings.whole
     sound = tuple(p for p in found if p)
-    return Cluster(name=name, pools=sound, inter=inter, usd_per_device_hour=price, usd_per_kwh=energy, span=whole)
+    prices: Any = {"usd_per_device_hour": price, "usd_per_kwh": energy}
+    return Cluster(name=name, pools=sound, inter=inter, operation=operation, span=whole, **prices)
+
+
+def _operation(settings: Settings, per_node: int) -> Operation:
+    storage = settings.raw_quantity("storage", "bytes_per_second")
+    if storage is not None and storage.per is None:
+        help = f"write {storage} per node, or {storage} per gpu"
+        settings.problem("MLM0308", "this bandwidth could be per device or per node", "storage", help=help)
+    speed = None if storage is None else storage.value * (per_node if storage.per == "gpu" else 1)
+    given = {
+        "mtbf_seconds": settings.quantity("mtbf", "seconds"),
+        "storage_bytes_per_second": speed,
+        "restart_seconds": settings.quantity("restart", "seconds"),
+        "pue": settings.number("pue", least=1.0, example="1.2"),
+        "kg_per_kwh": settings.quantity("carbon", "kg_per_kwh"),
+    }
+    return Operation.model_validate({key: value for key, value in given.items() if value is not None})
 
 
 def _finished_pool(name: str, settings: Settings) -> Pool | None:
@@ -86,9 +111,10 @@ def read_device(call: CallValue, settings: Settings) -> Device | None:
         peaks = {"fp32": compute, "bf16": compute, **peaks}
     elif cpu and "fp32" in peaks:
         peaks = {"bf16": peaks["fp32"], **peaks}
-    launch = inner.quantity("launch", "seconds", 10e-6 if cpu else 4e-6)
+    launch = inner.quantity("launch", "seconds", 10e-6)
     power = inner.quantity("power", "watts", 50.0 if cpu else 400.0)
     name = inner.text("name", "cpu" if cpu else "gpu")
+    curves = _curves(inner)
     if not peaks and not inner.failed:
         inner.missing["fp32" if cpu else "bf16"] = "50 GFLOPS" if cpu else "312 TFLOPS"
         inner.failed = True
@@ -104,7 +130,36 @@ def read_device(call: CallValue, settings: Settings) -> Device | None:
         peak_flops_per_second=peaks,
         launch_seconds=launch,
         power_watts=power,
+        curves=curves,
     )
+
+
+def _curves(device: Settings) -> dict[str, dict[str, float]] | None:
+    """`curves = curves(matmul = curve(share = 0.7, ...), ...)`: what `probe` measured; None where nothing was."""
+    call = device.call("curves", ("curves",), example="curves(matmul = curve(...), ...)")
+    if call is None:
+        return None
+    whole = device.of_call(call)
+    found = {part: _curve(whole, part, numbers) for part, numbers in CURVES.items()}
+    if not whole.finish():
+        device.failed = True
+        return None
+    return {part: values for part, values in found.items() if values}
+
+
+def _curve(whole: Settings, part: str, numbers: tuple[str, ...]) -> dict[str, float] | None:
+    example = f"curve({', '.join(f'{name} = 0.8' for name in numbers)})"
+    call = whole.call(part, ("curve",), required=True, example=example)
+    if call is None:
+        return None
+    inner = whole.of_call(call)
+    values = {name: inner.number(name, above=True, required=True, example="0.8") for name in numbers}
+    if part != "streams":
+        values["fill_seconds"] = inner.quantity("fill", "seconds", required=True)
+    if not inner.finish():
+        whole.failed = True
+        return None
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _link(settings: Settings, key: str, kinds: tuple[str, ...], per_node: int) -> Link | None:

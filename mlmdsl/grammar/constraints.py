@@ -13,6 +13,7 @@ from mlmdsl.units import Quantity
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zb_v", "dualpipe_v")
 RECOMPUTE = ("none", "selective", "full")
+ZEROS = (0, 1, 2, 3)
 _DEGREES = ("tensor", "context", "pipeline", "interleave", "data", "replicate", "expert", "micro_batch")
 VARIABLES = (*_DEGREES, "sequence_parallel", "schedule", "zero", "recompute", "stages")
 AXES = ("tensor", "context", "pipeline", "data", "replicate", "expert")
@@ -75,6 +76,8 @@ def read_pins(statements: Sequence[s.Pin], texts: Callable[[Span], str], diagnos
 
 
 def _shown(value: PlanValue) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -97,8 +100,8 @@ def pin_value(pin: s.Pin, diagnostics: Diagnostics) -> Any:
         sound = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         return value if sound else wrong(f"`{name}` is an integer of 1 or more", f"write pin {name} = 4")
     if name == "zero":
-        sound = not isinstance(value, bool) and value in (0, 1, 3)
-        return value if sound else wrong("`zero` is 0, 1 or 3", "write pin zero = 1")
+        sound = not isinstance(value, bool) and value in ZEROS
+        return value if sound else wrong("`zero` is 0, 1, 2 or 3", "write pin zero = 1")
     if name == "sequence_parallel":
         sound = isinstance(value, bool)
         return value if sound else wrong(f"`{name}` is true or false, not {kind_of(value)}", f"write pin {name} = true")
@@ -110,6 +113,11 @@ def pin_value(pin: s.Pin, diagnostics: Diagnostics) -> Any:
     value = "none" if value is None else value
     if isinstance(value, str) and value in words:
         return value
+    if name == "recompute" and isinstance(value, tuple) and value:
+        items = tuple("none" if item is None else item for item in cast(tuple[Any, ...], value))
+        if all(isinstance(item, str) and item in RECOMPUTE for item in items):
+            return items
+        return wrong("a list for `recompute` has one of its words for each layer", "write pin recompute = [full, none]")
     help = (did_you_mean(value, words) if isinstance(value, str) else "") or one_of(words)
     return wrong(f"`{name}` is {', '.join(words[:-1])} or {words[-1]}", help)
 

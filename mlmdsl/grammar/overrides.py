@@ -59,11 +59,11 @@ class Overrides:
                     found.append(s.Setting(path[len(owner) + 1 :], value, key_span=where, span=value.span))
         return found
 
-    def pins(self, texts: Sequence[str]) -> list[s.Pin]:
+    def pins(self, texts: Sequence[str], option: str = "--pin") -> list[s.Pin]:
         """`--pin`s as pins; of two for one variable the last holds."""
         pins: dict[str, s.Pin] = {}
         for text in texts:
-            split = self._split(text, "--pin")
+            split = self._split(text, option)
             if split is not None:
                 name, value, where = split
                 pins[name] = s.Pin(name, value, variable_span=where, span=Span(where.file, 1, 1, 1, len(text) + 1))

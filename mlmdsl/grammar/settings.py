@@ -22,6 +22,7 @@ EXAMPLES = {
     "watts": "700 W",
     "usd_per_device_hour": "2.50 USD/gpu/hour",
     "usd_per_kwh": "0.12 USD/kWh",
+    "kg_per_kwh": "0.4 kg/kWh",
 }
 
 

@@ -37,6 +37,7 @@ class Device(Frozen):
     peak_flops_per_second: dict[str, float]
     launch_seconds: float  # host time to launch one kernel, eager
     power_watts: float
+    curves: dict[str, dict[str, float]] | None = None  # measured: by part and parameter of planner/compute.py's curves
 
 
 class Link(Frozen):
@@ -58,12 +59,26 @@ class Pool(Frozen):
     intra: Link
 
 
+class Operation(Frozen):
+    """How a cluster is run. Defaults: a failure per device in 50,677 hours (419 in 54 days of 16,384 H100) and 1 GB/s of
+    storage a node (2 TB/s sustained for 2,000 nodes), both of arXiv:2407.21783, section 3.3; ten minutes to find a failure and
+    start again (arXiv:2402.15627); PUE 1.2 (BLOOM's, arXiv:2211.02001); 0.445 kg of CO2 a kWh, the world's mean in 2024 (IEA,
+    Electricity 2025)."""
+
+    mtbf_seconds: float = 50_677 * 3600.0  # of one device
+    storage_bytes_per_second: float = 1e9  # of checkpoints, per node
+    restart_seconds: float = 600.0
+    pue: float = 1.2  # energy of the building per energy of the devices
+    kg_per_kwh: float = 0.445
+
+
 class Cluster(Frozen):
     name: str
     pools: tuple[Pool, ...]  # one, unless the text has `pool` blocks
     inter: Link | None  # None on a single node
     usd_per_device_hour: float | None = None
     usd_per_kwh: float | None = None
+    operation: Operation = Operation()
     span: Span
 
     @property
@@ -140,7 +155,7 @@ class Train(Frozen):
 
 # ---- constraints on the plan ----------------------------------------------------------------------------------------
 
-PlanValue = int | bool | str | tuple[int, ...]
+PlanValue = int | bool | str | tuple[int, ...] | tuple[str, ...]
 
 
 class Pin(Frozen):

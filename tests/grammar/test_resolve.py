@@ -187,7 +187,7 @@ def test_pins_of_the_command_are_stronger(given: tuple[str, ...], expected: dict
         ("tensor=two", "MLM0201 --pin tensor=two:1:8"),
         ("tensor=0", "MLM0320 --pin tensor=0:1:8"),
         ("tensor=2.0", "MLM0320 --pin tensor=2.0:1:8"),
-        ("zero=2", "MLM0320 --pin zero=2:1:6"),
+        ("zero=4", "MLM0320 --pin zero=4:1:6"),
         ("schedule=gpip", "MLM0201 --pin schedule=gpip:1:10"),
         ("stages=3", "MLM0320 --pin stages=3:1:8"),
         ("sequence_parallel=1", "MLM0320 --pin sequence_parallel=1:1:19"),

@@ -40,6 +40,8 @@ WRITTEN = [
     (2.5, "USD/gpu/hour", "usd_per_device_hour", 2.5),
     (2.5, "USD/device/hour", "usd_per_device_hour", 2.5),
     (0.12, "USD/kWh", "usd_per_kwh", 0.12),
+    (0.4, "kg/kWh", "kg_per_kwh", 0.4),
+    (370, "g/kWh", "kg_per_kwh", 0.37),
 ]
 
 
