@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlmdsl.runtime.initial import Init, normal, ones, zeros
     from mlmdsl.runtime.mesh import Axis, Mesh
     from mlmdsl.runtime.parallel import Scope, weight
-    from mlmdsl.runtime.recompute import recomputed
+    from mlmdsl.runtime.recompute import recomputed, recomputed_blocks
     from mlmdsl.runtime.train import main
 
 _HOMES = {
@@ -46,7 +46,7 @@ _HOMES = {
     "initial": "Init normal ones zeros",
     "mesh": "Axis Mesh",
     "parallel": "Scope weight",
-    "recompute": "recomputed",
+    "recompute": "recomputed recomputed_blocks",
     "train": "main",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -86,6 +86,7 @@ __all__ = [
     "ones",
     "positions",
     "recomputed",
+    "recomputed_blocks",
     "reduce_scatter",
     "relative_positions",
     "rotary",

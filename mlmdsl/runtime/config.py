@@ -12,9 +12,15 @@ QUERY_BLOCK = 256  # queries whose scores are in memory at one time where attent
 
 
 def even_dim(shape: Sequence[int], ranks: int) -> int:
-    """Along which dim ZeRO cuts a rank's local weight over its replicas: the first that they divide, or dim 0 in chunks of
-    ceil(rows / ranks), whose last ones FSDP2 pads."""
+    """Along which dim ZeRO cuts a rank's local weight over the ranks that share it out: the first that they divide, or dim 0 in
+    chunks of ceil(rows / ranks), whose last ones FSDP2 pads."""
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
+def cut_over_copies(shape: Sequence[int], copies: int) -> bool:
+    """Whether ZeRO cuts a rank's local stack of experts along dim 1 over the ranks that have the same ones: where that is
+    even."""
+    return copies > 1 and len(shape) > 1 and shape[1] % copies == 0
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,10 @@ class Parallel:
     """The plan's variables as executed. Ranks lie in the grid (pipeline, data, context, tensor), tensor innermost.
 
     `stages` gives layers per virtual stage in model order, pipeline * interleave of them. Ranks of data and context hold the
-    same weights: zero 0: gradients all-reduced over them; 1: optimizer state sharded; 3: weights sharded too (FSDP2); but of
-    experts `expert` neighbours among them hold one set together, and 1 and 3 shard the optimizer state of each set's copies."""
+    same weights: zero 0: gradients all-reduced over them; 1: optimizer state sharded; 2: gradients sharded too; 3: weights too
+    (FSDP2); but of experts `expert` neighbours among them hold one set together, and ZeRO shards the optimizer state of each
+    set's copies. Of the rest every weight is sharded `replicate` times, over as many groups of neighbours, and gradients are
+    all-reduced over these (hybrid sharding, arXiv:2304.11277, section 3.2.2)."""
 
     pipeline: int = 1
     data: int = 1
@@ -34,8 +42,9 @@ class Parallel:
     schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b, zb_v, dualpipe_v
     stages: tuple[int, ...] = (0,)
     zero: int = 0
+    replicate: int = 1
     micro_batch: int = 1
-    recompute: str = "none"  # none, selective, full
+    recompute: str | tuple[str, ...] = "none"  # none, selective, full; or one of them for each layer
 
     @property
     def world_size(self) -> int:

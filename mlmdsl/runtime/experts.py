@@ -112,7 +112,7 @@ def dispatch(x: Tensor, routing: Tensor, k: int, ep: Axis | None = None) -> Tens
     rows = _Dispatched.apply(x, routing[:, :count], k)
     if ep is None or rows.is_meta:
         return rows
-    journey = _Journey(routing[:, count:], ep)
+    journey = _Journey(routing[:, count:], ep, count)
     arrived = deliver(rows[: sum(journey.sent)], ep, journey.sent, journey.received)
     return _Permuted.apply(arrived, *journey.sorting)
 
@@ -121,7 +121,7 @@ def combine(rows: Tensor, gates: Tensor, routing: Tensor, ep: Axis | None = None
     """Rows [R, d] -> tokens [B, S, d]: each token's rows, weighted by its gates [B, S, E]."""
     count = routing.size(1) - gates.size(-1)
     if ep is not None and not rows.is_meta:
-        journey = _Journey(routing[:, count:], ep)
+        journey = _Journey(routing[:, count:], ep, count)
         order, inverse = journey.sorting
         back = deliver(_Permuted.apply(rows, inverse, order), ep, journey.received, journey.sent)
         rows = F.pad(back, (0, 0, 0, count - back.size(0)))
@@ -132,13 +132,18 @@ class _Journey:
     """Of rows over the expert axis: how many this rank sends to and receives from each, and how what arrives, rank by rank, is
     sorted by this rank's experts, with the way back."""
 
-    def __init__(self, counts: Tensor, ep: Axis):
+    def __init__(self, counts: Tensor, ep: Axis, rows: int):
         coming = counts[1].view(ep.size, -1)
-        self.sent: list[int] = counts[0].view(ep.size, -1).sum(1).tolist()
-        self.received: list[int] = coming.sum(1).tolist()
+        self.sent = listed(counts[0].view(ep.size, -1).sum(1), rows)
+        self.received = listed(coming.sum(1), rows)
         expert = torch.arange(coming.size(1), device=counts.device).repeat(ep.size)
         order = expert.repeat_interleave(coming.flatten(), output_size=sum(self.received)).argsort(stable=True)
         self.sorting = order, _inverse(order)
+
+
+def listed(counts: Tensor, rows: int) -> list[int]:
+    """How many go to each; `rows` in all, those that go nowhere included."""
+    return counts.tolist()
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, routing: Tensor, ep: Axis | Non
         y = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends.to(torch.int32))
         open_rows = torch.arange(rows.size(0), device=rows.device) < ends[-1]
         return torch.where(open_rows[:, None], y, 0.0)
-    sizes = [rows.size(0) // weight.size(0)] * weight.size(0) if rows.is_meta else counts.tolist()
+    sizes = [rows.size(0) // weight.size(0)] * weight.size(0) if rows.is_meta else listed(counts, rows.size(0))
     parts = rows.split([*sizes, rows.size(0) - sum(sizes)])
     products = [F.linear(part, matrix) for part, matrix in zip(parts, weight.unbind(), strict=False)]
     return torch.cat((*products, rows.new_zeros(parts[-1].size(0), weight.size(1))))

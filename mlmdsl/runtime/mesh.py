@@ -35,8 +35,9 @@ class Mesh:
     """`devices` names its axes (pipeline, tensor, replicas), the replicas being the ranks of data and context, which hold the
     same weights: FSDP cuts what the tensor axis has cut already, so a DTensor on (tensor, replicas) describes a weight in a
     checkpoint. None in a single process. `sharers` has the same ranks with the axes (pipeline, tensor, copies, expert): the
-    replicas in groups of neighbours that share one set of experts; None where every rank has all of them. `tally` is this
-    rank's alone."""
+    replicas in groups of neighbours that share one set of experts; None where every rank has all of them. `hybrid` has them
+    with the axes (pipeline, tensor, replicate, shards): the replicas in groups of neighbours that share one copy of the weights
+    under ZeRO; None where all of them do. `tally` is this rank's alone."""
 
     tensor: Axis
     data: Axis
@@ -46,6 +47,7 @@ class Mesh:
     context: Axis = Axis("context", zigzag=True)
     expert: Axis = Axis("expert")
     sharers: DeviceMesh | None = field(default=None, compare=False)
+    hybrid: DeviceMesh | None = field(default=None, compare=False)
     tally: Tally = field(default_factory=Tally, compare=False)
 
     @property
@@ -61,6 +63,22 @@ class Mesh:
         replicas = self.replicas
         name = self.sharers.get_group("copies").group_name if self.sharers is not None else ""
         return Axis("copies", replicas.size // self.expert.size, replicas.rank // self.expert.size, name)
+
+    @property
+    def shards(self) -> Axis:
+        """The ranks over which ZeRO shares out a weight that is no expert's."""
+        if self.hybrid is None:
+            return self.replicas
+        group = self.hybrid.get_group("shards")
+        return Axis("shards", group.size(), self.hybrid.get_local_rank("shards"), group.group_name)
+
+    @property
+    def sharing(self) -> DeviceMesh:
+        """What FSDP2 is given: one axis of shards, or copies of them in front."""
+        if self.hybrid is not None:
+            return self.hybrid["replicate", "shards"]
+        assert self.devices is not None
+        return self.devices["replicas"]
 
     @property
     def world_size(self) -> int:
@@ -88,6 +106,12 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
     def axis(name: str, size: int) -> Axis:
         return Axis(name, size, devices.get_local_rank(name), devices.get_group(name).group_name)
 
+    hybrid = None
+    if parallel.zero and parallel.replicate > 1:
+        names = ("pipeline", "tensor", "replicate", "shards")
+        hybrid = DeviceMesh(
+            device.type, ranks.permute(0, 2, 1).unflatten(-1, (parallel.replicate, -1)).tolist(), mesh_dim_names=names
+        )
     sharers, expert = None, Axis("expert")
     if parallel.expert > 1:
         names = ("pipeline", "tensor", "copies", "expert")
@@ -104,6 +128,7 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
         context=Axis("context", parallel.context, context, _context_group(parallel), zigzag=True),
         expert=expert,
         sharers=sharers,
+        hybrid=hybrid,
     )
 
 

@@ -2,7 +2,7 @@
 
 A program's modules are made on the meta device, so that no rank ever holds what it does not own. `weight` gives the local
 shape on the tensor axis; its WeightInfo stays beside it until `weights_of` has read it. Parameters are plain local tensors on
-the tensor axis; FSDP2 cuts them further over the replicas (ZeRO 1 and 3).
+the tensor axis; FSDP2 cuts them further over the replicas (ZeRO 1 to 3), or groups of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from mlmdsl.runtime.config import Parallel, even_dim
+from mlmdsl.runtime.config import Parallel, cut_over_copies, even_dim
 from mlmdsl.runtime.initial import Init
 from mlmdsl.runtime.mesh import Axis, Mesh
 
@@ -125,17 +125,16 @@ def on_meta(make: StageClass, index: int, mesh: Mesh) -> nn.Module:
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
-def wrap_sharded(
-    stage: nn.Module, parallel: Parallel, replicas: DeviceMesh, precision: str, ignored: set[nn.Parameter]
-) -> None:
-    """ZeRO 1 and 3: every layer a unit of its own, what stands around the layers another; `ignored` stay as they are.
+def wrap_sharded(stage: nn.Module, parallel: Parallel, sharing: DeviceMesh, precision: str, ignored: set[nn.Parameter]) -> None:
+    """ZeRO 1 to 3: every layer a unit of its own, what stands around the layers another; `ignored` stay as they are.
 
     With ZeRO 3 a layer's weights are let go after its forward pass and gathered again for its backward pass; the outer unit's
     backward pass follows its forward pass at once, so it keeps them. Gradients are summed, never averaged: the loss is divided
     by the count of valid tokens beforehand. set_gradient_divide_factor(1.0) alone still premultiplies, which gloo refuses."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else None
-    settings: dict[str, Any] = {"mesh": replicas, "ignored_params": ignored} | ({"mp_policy": policy} if policy else {})
-    settings["shard_placement_fn"] = lambda parameter: Shard(even_dim(parameter.shape, replicas.size()))
+    settings: dict[str, Any] = {"mesh": sharing, "ignored_params": ignored} | ({"mp_policy": policy} if policy else {})
+    ranks = sharing.size(sharing.ndim - 1)
+    settings["shard_placement_fn"] = lambda parameter: Shard(even_dim(parameter.shape, ranks))
     for layer in layers(stage):
         if any(parameter not in ignored for parameter in layer.parameters()):
             fully_shard(layer, reshard_after_forward=parallel.zero == 3, **settings)
@@ -168,8 +167,8 @@ class Place:
 
 
 def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
-    """`sharded`: over the replicas, as `even_dim` says, are cut all but experts that are shared out; those over the ranks that
-    have the same ones, as `over_copies` says."""
+    """`sharded`: over the ranks of ZeRO, as `even_dim` says, are cut all but experts that are shared out; those over the ranks
+    that have the same ones, as `over_copies` says."""
     local, offsets = list(info.shape), [0] * len(info.shape)
 
     def cut(dim: int, ranks: int, rank: int) -> None:
@@ -183,19 +182,18 @@ def place(info: WeightInfo, mesh: Mesh, *, sharded: bool) -> Place:
         if sharded and over_copies(info, mesh):
             cut(1, mesh.copies.size, mesh.copies.rank)
     elif sharded:
-        dim = even_dim(local, mesh.replicas.size)
-        rows, chunk = local[dim], -(-local[dim] // mesh.replicas.size)
-        low = min(rows, mesh.replicas.rank * chunk)
+        shards = mesh.shards
+        dim = even_dim(local, shards.size)
+        rows, chunk = local[dim], -(-local[dim] // shards.size)
+        low = min(rows, shards.rank * chunk)
         local[dim] = min(chunk, rows - low)
         offsets[dim] += low
     return Place(tuple(offsets), tuple(local))
 
 
 def over_copies(info: WeightInfo, mesh: Mesh) -> bool:
-    """Whether ZeRO cuts a stack of experts along dim 1 over the ranks that have the same ones: where that is even."""
-    if not info.expert or mesh.copies.size == 1 or len(info.shape) < 2:
-        return False
-    return info.shape[1] // (mesh.tensor.size if info.shard == 1 else 1) % mesh.copies.size == 0
+    """Whether ZeRO cuts the weight as `cut_over_copies` says."""
+    return info.expert and cut_over_copies(place(info, mesh, sharded=False).shape, mesh.copies.size)
 
 
 def local_part(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -22,6 +23,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.pipelining._backward import stage_backward
 
 from mlmdsl.runtime.config import Parallel, Training
 from mlmdsl.runtime.mesh import Mesh
@@ -124,6 +126,8 @@ class Pipelined:
             )
             for index, module in stages.items()
         ]
+        for stage in wrapped:
+            stage.scatters = parallel.zero == 2
         micro_batches = training.batch // parallel.data // parallel.micro_batch
         held: Any = wrapped if parallel.schedule in _SEVERAL else wrapped[0]
         kind = (_SEVERAL | _SINGLE)[parallel.schedule]
@@ -159,7 +163,22 @@ class Pipelined:
 class _Stage(PipelineStage):
     """torch's, mended where stages lie in a V: in an evaluation nothing is handed back between two stages of one rank (torch
     asserts that gradients are there), neighbours are not greeted beforehand (torch 2.11 does so in an order that hangs on
-    gloo), and gradients of inputs, which have been handed on, are not kept beside the receive buffers."""
+    gloo), and gradients of inputs, which have been handed on, are not kept beside the receive buffers. `scatters` (ZeRO 2):
+    every backward pass reduce-scatters its gradients, where torch's stages add them up whole and do so once."""
+
+    scatters = False
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
+        if not self.scatters or not isinstance(self.submod, FSDPModule):
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        assert backward_type == "full", "no schedule with ZeRO 2 takes backward passes apart"
+        self.submod.set_is_last_backward(False)
+        self.submod.set_reshard_after_backward(False)
+        self.submod.set_requires_gradient_sync(True)
+        self.submod.set_requires_all_reduce(last_backward)
+        return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
 
     def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()

@@ -11,12 +11,12 @@ torch's own selective checkpointing decides operation by operation when each has
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial as bound
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -53,6 +53,13 @@ def recomputed(module: Callable[..., Any], how: str) -> Callable[..., Any]:
     if how == "selective":
         settings["context_fn"] = _contexts
     return bound(checkpoint, module, **settings)
+
+
+def recomputed_blocks(blocks: nn.ModuleDict, ways: Sequence[str]) -> Iterator[Callable[..., Any]]:
+    """The stage's layers of a repeat, by their numbers in it; `ways`: how each of the repeat's layers is recomputed, from its
+    first."""
+    for number, block in blocks.items():
+        yield recomputed(block, ways[int(number)])
 
 
 def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:

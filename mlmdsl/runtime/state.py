@@ -5,9 +5,9 @@ Two ways to hold weights over the replicas (the ranks of data and context), one 
     Replicated (ZeRO 0)   every rank all of them. Gradients are views of one flat float32 buffer, so that a step needs one
                           all_reduce over the replicas, and one over tensor for the part in front (partial gradients). In bf16
                           the weights that compute are bfloat16, with float32 masters and gradients.
-    Sharded (ZeRO 1, 3)   FSDP2: float32 shards, cast to bf16 for computing where asked; gradients reduce-scattered
+    Sharded (ZeRO 1 to 3) FSDP2: float32 shards, cast to bf16 for computing where asked; gradients reduce-scattered
                           in float32. Of experts that the expert axis shares out weights and gradients stay whole; masters and
-                          optimizer state are cut over the ranks that have the same ones (as ZeRO 1, for 3 too).
+                          optimizer state are cut over the ranks that have the same ones (as ZeRO 1, whatever is asked for).
 
 `Held.master` is this rank's float32 part, which the optimizer steps and checkpoints store. A weight that several stages hold
 (tied embeddings) has one Held on each; all start alike, their gradients are summed over the holders, so they stay alike.
@@ -189,7 +189,8 @@ class State(ABC):
         """How many ranks (or stages of one rank) have the same elements."""
         tensor = 1 if held.info.shard is not None else self.mesh.tensor.size
         alike = self.mesh.copies if held.info.expert else self.mesh.replicas
-        replicas = 1 if self._is_cut(held.info) else alike.size
+        cut_over = 1 if not self._is_cut(held.info) else alike.size if held.info.expert else self.mesh.shards.size
+        replicas = alike.size // cut_over
         return tensor * replicas * len(self.plan.holders[held.name])
 
     def _is_cut(self, info: WeightInfo) -> bool:
@@ -208,7 +209,8 @@ class State(ABC):
     # ---- the whole --------------------------------------------------------------------------------------------------
 
     def whole(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Parts in the order of `held` as DTensors on (tensor, replicas), by name; a tied weight from its first holder."""
+        """Parts in the order of `held` as DTensors on (tensor, replicas) or (tensor, replicate, shards), by name; a tied weight
+        from its first holder."""
         return {
             held.name: self._as_global(held, tensor)
             for held, tensor in zip(self.held, tensors, strict=True)
@@ -249,8 +251,11 @@ class State(ABC):
         over_tensor = Replicate() if held.info.shard is None else Shard(held.info.shard)
         cut = self._is_cut(held.info)
         local = place(held.info, self.mesh, sharded=False).shape
-        placements = (over_tensor, Shard(even_dim(local, self.mesh.replicas.size)) if cut else Replicate())
+        placements = (over_tensor, Shard(even_dim(local, self.mesh.shards.size)) if cut else Replicate())
         mesh = self.mesh.devices["tensor", "replicas"]
+        if self.mesh.hybrid is not None:
+            placements = (placements[0], Replicate(), placements[1])
+            mesh = self.mesh.hybrid["tensor", "replicate", "shards"]
         if held.info.expert:
             assert self.mesh.sharers is not None
             placements = (over_tensor, Shard(1) if cut else Replicate(), Shard(0))
@@ -402,12 +407,13 @@ class Sharded(State):
 
     def _made_real(self, stage: int, module: nn.Module) -> Iterator[Held]:
         infos = weights_of(module)
-        assert self.mesh.devices is not None
         experts = {path: parameter for path, parameter in module.named_parameters() if infos[path].expert}
-        wrap_sharded(module, self.parallel, self.mesh.devices["replicas"], self.training.precision, set(experts.values()))
+        wrap_sharded(module, self.parallel, self.mesh.sharing, self.training.precision, set(experts.values()))
+        apart = {id(parameter) for parameter in experts.values()}
+        device = self.mesh.device
+        module._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta and id(x) not in apart else x)
         for path in experts:
             yield _made_whole(stage, module, path, infos[path], self.mesh, self.training.precision, sharded=True)
-        module._apply(lambda x: torch.empty_like(x, device=self.mesh.device) if x.is_meta else x)
         for path, parameter in module.named_parameters():
             if path not in experts:
                 yield Held(public_name(path), stage, infos[path], parameter, local_part(parameter.data))
@@ -425,10 +431,12 @@ class Sharded(State):
             held.parameter.grad = None
 
     def before_micro_batch(self, *, last: bool) -> None:
-        """ZeRO 3 reduce-scatters after every micro-batch, ZeRO 1 after the last."""
+        """ZeRO 2 and 3 reduce-scatter after every micro-batch, ZeRO 1 after the last, after which 1 and 2 let go of weights and
+        the copies of the shards are added up."""
         for stage in self.stages:
             stage.set_is_last_backward(last)
-            stage.set_requires_gradient_sync(last or self.parallel.zero == 3)
+            stage.set_requires_gradient_sync(last or self.parallel.zero > 1)  # sets the next one, too
+            stage.set_requires_all_reduce(last)
             stage.set_reshard_after_backward(last or self.parallel.zero == 3)
 
     def _sum_partial(self) -> None:
