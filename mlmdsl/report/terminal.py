@@ -24,7 +24,7 @@ _LEDGER = (
 
 def render_plan(plan: Plan, *, color: bool = False, width: int = 80) -> str:
     """The whole preview, sections parted by empty lines, no line longer than `width` (at least 80)."""
-    ink = _Ink(color)
+    ink = Ink(color)
     sections = (_head, _mesh, _step, _memory, _links, _price, _soft, _alternatives, _search, _notes)
     drawn = ("\n".join(section(plan, ink, max(width, 80))) for section in sections)
     return "\n\n".join(text for text in drawn if text)
@@ -32,7 +32,7 @@ def render_plan(plan: Plan, *, color: bool = False, width: int = 80) -> str:
 
 def render_summary(plan: Plan, *, color: bool = False) -> str:
     """Two lines before training starts."""
-    name, predicted = _Ink(color).bold(plan.model.name), plan.predicted
+    name, predicted = Ink(color).bold(plan.model.name), plan.predicted
     peak = words.gib(max(predicted.peak_memory_bytes))
     return (
         f"{name}  {plan.model.parameters:,} parameters on {_machine(plan)}\n"
@@ -40,7 +40,7 @@ def render_summary(plan: Plan, *, color: bool = False) -> str:
     )
 
 
-class _Ink:
+class Ink:
     def __init__(self, color: bool):
         self._color = color
 
@@ -63,19 +63,19 @@ def _machine(plan: Plan) -> str:
     return f"{cluster.world_size:,} x {cluster.device} ({nodes})"
 
 
-def _head(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _head(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     yield f"{ink.bold(plan.model.name)}  {plan.model.parameters:,} parameters"
     yield f"on {_machine(plan)}"
     tokens = plan.batch * plan.seq_len
     yield f"batch {plan.batch:,} sequences of {plan.seq_len:,} tokens ({tokens:,}), {plan.precision}"
     yield ""
-    yield from _wrapped(plan.plan.described, width, ink.bold("plan") + "    ", " " * 8)
+    yield from wrapped(plan.plan.described, width, ink.bold("plan") + "    ", " " * 8)
     micro_batches = plan.batch // (plan.plan.data * plan.plan.micro_batch)
     each = f" on each of {plan.plan.data:,} data ranks" if plan.plan.data > 1 else ""
     yield f"        {micro_batches:,} micro-batch{'es' if micro_batches > 1 else ''} a step{each}"
 
 
-def _mesh(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _mesh(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     """Rows are pipeline stages, columns data ranks; a cell is the range of its context and tensor ranks."""
     p = plan.plan
     if p.world_size == 1:
@@ -121,7 +121,7 @@ def _layers(plan: PlanVariables, stage: int) -> str:
     return "layers " + " ".join(shown)
 
 
-def _step(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _step(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     predicted, peak = plan.predicted, plan.cluster.peak_flops_per_second / 1e12
     tokens, flops = predicted.tokens_per_s_per_device, predicted.model_tflops_per_device
     yield f"{ink.bold('step')}    {words.seconds(predicted.step_time_s)}, {tokens:,.0f} tokens/s per device"
@@ -137,7 +137,7 @@ def _step(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
 _CYAN = "\x1b[36m"
 
 
-def _memory(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _memory(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     capacity = plan.cluster.device_memory_bytes
     yield f"{ink.bold('memory')}  per device at its peak, of {words.gib(capacity)}"
     for stage in _elided(len(plan.memory), 8):
@@ -150,14 +150,14 @@ def _memory(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
     fullest = max(plan.memory, key=lambda m: m.total_bytes)
     entries = [(f"{letter} {word}", _sum(fullest, fields)) for letter, _, word, fields in _LEDGER]
     line = ", ".join(f"{name} {words.gib(value)}".replace(" ", _GLUE) for name, value in entries if value)
-    yield from _wrapped(f"the fullest, stage {fullest.stage}: {line}", width, "        ")
+    yield from wrapped(f"the fullest, stage {fullest.stage}: {line}", width, "        ")
 
 
 def _sum(entry: StageMemory, fields: tuple[str, ...]) -> int:
     return sum(getattr(entry, name) for name in fields)
 
 
-def _bar(entry: StageMemory, capacity: int, ink: _Ink, length: int = 36) -> str:
+def _bar(entry: StageMemory, capacity: int, ink: Ink, length: int = 36) -> str:
     """The ledger as letters, the free rest as dots; rounding is cumulative, so that the bar's length is right."""
     drawn, filled, total = "", 0, 0
     for letter, color, _, fields in _LEDGER:
@@ -168,23 +168,23 @@ def _bar(entry: StageMemory, capacity: int, ink: _Ink, length: int = 36) -> str:
     return drawn + "." * (length - filled)
 
 
-def _links(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _links(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     for number, (axis, link) in enumerate(plan.cluster.links.items()):
         head = ink.bold("links") + "   " if number == 0 else " " * 8
         speed, latency = float(link["bytes_per_second"]), float(link["latency_seconds"])
         yield f"{head}{axis:<11}{link['link']!s:<14}{words.rate(speed):>10} per device, {words.seconds(latency)} latency"
 
 
-def _price(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _price(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     predicted = plan.predicted
     cost = "" if predicted.cost_usd is None else f", {words.amount(predicted.cost_usd)} USD"
     yield f"{ink.bold('run')}     {words.days(predicted.train_days)}{cost}, {words.amount(predicted.energy_kwh)} kWh"
 
 
-def _soft(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _soft(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     for number, rule in enumerate(plan.soft):
         head = ink.bold("wishes") + "  " if number == 0 else " " * 8
-        yield from _wrapped(f"{rule.text}: {_wish(rule)}", width, head, " " * 8)
+        yield from wrapped(f"{rule.text}: {_wish(rule)}", width, head, " " * 8)
 
 
 def _wish(rule: SoftConstraint) -> str:
@@ -195,11 +195,11 @@ def _wish(rule: SoftConstraint) -> str:
     return f"not kept, would cost {words.seconds(rule.price_s)} a step"
 
 
-def _alternatives(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _alternatives(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     if plan.alternatives:
         yield f"{ink.bold('next')}    the runners-up, and what each would cost"
     for other in plan.alternatives:
-        yield from _wrapped(_alternative(plan, other), width, "        ", " " * 25)
+        yield from wrapped(_alternative(plan, other), width, "        ", " " * 25)
 
 
 def _alternative(plan: Plan, other: Alternative) -> str:
@@ -208,20 +208,23 @@ def _alternative(plan: Plan, other: Alternative) -> str:
     return f"{100 * more:+6.1f} % {memory:>9} {other.plan.described}"
 
 
-def _search(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _search(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     search = plan.search
     took = f" in {search.seconds:.2f} s" if search.seconds else ""
     yield f"{ink.bold('search')}  {search.candidates:,} candidates{took}, {search.feasible:,} fit"
+    if search.bounded or search.outpaced:
+        proved = f"bounds prove {search.bounded:,} not to fit, {search.outpaced:,} to be slower; the others are priced"
+        yield from wrapped(proved, width, "        ")
     for rejection in search.rejected:
-        yield from _wrapped(f"{rejection.count:>9,} {rejection.reason}: {rejection.closest}", width, "        ", " " * 18)
+        yield from wrapped(f"{rejection.count:>9,} {rejection.reason}: {rejection.closest}", width, "        ", " " * 18)
 
 
-def _notes(plan: Plan, ink: _Ink, width: int) -> Iterator[str]:
+def _notes(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     for note in plan.notes:
-        yield from _wrapped(note, width, ink.bold("note") + "    ", " " * 8)
+        yield from wrapped(note, width, ink.bold("note") + "    ", " " * 8)
 
 
-def _wrapped(text: str, width: int, first: str, rest: str | None = None) -> Iterator[str]:
+def wrapped(text: str, width: int, first: str, rest: str | None = None) -> Iterator[str]:
     """Words of `text` on lines of `width`; `first` (8 columns wide when drawn) leads the first line, `rest` the others."""
     lead, indent = first, rest if rest is not None else first
     room, line = width - (8 if rest is not None else len(first)), ""

@@ -1,0 +1,63 @@
+"""What `mlmdsl plan` tells beside the plan itself: made once, as text or as keys of the JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlmdsl.compile import Compilation
+from mlmdsl.planner.accuracy import Accuracy, accuracy
+from mlmdsl.planner.operation import Goodput, goodput
+from mlmdsl.planner.plan import Plan
+from mlmdsl.planner.pricing import Setting
+from mlmdsl.planner.whatif import WhatIf, what_if
+from mlmdsl.planner.why import Answer, answer, questions
+from mlmdsl.planner.within import Within, days_of, within
+from mlmdsl.report.explained import render_answers, render_trust, render_what_if, render_within
+
+
+@dataclass(frozen=True)
+class Explained:
+    accuracy: Accuracy
+    goodput: Goodput
+    why: tuple[Answer, ...] = ()
+    what_if: tuple[WhatIf, ...] = ()
+    within: Within | None = None
+
+    def to_json(self, plan: Plan) -> str:
+        """The plan's keys, and one for each thing that is told."""
+        told: dict[str, Any] = {
+            "accuracy": self.accuracy.model_dump(mode="json"),
+            "goodput": self.goodput.model_dump(mode="json"),
+            "why": [each.model_dump(mode="json") for each in self.why],
+            "what_if": [each.model_dump(mode="json") for each in self.what_if],
+            "within": self.within.model_dump(mode="json") if self.within else None,
+        }
+        return json.dumps(json.loads(plan.to_json()) | {key: value for key, value in told.items() if value}, indent=1) + "\n"
+
+    def render(self, plan: Plan, *, color: bool, width: int) -> Iterator[str]:
+        look: Any = {"color": color, "width": width}
+        yield render_trust(self.accuracy, self.goodput, **look)
+        if self.what_if:
+            yield render_what_if(plan, self.what_if, **look)
+        if self.within:
+            yield render_within(self.within, **look)
+        if self.why:
+            yield render_answers(plan, self.why, **look)
+
+
+def explain(done: Compilation, why: Sequence[str] = (), asked_what_if: bool = False, time: str | None = None) -> Explained:
+    """Of a compilation that got to the plan. Raises SpecError and UsageError for what was asked wrongly."""
+    spec, graph, plan = done.spec, done.graph, done.plan
+    assert spec is not None and graph is not None and plan is not None
+    asked, days = questions(why), None if time is None else days_of(time)
+    setting = Setting(spec, graph)
+    return Explained(
+        accuracy(spec, plan),
+        goodput(spec, plan),
+        tuple(answer(setting, plan, each) for each in asked),
+        what_if(spec, graph) if asked_what_if else (),
+        None if days is None else within(spec, graph, days),
+    )

@@ -1,0 +1,85 @@
+"""`mlmdsl plan --what-if`: the best plan's step where one thing were different."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlmdsl.grammar.spec import Cluster, Frozen, Link, PlanConstraints, Spec
+from mlmdsl.graph.graph import Graph
+from mlmdsl.planner import explain
+from mlmdsl.planner.plan import Plan, PlanVariables
+from mlmdsl.planner.within import best_plan, with_nodes
+
+
+class WhatIf(Frozen):
+    """`change`: what would be different; the best plan then, None where none fits; kind: of the machine, or of the text."""
+
+    change: str
+    kind: str  # "machine", "constraint"
+    plan: PlanVariables | None
+    step_time_s: float | None
+    tokens_per_s: float | None
+
+
+def what_if(spec: Spec, graph: Graph) -> tuple[WhatIf, ...]:
+    """A search each."""
+    changed = [("machine", *each) for each in _machines(spec)] + [("constraint", *each) for each in _freed(spec)]
+    return tuple(_asked(kind, change, other, graph) for kind, change, other in changed)
+
+
+def _asked(kind: str, change: str, spec: Spec, graph: Graph) -> WhatIf:
+    plan = best_plan(spec, graph)
+    if plan is None:
+        return WhatIf(change=change, kind=kind, plan=None, step_time_s=None, tokens_per_s=None)
+    step = plan.predicted.step_time_s
+    return WhatIf(change=change, kind=kind, plan=plan.plan, step_time_s=step, tokens_per_s=plan.batch * plan.seq_len / step)
+
+
+def _machines(spec: Spec) -> Iterator[tuple[str, Spec]]:
+    cluster = spec.cluster
+    if any(pool.devices_per_node > 1 for pool in cluster.pools):
+        pools = tuple(pool.model_copy(update={"intra": _doubled(pool.intra)}) for pool in cluster.pools)
+        yield f"{cluster.pools[0].intra.kind} twice as fast", _with(spec, cluster.model_copy(update={"pools": pools}))
+    if cluster.inter is not None and sum(pool.nodes for pool in cluster.pools) > 1:
+        faster = cluster.model_copy(update={"inter": _doubled(cluster.inter)})
+        yield f"{cluster.inter.kind} twice as fast", _with(spec, faster)
+    if cluster.inter is not None:
+        nodes = cluster.pools[0].nodes
+        yield "one node more", with_nodes(spec, nodes + 1)
+        yield "twice the nodes", with_nodes(spec, 2 * nodes)
+    yield "twice the memory", _with(spec, cluster.model_copy(update={"pools": tuple(_roomier(cluster))}))
+
+
+def _with(spec: Spec, cluster: Cluster) -> Spec:
+    return spec.model_copy(update={"cluster": cluster})
+
+
+def _doubled(link: Link) -> Link:
+    return link.model_copy(update={"bytes_per_second": 2 * link.bytes_per_second})
+
+
+def _roomier(cluster: Cluster) -> Iterator[object]:
+    for pool in cluster.pools:
+        device = pool.device.model_copy(update={"memory_bytes": 2 * pool.device.memory_bytes})
+        yield pool.model_copy(update={"device": device})
+
+
+def _freed(spec: Spec) -> Iterator[tuple[str, Spec]]:
+    """Without each constraint of the text."""
+    limits = spec.plan
+    for pin in limits.pins:
+        others = tuple(other for other in limits.pins if other != pin)
+        yield f"without pin {explain.pinned(pin)}", _limited(spec, limits.model_copy(update={"pins": others}))
+    for rule in limits.rules:
+        others = tuple(other for other in limits.rules if other != rule)
+        text = " ".join(rule.text.split())
+        yield f"without {text}", _limited(spec, limits.model_copy(update={"rules": others}))
+
+
+def _limited(spec: Spec, limits: PlanConstraints) -> Spec:
+    return spec.model_copy(update={"plan": limits})
+
+
+def change_of(plan: Plan, other: WhatIf) -> float | None:
+    """Share of the plan's step by which it would be longer."""
+    return None if other.step_time_s is None else other.step_time_s / plan.predicted.step_time_s - 1
