@@ -10,9 +10,10 @@ Gropp 2005, Optimization of Collective Communication Operations in MPICH, sectio
 
 Rings take n-1 steps; beyond a few ranks libraries change to algorithms of logarithmic depth (recursive doubling there, trees
 and PAT in NCCL). A group with k members on each of m nodes runs k rings at once, each through its own device's share of the
-network, while the links inside the nodes carry all of the bytes; the two levels are pipelined, so that the slower one counts
-(two nodes of 8 A100 with 4 x 200 Gb/s: 91 of 100 GB/s, NVIDIA/nccl-tests #100). Groups that lie across each other do not
-contend: each device drives its own share, as the bandwidths of a cluster are per device.
+network: every ring's share of the bytes goes once round all members, and so through each link. Inside and across are
+pipelined, so that the slower one counts (two nodes of 8 A100 with 4 x 200 Gb/s: 91 of 100 GB/s, NVIDIA/nccl-tests #100).
+Groups that lie across each other do not contend: each device drives its own share, as the bandwidths of a cluster are per
+device.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from math import ceil, log2
 
 from mlmdsl.planner.mesh import Mesh, Network
 
-# Share of a link's line rate that large messages reach. NVLink: 370 of 450 GB/s for every collective but those that NVLink
-# SHARP helps (NVIDIA/nccl-tests #212); InfiniBand: 91 of 100 GB/s (#100). The others are taken alike; loopback is what was
-# measured.
+# Share of a link's line rate that large messages reach. NVLink: 229 of 300 GB/s on an A100 (vTrain's traces), 370 of 450 on an
+# H100 for every collective but those that NVLink SHARP helps (NVIDIA/nccl-tests #212), 606 to 668 of 900 on a B200 (SimuMax);
+# InfiniBand: 91 of 100 GB/s (#100). The others are taken alike; loopback is what was measured.
 _SHARE = {
-    "nvlink": 0.82,
+    "nvlink": 0.78,
     "infinity_fabric": 0.75,
     "pcie": 0.8,
     "infiniband": 0.9,
@@ -36,6 +37,11 @@ _SHARE = {
     "loopback": 1.0,
 }
 _OTHER_SHARE = 0.8
+# Of a GPU, from the call of a collective to its first message: its kernel's start and the ranks' meeting. On 8 A100 an
+# all_reduce of 1 MB takes 92 us, of which 14 steps of 4 us and 7 us of bytes (vTrain's traces, github.com/VIA-Research/vTrain);
+# on 8 B200 22 to 26 us (SimuMax). gloo's is in its links' latency.
+_CALL_SECONDS = 26e-6
+_HOST_LINKS = ("loopback", "shm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +54,16 @@ class Group:
     intra_latency: float
     inter_bytes_per_second: float
     inter_latency: float
+    call_seconds: float = 0.0
 
     @property
     def nodes(self) -> int:
         return ceil(self.size / self.per_node)
+
+
+def share_of(kind: str) -> float:
+    """Of a link's line rate, what large messages reach."""
+    return _SHARE.get(kind, _OTHER_SHARE)
 
 
 def group_of(mesh: Mesh, axis: str, network: Network) -> Group:
@@ -60,10 +72,11 @@ def group_of(mesh: Mesh, axis: str, network: Network) -> Group:
     return Group(
         mesh.size(axis),
         mesh.per_node(axis),
-        intra.bytes_per_second * _SHARE.get(intra.kind, _OTHER_SHARE),
+        intra.bytes_per_second * share_of(intra.kind),
         intra.latency_seconds,
-        network.inter_bytes_per_second * _SHARE.get(inter.kind, _OTHER_SHARE),
+        network.inter_bytes_per_second * share_of(inter.kind),
         inter.latency_seconds,
+        0.0 if intra.kind in _HOST_LINKS else _CALL_SECONDS,
     )
 
 
@@ -72,11 +85,11 @@ def collective_seconds(kind: str | None, size_bytes: float, group: Group) -> flo
     if group.size == 1 or kind in (None, "split"):
         return 0.0
     if kind == "all_reduce":
-        return 2 * _ring_seconds(size_bytes, group)
+        return group.call_seconds + 2 * _ring_seconds(size_bytes, group)
     if kind in ("all_gather", "reduce_scatter"):
-        return _ring_seconds(size_bytes, group)
+        return group.call_seconds + _ring_seconds(size_bytes, group)
     if kind == "all_to_all":
-        return _all_to_all_seconds(size_bytes, group)
+        return group.call_seconds + _all_to_all_seconds(size_bytes, group)
     assert kind in ("send", "recv"), kind
     return send_seconds(size_bytes, group)
 
@@ -85,7 +98,7 @@ def _ring_seconds(size_bytes: float, group: Group) -> float:
     """A reduce_scatter or an all_gather."""
     local, nodes = group.per_node, group.nodes
     inside = size_bytes * (group.size - 1) / group.size / group.intra_bytes_per_second if local > 1 else 0.0
-    across = size_bytes / local * (nodes - 1) / nodes / group.inter_bytes_per_second
+    across = size_bytes / local * (group.size - 1) / group.size / group.inter_bytes_per_second if nodes > 1 else 0.0
     return max(inside, across) + _steps(local) * group.intra_latency + _steps(nodes) * group.inter_latency
 
 
