@@ -1,9 +1,9 @@
-"""The command line: `mlmdsl check | plan | run | generate | import | export | fmt`.
+"""The command line: `mlmdsl check | plan | verify | run | generate | import | export | probe | fmt`.
 
-    exit status   0 ok   1 the spec is wrong   2 usage   3 no plan fits   4 the run failed
+    exit status   0 ok   1 the spec is wrong, or a plan is not kept   2 usage   3 no plan fits   4 the run failed
 
-Only `run`, `generate`, `import` and `export` load torch; everything before them is planning and starts in a fraction of a
-second.
+Only `verify`, `run`, `generate`, `import`, `export` and `probe` load torch; everything before them is planning and starts in a
+fraction of a second.
 """
 
 from __future__ import annotations
@@ -72,12 +72,16 @@ def _plan(options: argparse.Namespace) -> int:
     )
     if options.output:
         Path(options.output).write_text(plan.saved().to_json(), encoding="utf-8")
+    from mlmdsl.explained import explain
+
+    explained = explain(done, options.why, options.what_if, options.within)
     if options.json or options.emit == "plan":
-        print(plan.to_json(), end="")
+        print(explained.to_json(plan), end="")
         return 0
     from mlmdsl.report.terminal import render_plan
 
-    print(render_plan(plan, color=_color(sys.stdout), width=_width()))
+    look: Any = {"color": _color(sys.stdout), "width": _width()}
+    print("\n\n".join([render_plan(plan, **look), *explained.render(plan, **look)]))
     return 0
 
 
@@ -113,6 +117,37 @@ def _compile_to_run(options: argparse.Namespace) -> Compilation:
     plan = load_plan(_read(options.spec), options.spec)
     path = str(Path(options.spec).parent / plan.spec)
     return compile_spec(_read(path), path=path, overrides=plan.overrides, folder=plan.folder, plan=plan)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """The program beside the plan, or the one that the plan and its spec make."""
+    from mlmdsl.compile import compile_spec
+    from mlmdsl.planner.plan import load_plan
+    from mlmdsl.planner.promise import compare
+
+    path = Path(options.plan) / "plan.json" if Path(options.plan).is_dir() else Path(options.plan)
+    plan = load_plan(_read(str(path)), str(path))
+    if not 0 <= options.rank < plan.plan.world_size:
+        raise _usage(f"--rank {options.rank}: the plan has ranks 0 to {plan.plan.world_size - 1:,}")
+    if not plan.flops:
+        raise _usage(f"{path} does not say how much each rank computes", "make it again: mlmdsl plan SPEC -o PLAN")
+    spec = str(path.parent / plan.spec)
+    done = compile_spec(_read(spec), path=spec, overrides=plan.overrides, folder=plan.folder, plan=plan)
+    assert done.program is not None and done.spec is not None
+    from mlmdsl.runtime.verify import measure
+
+    with tempfile.TemporaryDirectory(prefix="mlmdsl-") as folder:
+        done.program.write(Path(folder))
+        beside = path.parent / "program.py"
+        program = beside if beside.exists() else Path(folder) / "program.py"
+        verdict = compare(plan, options.rank, measure(program, options.rank, done.spec.cluster.pools[0].device.kind))
+    if options.json:
+        print(verdict.model_dump_json(indent=1))
+    else:
+        from mlmdsl.report.verdict import render_verdict
+
+        print(render_verdict(verdict))
+    return int(not verdict.agrees)
 
 
 def _check_gpus(cluster: Cluster) -> None:
@@ -217,6 +252,21 @@ def _bytes(text: str) -> int:
     if found is None or found.dimension != "bytes" or found.value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB, or 500MiB")
     return int(found.value)
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from mlmdsl.probing import probe
+
+    out = Path(options.out)
+    if out.exists() and not options.force:
+        raise _usage(f"{out} is there already", "name another file with --out, or overwrite it with --force")
+    if options.ranks is not None and options.ranks < 1:
+        raise _usage(f"--ranks {options.ranks}: there must be one at least")
+    text, lines = probe(options.ranks, measured=_read(options.measured) if options.measured else None)
+    out.write_text(text, encoding="utf-8")
+    print("\n".join(lines))
+    print(f'written to {out}; in a spec:  import "{out.name}" as here   and   cluster mine from here.machine {{ }}')
+    return 0
 
 
 def _fmt(options: argparse.Namespace) -> int:
@@ -352,6 +402,7 @@ describe a transformer and a cluster; preview the partitioning; train
   mlmdsl check gpt.mlm                        every mistake of the text, in one go
   mlmdsl plan gpt.mlm                         how it would be split over the cluster, and why
   mlmdsl plan gpt.mlm --pin tensor=4          the same with your own choice of a degree
+  mlmdsl verify gpt.plan.json --rank 3        one rank's step, without devices, beside what the plan says
   mlmdsl run gpt.mlm --out runs/gpt           train; runs/gpt/program.py is the program, readable
   mlmdsl run gpt.mlm --out runs/gpt --resume  go on from the last whole checkpoint
   mlmdsl generate runs/gpt --prompt "Once"    sample from what was trained
@@ -370,10 +421,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_check(commands)
     _add_plan(commands)
+    _add_verify(commands)
     _add_run(commands)
     _add_generate(commands)
     _add_import(commands)
     _add_export(commands)
+    _add_probe(commands)
     _add_fmt(commands)
     return parser
 
@@ -413,9 +466,20 @@ links, cost, the runners-up and what was rejected. Nothing is started, and no GP
 
   mlmdsl plan gpt.mlm
   mlmdsl plan gpt.mlm --pin tensor=4 --pin pipeline=2
+  mlmdsl plan gpt.mlm --why tensor=4          what that choice would cost, and why it was not taken
+  mlmdsl plan gpt.mlm --what-if               with faster links, more nodes, without each constraint
+  mlmdsl plan gpt.mlm --within "30 days"      the cheapest cluster that ends in time: nodes, price, energy, CO2
   mlmdsl plan gpt.mlm --set train.batch="1024 seq" --json
   mlmdsl plan gpt.mlm -o gpt.plan.json && mlmdsl run gpt.plan.json
   mlmdsl plan gpt.mlm --emit program          the program that would run
+"""
+
+_VERIFY = """\
+Build one rank of the plan's program without its devices and take a step: every collective (kind, group, bytes, count) and the
+FLOPs of matrix products are to be those of the plan, the peak of memory within 5 % of the ledger. Exit status 1 where not.
+
+  mlmdsl verify runs/gpt/plan.json --rank 3
+  mlmdsl verify llama.plan.json --rank 16383 --json
 """
 
 _RUN = """\
@@ -453,6 +517,15 @@ Write a run's newest whole checkpoint, or the named one, as a folder that transf
   mlmdsl export runs/gpt/checkpoints/step-00000400 --out exported --dtype bf16 --shard-size 2GB
 """
 
+_PROBE = """\
+Measure this machine, all its ranks at once: matrix products, attention, memory, the optimizer and launches, and collectives
+over the links. What comes out is a file with a device and a cluster that specs import; planning with it is planning for this
+machine.
+
+  mlmdsl probe                                            every GPU, or one rank on each core, into machine.mlm
+  mlmdsl probe --ranks 4 --out four.mlm --force
+"""
+
 _FMT = """\
 Rewrite specs in the one canonical layout; comments stay.
 
@@ -471,8 +544,20 @@ def _add_plan(commands: Any) -> None:
     parser = _command(commands, "plan", _plan, "preview the partitioning", _PLAN)
     _add_spec(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--why", action="append", default=[], metavar="NAME=VALUE", help="the best plan with this choice beside the chosen one"
+    )
+    parser.add_argument("--what-if", action="store_true", help="the best plan with faster links, more nodes, no constraints")
+    parser.add_argument("--within", metavar="TIME", help='the cheapest cluster that ends in time: "30 days"')
     parser.add_argument("--emit", choices=PASSES, help="stop after this pass and print what it made")
     parser.add_argument("-o", "--output", metavar="FILE", help="save the plan, for `mlmdsl run FILE`")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(commands, "verify", _verify, "hold a plan's program to the plan", _VERIFY)
+    parser.add_argument("plan", metavar="PLAN", help="a saved plan (.json), or the folder of a run")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="which rank of the plan's world (default 0)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def _add_run(commands: Any) -> None:
@@ -524,3 +609,11 @@ def _add_fmt(commands: Any) -> None:
     parser = _command(commands, "fmt", _fmt, "rewrite specs in the canonical layout", _FMT)
     parser.add_argument("specs", metavar="SPEC", nargs="+")
     parser.add_argument("--check", action="store_true", help="only say which files differ; exit status 1 if any does")
+
+
+def _add_probe(commands: Any) -> None:
+    parser = _command(commands, "probe", _probe, "measure this machine's kernels, links and memory", _PROBE)
+    parser.add_argument("--out", default="machine.mlm", metavar="FILE", help="what to write (default machine.mlm)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks at once (default: the GPUs, or the cores)")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument("--measured", metavar="JSON", help="what torchrun -m mlmdsl.runtime.probe measured on several nodes")

@@ -6,10 +6,9 @@ text ──parse──▶ Syntax ──resolve──▶ Spec ──build──�
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from mlmdsl.codegen.emit import Program, emit
 from mlmdsl.diagnostics import Diagnostic, Diagnostics, PlanError
 from mlmdsl.grammar.parser import parse
 from mlmdsl.grammar.resolve import resolve
@@ -22,6 +21,9 @@ from mlmdsl.planner.check import check
 from mlmdsl.planner.plan import Plan, verify_spec
 from mlmdsl.planner.search import search
 from mlmdsl.planner.verify_layout import verify_layout
+
+if TYPE_CHECKING:
+    from mlmdsl.codegen.emit import Program
 
 Pass = Literal["syntax", "spec", "graph", "plan", "program"]
 
@@ -82,5 +84,9 @@ def compile_spec(
     except PlanError as problem:
         raise PlanError(problem.diagnostics, found.sources) from None
     verify_layout(graph, chosen)
-    program = emit(spec, graph, chosen) if until == "program" else None
-    return Compilation(done.diagnostics, done.sources, None, spec, graph, chosen, program)
+    made = Compilation(done.diagnostics, done.sources, None, spec, graph, chosen)
+    if until == "plan":
+        return made
+    from mlmdsl.codegen.emit import emit  # a fifth of what there is to import
+
+    return replace(made, program=emit(spec, graph, chosen))

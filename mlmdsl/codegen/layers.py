@@ -292,6 +292,8 @@ class Passage:
         source = self.sharded.graph.nodes[node.inputs[0]] if node.op == "bias" else None
         if source is None or source.op != "linear" or self.sharded.uses[source.path] != 1:
             return None
+        if self.sharded.strategy(node).name == "shared":  # adds its share of the bias to a partial sum
+            return None
         same = self.sharded.demand(node, 0) == self.sharded.placement(source.path, self.region)
         return source if same and self.sharded.region_index[source.path] == self.region else None
 

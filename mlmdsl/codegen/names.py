@@ -33,8 +33,8 @@ PROGRAM_NAMES = _words(
     """torch F nn tally Tally tp cp ep lo hi self mesh index block values loss main Stage PARALLEL TRAINING
     AdamW Axis Data Mesh Objective Parallel Schedule Scope Tokenizer Training
     all_gather all_reduce all_reduce_both all_to_all copy_to gather reduce_scatter split
-    attention cross_entropy normal ones positions recomputed rotary vocab_parallel_cross_entropy vocab_parallel_embedding
-    weight zeros
+    attention cross_entropy normal ones positions recomputed recomputed_blocks rotary
+    vocab_parallel_cross_entropy vocab_parallel_embedding weight zeros
     add_loss balanced_top_k combine concat dispatch grouped_linear limit load route top_k"""
 )
 WORDS = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) | frozenset(dir(builtins))

@@ -12,7 +12,7 @@ from mlmdsl.codegen.layers import AXES, Layer, Passage, Sharded, axes_in
 from mlmdsl.codegen.names import PROGRAM_NAMES, variable
 from mlmdsl.codegen.stages import StageModule
 from mlmdsl.codegen.statements import Key, returning, write
-from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, plain, wrap
+from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, packed, plain, wrap
 from mlmdsl.grammar.spec import Objective, Spec, Train
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.ops import CATALOGUE
@@ -113,6 +113,7 @@ def _literal_lines(name: str, tree: Call) -> list[str]:
 
 def _parallel(plan: PlanVariables) -> Call:
     several = plan.pipeline > 1
+    recompute = literal(plan.recompute) if isinstance(plan.recompute, str) else packed(plan.recompute)
     settings: dict[str, int | str | tuple[int, ...]] = {
         "pipeline": plan.pipeline,
         "data": plan.data,
@@ -123,10 +124,11 @@ def _parallel(plan: PlanVariables) -> Call:
         **({"schedule": plan.schedule} if several else {}),
         "stages": plan.stages,
         "zero": plan.zero,
+        **({"replicate": plan.replicate} if plan.replicate > 1 else {}),
         "micro_batch": plan.micro_batch,
-        **({"recompute": plan.recompute} if plan.recompute != "none" else {}),
     }
-    return Call("Parallel", tuple((key, literal(value)) for key, value in settings.items()))
+    last = (("recompute", recompute),) if plan.recompute != "none" else ()
+    return Call("Parallel", (*((key, literal(value)) for key, value in settings.items()), *last))
 
 
 def _training(train: Train, graph: Graph, plan: Plan) -> Call:

@@ -92,8 +92,12 @@ class StageModule:
         weights = (f"self.{attribute_path(w.key)}" for w in layer.outer)
         arguments = ", ".join([*(names[key] for key in inputs), *weights])
         how = self.sharded.plan.recompute
-        block = "block" if how == "none" else "recomputed(block, PARALLEL.recompute)"
-        return [f"for block in self.{attribute(layer.region.name)}.values():", f"{INDENT}{results} = {block}({arguments})"]
+        blocks = f"self.{attribute(layer.region.name)}"
+        if isinstance(how, str):
+            block = "block" if how == "none" else "recomputed(block, PARALLEL.recompute)"
+            return [f"for block in {blocks}.values():", f"{INDENT}{results} = {block}({arguments})"]
+        ways = f"PARALLEL.recompute[{before}:]" if (before := self.starts[layer.index]) else "PARALLEL.recompute"
+        return [f"for block in recomputed_blocks({blocks}, {ways}):", f"{INDENT}{results} = block({arguments})"]
 
     @cached_property
     def output(self) -> Key:

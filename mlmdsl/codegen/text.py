@@ -26,6 +26,11 @@ def literal(value: str | float | bool | tuple[str | float | bool, ...] | None) -
     return repr(value)
 
 
+def packed(values: tuple[str, ...]) -> Call:
+    """A tuple of different words, equal neighbours together, that may be laid out in lines."""
+    return Call("", tuple(("", run) for run in _runs(values)))
+
+
 def _runs(values: tuple[str | float | bool, ...]) -> list[str]:
     """Equal neighbours together: (1, 2, 2, 2) as 1, *(2,) * 3."""
     runs = [(value, sum(1 for _ in group)) for value, group in groupby(values)]

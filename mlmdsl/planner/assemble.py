@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from mlmdsl.graph.flops import active_parameters, flops_per_token
 from mlmdsl.planner import schedule
+from mlmdsl.planner.blend import regions_of
 from mlmdsl.planner.memory import stage_memory
-from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import (
     ClusterFacts,
     ModelFacts,
@@ -19,7 +19,7 @@ from mlmdsl.planner.plan import (
     StageTime,
 )
 from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
-from mlmdsl.planner.traffic import collectives
+from mlmdsl.planner.traffic import collectives, flops
 
 _AXES = ("tensor", "context", "expert", "data", "pipeline")
 
@@ -45,6 +45,7 @@ def plan_of(place: Place, candidate: Candidate, report: SearchReport) -> Plan:
         layout=place.bench.sharding.layouts(sizes, setting.width),
         context_layout=place.bench.sharding.context_layouts(sizes, setting.width),
         collectives=collectives(place, candidate),
+        flops=flops(place, candidate),
         timeline=_timeline(place, candidate),
     )
 
@@ -58,10 +59,11 @@ def variables(c: Candidate) -> PlanVariables:
         interleave=c.interleave,
         schedule=c.schedule,
         data=c.data,
+        replicate=c.replicate,
         zero=c.zero,
         expert=c.expert,
         micro_batch=c.micro_batch,
-        recompute=MODES[c.recompute],
+        recompute=c.recomputed,
         stages=c.cut.stages,
     )
 
@@ -69,7 +71,7 @@ def variables(c: Candidate) -> PlanVariables:
 def ledger(place: Place, c: Candidate) -> tuple[StageMemory, ...]:
     """By pipeline stage."""
     ranks = ((rank, c.cut.held(rank)) for rank in range(place.pipeline))
-    context = place.context_bytes
+    context = place.context_bytes + place.more_context_bytes(c)
     return tuple(stage_memory(r, place.state(c, parts), place.held(c, r, parts), context) for r, parts in ranks)
 
 
@@ -133,12 +135,13 @@ def _breakdown(place: Place, c: Candidate, times: Times) -> dict[str, float]:
 
 def _share(place: Place, c: Candidate, stages: tuple[int, ...]) -> _Share:
     costs, chain = place.bench.passes(c.micro_batch).costs, place.bench.setting.chain
-    counted = [(costs[i], count) for stage in stages for i, count in chain.regions(c.cut.parts[stage])]
+    regions = [each for stage in stages for each in regions_of(chain, c.cut.parts[stage], place.how(c, stage))]
+    counted = [(costs[i], count) for i, _, count in regions]
     compute = sum(count * (cost.forward_seconds + cost.backward_seconds) for cost, count in counted)
     tensor = sum(count * (cost.tensor_forward_seconds + cost.tensor_backward_seconds) for cost, count in counted)
     context = sum(count * (cost.context_forward_seconds + cost.context_backward_seconds) for cost, count in counted)
     expert = sum(count * (cost.expert_forward_seconds + cost.expert_backward_seconds) for cost, count in counted)
-    repeated = [(cost.again[c.recompute], count) for cost, count in counted]
+    repeated = [(costs[i].again[mode], count) for i, mode, count in regions]
     again = sum(count * (a.kernel_seconds + a.tensor_seconds + a.context_seconds + a.expert_seconds) for a, count in repeated)
     forward, backward = _passes(place, c, stages)
     sends = forward + backward - compute - tensor - context - expert - again
@@ -192,7 +195,6 @@ def _model(setting: Setting) -> ModelFacts:
 def _cluster(place: Place) -> ClusterFacts:
     setting = place.bench.setting
     cluster, names = setting.spec.cluster, dict.fromkeys(p.device.name for p in setting.spec.cluster.pools)
-    links = {axis: setting.network.link(place.mesh, axis) for axis in _AXES if place.mesh.size(axis) > 1}
     return ClusterFacts(
         name=cluster.name,
         device=" + ".join(names),
@@ -201,12 +203,19 @@ def _cluster(place: Place) -> ClusterFacts:
         nodes=sum(pool.nodes for pool in cluster.pools),
         devices_per_node=setting.network.devices_per_node,
         world_size=cluster.world_size,
-        links={
-            axis: {
-                "link": link.kind,
-                "bytes_per_second": link.bytes_per_second / link.oversubscription,
-                "latency_seconds": link.latency_seconds,
-            }
-            for axis, link in links.items()
-        },
+        links=links_of(place),
     )
+
+
+def links_of(place: Place) -> dict[str, dict[str, float | str]]:
+    """The slowest link that groups of each axis cross, as ClusterFacts has it."""
+    network = place.bench.setting.network
+    links = {axis: network.link(place.mesh, axis) for axis in _AXES if place.mesh.size(axis) > 1}
+    return {
+        axis: {
+            "link": link.kind,
+            "bytes_per_second": link.bytes_per_second / link.oversubscription,
+            "latency_seconds": link.latency_seconds,
+        }
+        for axis, link in links.items()
+    }

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlmdsl.diagnostics import Diagnostics, Label
 from mlmdsl.grammar import syntax as s
-from mlmdsl.grammar.constraints import RECOMPUTE, SCHEDULES, VARIABLES, RuleEvaluator
+from mlmdsl.grammar.constraints import RECOMPUTE, SCHEDULES, VARIABLES, ZEROS, RuleEvaluator
 from mlmdsl.grammar.evaluate import POISON
 from mlmdsl.grammar.spec import Pin, Rule, Spec
 from mlmdsl.graph.graph import Graph, Node
@@ -23,7 +23,6 @@ from mlmdsl.planner.schedule import cannot_run, executable, recomputes, virtual_
 
 _WORDS = frozenset({*SCHEDULES, *RECOMPUTE})
 _MESH = ("tensor", "context", "pipeline", "data")
-_ALONE = ("replicate",)  # axes that the planner does not lay out
 
 
 def check(spec: Spec, graph: Graph, diagnostics: Diagnostics) -> None:
@@ -119,9 +118,10 @@ def _stages(c: _Checker) -> None:
         return
     pin = c.pins["stages"]
     assert isinstance(pin.value, tuple)
-    if sum(pin.value) != c.graph.layers:
+    held = sum(map(int, pin.value))
+    if held != c.graph.layers:
         help = f"they have to add up to {c.graph.layers}"
-        c.report("MLM0417", f"the stages hold {sum(pin.value)} layers, the model has {c.graph.layers}", pin, help)
+        c.report("MLM0417", f"the stages hold {held} layers, the model has {c.graph.layers}", pin, help)
     count = c.pinned("pipeline", len(pin.value) // c.pinned("interleave")) * c.pinned("interleave")
     if count != len(pin.value):
         help = "there is one number for each virtual stage: pipeline x interleave of them"
@@ -230,21 +230,33 @@ def _schedule(c: _Checker) -> None:
         c.report("MLM0420", message, schedule, help, c.others("interleave"))
     for other, legal in (("recompute", recomputes(name)), ("zero", zeros(name))):
         pin = c.pins.get(other)
-        if pin is not None and pin.value not in legal:
-            message = f"schedule = {name} does not go with {other} = {pin.value}"
+        asked: tuple[Any, ...] = () if pin is None else pin.value if isinstance(pin.value, tuple) else (pin.value,)
+        if wrong := [value for value in asked if value not in legal]:
+            message = f"schedule = {name} does not go with {other} = {wrong[0]}"
             help = f"it takes backward passes apart: {other} is {' or '.join(map(str, legal))} there"
             c.report("MLM0420", message, schedule, help, c.others(other))
 
 
-def _axes(c: _Checker) -> None:
-    for name in _ALONE:
-        if c.pinned(name) > 1:
-            c.report(
-                "MLM0424",
-                f"{name} = {c.pinned(name)}: this axis is not laid out yet",
-                c.pins[name],
-                f"pin {name} = 1, or take it away",
-            )
+def _recomputed(c: _Checker) -> None:
+    pin, layers = c.pins.get("recompute"), c.graph.layers
+    if pin is not None and isinstance(pin.value, tuple) and len(pin.value) != layers:
+        message = f"recompute lists {len(pin.value)} layers, and the model has {layers}"
+        c.report("MLM0428", message, pin, "one word for each layer, or one word for all of them")
+
+
+def _copies(c: _Checker) -> None:
+    n, pin = c.pinned("replicate"), c.pins.get("replicate")
+    if pin is None or n == 1:
+        return
+    help = "it has to divide data, and to leave ZeRO ranks to share out over: pin zero = 3"
+    if c.pinned("zero", 3) == 0:
+        message = f"replicate = {n} copies sharded weights, and zero = 0 shards none"
+        c.report("MLM0424", message, pin, help, c.others("zero"))
+    elif "data" in c.pins and c.pinned("data") % n:
+        c.report("MLM0424", f"replicate = {n} does not divide data = {c.pinned('data')}", pin, help, c.others("data"))
+    elif {"data", "context"} <= c.pins.keys() and c.pinned("data") * c.pinned("context") == n:
+        message = f"replicate = {n} leaves one rank to share each copy"
+        c.report("MLM0424", message, pin, help, c.others("data", "context"))
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
@@ -289,7 +301,7 @@ def _leaves_a_value(c: _Checker, name: str, rules: list[Rule]) -> None:
 
 
 def _domain(c: _Checker, name: str) -> list[Any]:
-    words: dict[str, list[Any]] = {"schedule": [*SCHEDULES], "recompute": [*RECOMPUTE], "zero": [0, 1, 3]}
+    words: dict[str, list[Any]] = {"schedule": [*SCHEDULES], "recompute": [*RECOMPUTE], "zero": [*ZEROS]}
     if name in words:
         return words[name]
     if name == "sequence_parallel":
@@ -316,7 +328,8 @@ def _names(expr: s.Node) -> Iterable[str]:
 
 
 _CHECKS: tuple[Callable[[_Checker], None], ...] = (
-    _axes,
+    _copies,
+    _recomputed,
     _heads,
     _vocabulary,
     _layers,

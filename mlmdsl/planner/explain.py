@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 from mlmdsl import words
 from mlmdsl.diagnostics import Diagnostic, Label, PlanError, Span
-from mlmdsl.grammar.spec import Pin, PlanConstraints, Spec
+from mlmdsl.grammar.spec import Pin, PlanConstraints, PlanValue, Spec
 from mlmdsl.planner.assemble import ledger, predicted, variables
-from mlmdsl.planner.outcome import Found, Outcome, Tally, best_first
+from mlmdsl.planner.outcome import Found, Outcome, Tally
 from mlmdsl.planner.plan import Alternative, Plan, Rejection, SoftConstraint, StageMemory
 from mlmdsl.planner.pricing import Candidate, Place, Setting
 
@@ -25,16 +25,20 @@ Explore = Callable[[Setting, PlanConstraints], Outcome]
 
 def runners_up(outcome: Outcome) -> tuple[Alternative, ...]:
     """The best plan of each other mesh; where there are few meshes, the next best plans of any."""
-    best, *others = outcome.found
-    meshes: dict[tuple[int, ...], list[Found]] = {}
-    for found in others:
-        meshes.setdefault(found.mesh, []).append(found)
-    firsts = sorted((next(best_first(found)) for mesh, found in meshes.items() if mesh != best.mesh), key=Found.order)
-    chosen = {found.candidate: found for found in firsts[:_RUNNERS_UP]}
-    for found in best_first(others):
+    meshes, chosen = {outcome.found[0].mesh}, dict[Candidate, Found]()
+    most = min(_RUNNERS_UP, len({found.mesh for found in outcome.found}) - 1)
+    for found in outcome.best_first():
+        if len(chosen) == most:
+            break
+        if found.mesh not in meshes:
+            meshes.add(found.mesh)
+            chosen[found.candidate] = found
+    best = outcome.found[0]
+    for found in outcome.best_first():
         if len(chosen) >= _RUNNERS_UP:
             break
-        chosen.setdefault(found.candidate, found)
+        if found.candidate is not best.candidate:
+            chosen.setdefault(found.candidate, found)
     shown = sorted(chosen.values(), key=lambda found: (found.objective, found.order()))
     return tuple(Alternative(plan=variables(f.candidate), predicted=predicted(f.place, f.candidate)) for f in shown)
 
@@ -45,8 +49,8 @@ def wishes(outcome: Outcome) -> tuple[SoftConstraint, ...]:
 
 def _wish(outcome: Outcome, index: int) -> SoftConstraint:
     bit, best = 1 << index, outcome.found[0]
-    without = next(best_first(outcome.found, ignored=bit))
-    keeping = next(best_first(found for found in outcome.found if not found.broken & bit), None)
+    without = next(outcome.best_first(ignored=bit))
+    keeping = next(outcome.best_first(wished=bit), None)
     price = max(0.0, keeping.times.total - without.times.total) if keeping else None
     text = " ".join(outcome.wishes[index].rule.text.split())
     return SoftConstraint(text=text, kept=not best.broken & bit, price_s=price)
@@ -74,7 +78,7 @@ def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
 def rejections(outcome: Outcome) -> tuple[Rejection, ...]:
     """The most frequent reason first."""
     ordered = sorted(outcome.rejected.items(), key=lambda item: (-item[1].count, item[0]))
-    return tuple(Rejection(reason=_reason(key), count=t.count, closest=_closest(outcome, key, t)) for key, t in ordered)
+    return tuple(Rejection(reason=_reason(key), count=t.count, closest=closest(outcome, key, t)) for key, t in ordered)
 
 
 def _reason(key: tuple[str, str]) -> str:
@@ -82,7 +86,8 @@ def _reason(key: tuple[str, str]) -> str:
     return " ".join(key[1].split()) or key[0]
 
 
-def _closest(outcome: Outcome, key: tuple[str, str], tally: Tally) -> str:
+def closest(outcome: Outcome, key: tuple[str, str], tally: Tally) -> str:
+    """The candidate of a tally that was nearest to passing, and what it lacks."""
     if tally.closest is None or tally.place is None:
         return tally.words
     described = variables(tally.closest).described
@@ -126,7 +131,7 @@ def _rules(outcome: Outcome, rules: dict[tuple[str, str], Tally], explore: Explo
     limits = outcome.setting.spec.plan
     hard = [rule for rule in limits.rules if any(rule.text == text for _, text in rules)]
     last = max(hard, key=lambda rule: rules[rule.form, rule.text].count)
-    closest = _closest(outcome, (last.form, last.text), rules[last.form, last.text])
+    nearest = closest(outcome, (last.form, last.text), rules[last.form, last.text])
     without = explore(outcome.setting, limits.model_copy(update={"rules": tuple(r for r in limits.rules if r != last)}))
     help = _would_fit(without, "without this rule the best plan is") or _pins_that_help(outcome, explore)
     others = tuple(Label(rule.span, "so does this") for rule in hard if rule != last)
@@ -134,18 +139,18 @@ def _rules(outcome: Outcome, rules: dict[tuple[str, str], Tally], explore: Explo
     message = f"no plan that fits keeps `{text}`"
     label = "leaves no plan"
     return Diagnostic(
-        "MLM0602", message, last.span, label, (*others, *_pin_labels(limits.pins)), _joined(f"the closest: {closest}", help)
+        "MLM0602", message, last.span, label, (*others, *_pin_labels(limits.pins)), _joined(f"the closest: {nearest}", help)
     )
 
 
 def _memory(outcome: Outcome, explore: Explore) -> Diagnostic:
     tally = outcome.rejected["memory", ""]
     spec = outcome.setting.spec
-    closest = _closest(outcome, ("memory", ""), tally)
+    nearest = closest(outcome, ("memory", ""), tally)
     devices = f"{spec.cluster.world_size:,} x {outcome.setting.device.name}"
     message = f"none of {outcome.candidates:,} plans for {outcome.setting.graph.model} fits the memory of {devices}"
     help = _pins_that_help(outcome, explore) or _more_nodes(outcome, explore)
-    help = _joined(f"the closest: {closest}", help)
+    help = _joined(f"the closest: {nearest}", help)
     return Diagnostic("MLM0601", message, spec.cluster.span, "this cluster", _pin_labels(spec.plan.pins), help)
 
 
@@ -155,7 +160,7 @@ def _nothing_legal(outcome: Outcome, explore: Explore) -> Diagnostic:
     help = _pins_that_help(outcome, explore)
     if spec.plan.pins and help:
         span: Span = spec.plan.pins[0].span
-        message = "no plan can have " + " and ".join(_pinned(pin) for pin in spec.plan.pins)
+        message = "no plan can have " + " and ".join(pinned(pin) for pin in spec.plan.pins)
         return Diagnostic("MLM0603", message, span, "pinned here", _pin_labels(spec.plan.pins[1:]), _joined(reasons, help))
     message = f"no plan can use all {spec.cluster.world_size:,} devices"
     batch = spec.train.spans.get("batch")
@@ -168,15 +173,16 @@ def _pin_labels(pins: tuple[Pin, ...]) -> tuple[Label, ...]:
     return tuple(Label(pin.span, f"{pin.variable} is pinned here") for pin in pins)
 
 
-def _pinned(pin: Pin) -> str:
-    value = (
-        str(pin.value).lower()
-        if isinstance(pin.value, bool)
-        else list(pin.value)
-        if isinstance(pin.value, tuple)
-        else pin.value
-    )
-    return f"{pin.variable} = {value}"
+def pinned(pin: Pin) -> str:
+    return assigned(pin.variable, pin.value)
+
+
+def assigned(variable: str, value: PlanValue) -> str:
+    """As a pin would be written: `stages = [6, 6]`."""
+    if isinstance(value, tuple):
+        return f"{variable} = [{', '.join(map(str, value))}]"
+    shown = str(value).lower() if isinstance(value, bool) else value
+    return f"{variable} = {shown}"
 
 
 def _joined(*texts: str) -> str:
@@ -197,7 +203,7 @@ def _pins_that_help(outcome: Outcome, explore: Explore) -> str:
         others = tuple(other for other in limits.pins if other != pin)
         found = explore(outcome.setting, limits.model_copy(update={"pins": others}))
         if found.found:
-            return _would_fit(found, f"without the pin {_pinned(pin)} the best plan is")
+            return _would_fit(found, f"without the pin {pinned(pin)} the best plan is")
     if len(limits.pins) > 1:
         found = explore(outcome.setting, limits.model_copy(update={"pins": ()}))
         return _would_fit(found, "without the pins the best plan is")

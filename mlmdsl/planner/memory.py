@@ -5,10 +5,13 @@ w = 2 bytes in bf16, 4 in fp32):
 
     0: w of weights, 4 of masters in bf16, 4 of gradients, 8 of AdamW (Rajbhandari et al. 2020, arXiv:1910.02054, table 1)
     1: w of weights, that FSDP2 keeps gathered; 4 / d of masters; 4 / d of gradients, and their unsharded sums; 8 / d of AdamW
-    3: of weights and unsharded gradients those of two layers, the rest as 1; with a pipeline torch gathers and sums as for 1
+    2: of unsharded gradients those of two layers, the rest as 1
+    3: of weights those of two layers too, the rest as 2; with a pipeline torch gathers and sums as for 1
 
-Experts that the expert axis shares out are held as for 0, a share of them on each of its ranks; under 1 and 3 their masters,
-4 / c of gradients beside the sums, and AdamW's 8 / c are cut over the c replicas that have the same ones.
+With hybrid sharding d is the number of ranks that share one copy: replicas / replicate.
+
+Experts that the expert axis shares out are held as for 0, a share of them on each of its ranks; under ZeRO their masters, 4 / c
+of gradients beside the sums, and AdamW's 8 / c are cut over the c replicas that have the same ones.
 
 Shards are counted as FSDP2 cuts them: along a dim that d divides, or dim 0 in chunks of ceil(rows / d). Passes: what one
 micro-batch leaves on a stage, times the micro-batches that the schedule holds there, and what recomputing brings back for one
@@ -26,12 +29,13 @@ from typing import Literal, NamedTuple
 
 from mlmdsl.grammar.spec import Device
 from mlmdsl.graph.graph import Graph, Weight
+from mlmdsl.planner.blend import How, first_of, regions_of
 from mlmdsl.planner.choice import cut
 from mlmdsl.planner.passes import PassCost, Passes
 from mlmdsl.planner.plan import StageMemory
 from mlmdsl.planner.sharding import Sharding
 from mlmdsl.planner.stages import Chain, Part
-from mlmdsl.runtime.config import even_dim
+from mlmdsl.runtime.config import cut_over_copies, even_dim
 
 MIB = 2**20
 # What a process takes before any tensor: driver context, kernels and cuBLAS workspaces on a GPU; Python with torch (resident,
@@ -41,7 +45,7 @@ COMMUNICATOR_BYTES = {"cuda": 200 * MIB, "rocm": 200 * MIB, "cpu": 2 * MIB}
 # Share by which an allocator's blocks exceed what is asked for (expandable segments on a GPU; arenas of malloc on a CPU)
 SLACK = {"cuda": 0.04, "rocm": 0.04, "cpu": 0.15}
 # Share of the device's memory that a plan leaves free
-HEADROOM = 0.03
+HEADROOM = 0.05
 
 
 def capacity_bytes(device: Device) -> int:
@@ -167,58 +171,67 @@ class Holdings:
                         found[key] = None
         return tuple(found)
 
-    def units(self, part: Part, replicas: int) -> Units:
-        key = (part, replicas)
+    def units(self, part: Part, shards: int) -> Units:
+        key = (part, shards)
         if key not in self._units:
             held = self.of(part)
-            layers = tuple((count, replicas * self._cut(dict.fromkeys(keys, 1), replicas)) for count, keys in held.layers)
-            self._units[key] = Units(layers, replicas * self._cut(dict.fromkeys(held.root, 1), replicas))
+            layers = tuple((count, shards * self._cut(dict.fromkeys(keys, 1), shards)) for count, keys in held.layers)
+            self._units[key] = Units(layers, shards * self._cut(dict.fromkeys(held.root, 1), shards))
         return self._units[key]
 
-    def shard(self, part: Part, replicas: int) -> int:
-        """Elements that FSDP2 leaves the first of the replicas."""
-        key = (part, replicas)
+    def shard(self, part: Part, shards: int) -> int:
+        """Elements that FSDP2 leaves the first of the ranks that share the weights out."""
+        key = (part, shards)
         if key not in self._shards:
-            self._shards[key] = self._cut(self.of(part).keys, replicas)
+            self._shards[key] = self._cut(self.of(part).keys, shards)
         return self._shards[key]
 
-    def partial(self, part: Part, replicas: int) -> int:
-        """Elements whose gradients are partial sums over the tensor axis, as far as the first of the replicas has them."""
+    def partial(self, part: Part, shards: int, replicas: int) -> int:
+        """Elements whose gradients are partial sums over the tensor axis, as far as the first of the replicas has them, which
+        share a weight out over `shards` ranks."""
         held = self.of(part)
         common = {key: count for key, count in held.keys.items() if self._is_partial(key)}
         experts = (stack for stack in self.experts(part, replicas) if self._is_partial(stack.key))
-        return self._cut(common, replicas) + sum(stack.times * stack.stepped for stack in experts)
+        return self._cut(common, shards) + sum(stack.times * stack.stepped for stack in experts)
 
     def experts(self, part: Part, replicas: int) -> Iterator[Stack]:
-        """Of the part's experts that are shared out, as ZeRO over the replicas (1: none) leaves them: cut along dim 1 over
-        those that have the same ones, where that is even."""
+        """Of the part's experts that are shared out, as ZeRO over the replicas (1: none) leaves them."""
         copies = max(1, replicas // self.sharding.expert)
         for key, count in self.of(part).expert_keys.items():
             shape = self.local_shapes[key]
-            even = len(shape) > 1 and shape[1] % copies == 0
-            yield Stack(key, count, prod(shape), prod(shape) // copies if even else prod(shape))
+            yield Stack(key, count, prod(shape), prod(shape) // (copies if cut_over_copies(shape, copies) else 1))
 
     def _is_partial(self, key: str) -> bool:
         return self.sharding.weights[key].partial_gradient
 
-    def _cut(self, keys: Mapping[str, int], replicas: int) -> int:
-        return sum(count * shard_elements(self.local_shapes[key], replicas) for key, count in keys.items())
+    def _cut(self, keys: Mapping[str, int], shards: int) -> int:
+        return sum(count * shard_elements(self.local_shapes[key], shards) for key, count in keys.items())
 
-    def state(self, parts: Iterable[Part], zero: int, replicas: int, width: int, pipeline: int, micro_batches: int) -> State:
+    def state(
+        self,
+        parts: Iterable[Part],
+        zero: int,
+        replicas: int,
+        width: int,
+        pipeline: int,
+        micro_batches: int,
+        replicate: int = 1,
+    ) -> State:
         """Of a rank that runs `parts`. A weight's gradient is made before it is added to the sum, or sent."""
         parts = tuple(parts)
         held = [self.of(part) for part in parts]
         p, experts = sum(h.elements for h in held), sum(h.experts for h in held)
         if not zero or replicas == 1:
             return _whole(p + experts, width, width * max(h.largest for h in held))
-        shard = sum(self.shard(part, replicas) for part in parts)
-        units = [self.units(part, replicas) for part in parts]
+        shards = replicas // replicate
+        shard = sum(self.shard(part, shards) for part in parts)
+        units = [self.units(part, shards) for part in parts]
         layer, root = max(u.layer for u in units), max(u.root for u in units)
         sums = p * (4 if micro_batches > 1 else width)
-        if pipeline == 1 and (zero == 3 or micro_batches == 1):
+        if zero == 2 or (pipeline == 1 and (zero == 3 or micro_batches == 1)):
             sums = width * min(p, 2 * max(layer, root))
         gathered = width * min(p, 2 * layer + root) if pipeline == 1 else width * p
-        weights, unsharded = (width * p, 0) if zero == 1 else (0, gathered)
+        weights, unsharded = (0, gathered) if zero == 3 else (width * p, 0)
         common = State(weights, 4 * shard, sums + 4 * shard, 8 * shard, unsharded, (2 * width + 4) * max(layer, root))
         return State(*map(sum, zip(common, self._shared(parts, replicas, width), strict=True)))
 
@@ -234,10 +247,10 @@ class Holdings:
         return state
 
 
-def shard_elements(shape: Sequence[int], replicas: int) -> int:
-    """Of the largest shard of a weight over the replicas."""
-    dim = even_dim(shape, replicas)
-    return prod(shape) // shape[dim] * -(-shape[dim] // replicas)
+def shard_elements(shape: Sequence[int], shards: int) -> int:
+    """Of the largest shard of a weight."""
+    dim = even_dim(shape, shards)
+    return prod(shape) // shape[dim] * -(-shape[dim] // shards)
 
 
 def _whole(elements: int, width: int, buffers: int) -> State:
@@ -263,23 +276,20 @@ class Passing(NamedTuple):
     loss_transient: int
 
 
-def passing(passes: Passes, chain: Chain, part: Part, mode: int, pipeline: int) -> Passing:
-    """mode: index into MODES."""
-    costs = passes.costs
-    kinds = [(chain.kinds[kind], count) for kind, count in enumerate(part.layers) if count]
-    straight = chain.first * part.first + chain.last * part.last
-    kept = sum(count * costs[i].saved_bytes[mode] for kind, count in kinds for i in kind)
-    kept += sum(costs[i].saved_bytes[mode] for i in straight)
-    running = [costs[i] for kind, _ in kinds for i in kind] + [costs[i] for i in straight]
-    received = 0 if part.first else _crossing(passes, kinds[0][0])
-    sent = 0 if part.last else _crossing(passes, kinds[-1][0])
+def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -> Passing:
+    costs, kinds = passes.costs, [chain.kinds[kind] for kind, count in enumerate(part.layers) if count]
+    regions = regions_of(chain, part, how)
+    kept = sum(count * costs[i].saved_bytes[mode] for i, mode, count in regions)
+    running = [costs[i] for i, _, _ in regions]
+    received = 0 if part.first else _crossing(passes, kinds[0])
+    sent = 0 if part.last else _crossing(passes, kinds[-1])
     if not part.first:  # lies in the receive buffer
-        kept -= min(received, costs[kinds[0][0][0]].entry_bytes[mode])
+        kept -= min(received, costs[kinds[0][0]].entry_bytes[first_of(how)])
     return Passing(
         kept=kept + sent,
         received=received,
         sent=sent,
-        working=max((cost.working_bytes[mode] for cost in running), default=0),
+        working=max((costs[i].working_bytes[mode] for i, mode, _ in regions), default=0),
         transient=max((cost.transient_bytes for cost in running), default=0),
         loss=_loss(running, pipeline) if part.last else 0,
         loss_transient=max((cost.loss_transient_bytes for cost in running), default=0) if part.last else 0,
@@ -302,6 +312,7 @@ class Held(NamedTuple):
     loss: int
     buffers: int
     workspace: int
+    slack: int
 
 
 def held(stages: Sequence[Passing], counts: Sequence[int], micro_batches: int, kind: str) -> Held:
@@ -313,7 +324,7 @@ def held(stages: Sequence[Passing], counts: Sequence[int], micro_batches: int, k
     loss = last.loss * counts[-1] + last.loss_transient
     buffers = micro_batches * sum(s.received + s.sent for s in stages)
     transient = max(s.transient for s in stages)
-    return Held(activations, loss, buffers, transient + int(SLACK[kind] * (activations + loss + buffers + transient)))
+    return Held(activations, loss, buffers, transient, int(SLACK[kind] * (activations + loss + buffers + transient)))
 
 
 def stage_memory(stage: int, state: State, rest: Held, context: int) -> StageMemory:
@@ -328,7 +339,8 @@ def stage_memory(stage: int, state: State, rest: Held, context: int) -> StageMem
         logits_and_loss_bytes=rest.loss,
         unsharded_weights_bytes=state.unsharded,
         buffers_bytes=rest.buffers + state.buffers,
-        workspace_bytes=rest.workspace,
+        workspace_bytes=rest.workspace + rest.slack,
+        slack_bytes=rest.slack,
         context_bytes=context,
         total_bytes=sum(state) + sum(rest) + context,
     )

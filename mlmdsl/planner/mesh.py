@@ -3,7 +3,8 @@
 Ranks are torch.arange(world).view(pipeline, data, context, tensor), tensor innermost, and fill node after node: the axis that
 talks most is nearest. Axes are "tensor", "context", "data", "pipeline"; "replicas" for data and context together, over which
 weights are alike; "expert" for neighbours among the replicas, which share one set of experts, and "copies" for the ranks that
-have the same experts; and "world" for all ranks.
+have the same experts; "shards" for neighbours among the replicas over which hybrid sharding lays one copy of the weights, and
+"replicate" for the ranks that have the same shards; and "world" for all ranks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Mesh:
     devices_per_node: int
     context: int = 1
     expert: int = 1
+    replicate: int = 1
 
     @property
     def replicas(self) -> int:
@@ -40,6 +42,7 @@ class Mesh:
     def _laid_out(self) -> dict[str, tuple[int, int]]:
         """(size, distance between neighbours of a group) by axis."""
         inner = self.tensor * self.context
+        shards = self.replicas // self.replicate
         return {
             "tensor": (self.tensor, 1),
             "context": (self.context, self.tensor),
@@ -47,6 +50,8 @@ class Mesh:
             "replicas": (self.replicas, self.tensor),
             "expert": (self.expert, self.tensor),
             "copies": (self.replicas // self.expert, self.tensor * self.expert),
+            "shards": (shards, self.tensor),
+            "replicate": (self.replicate, self.tensor * shards),
             "pipeline": (self.pipeline, inner * self.data),
             "world": (self.world_size, 1),
         }

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import get_args
 
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
@@ -24,9 +25,11 @@ from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import PARTIAL
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
+from mlmdsl.planner.execution import OURS, Execution
+from mlmdsl.planner.plan import Recompute
 from mlmdsl.planner.sharding import Lie, Move, Sharding
 
-MODES = ("none", "selective", "full")
+MODES: tuple[Recompute, ...] = get_args(Recompute)
 # Composed of simple operations on a CPU, where torch has no kernel: what is divided by the root mean square stays, too
 _COMPOSED = {"cpu": frozenset({"rms_norm"})}
 _SUMS = ("reduce_scatter", "all_reduce")
@@ -36,9 +39,11 @@ Key = tuple[str, str]  # a value and the placement it was brought to ("" as it w
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """What runs a second time before the backward pass: seconds of kernels and of collectives by axis, and which moves."""
+    """What runs a second time before the backward pass: seconds of kernels, FLOPs of matrix products, seconds of collectives by
+    axis, and which moves."""
 
     kernel_seconds: float = 0.0
+    flops: float = 0.0
     tensor_seconds: float = 0.0
     context_seconds: float = 0.0
     expert_seconds: float = 0.0
@@ -55,6 +60,7 @@ class PassCost:
     most that one operation needs besides; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's
     output."""
 
+    flops: float  # of matrix products and attention as the kernels compute them, forward and backward
     forward_seconds: float
     backward_seconds: float
     weight_seconds: float  # of backward_seconds those that go to gradients of weights
@@ -74,6 +80,11 @@ class PassCost:
     logits_bytes: int = 0
 
 
+def computed_flops(work: Work) -> tuple[float, float]:
+    """(forward, backward), what a kernel computes under its mask included."""
+    return work.flops_forward * work.computed, work.flops_backward * work.computed
+
+
 @dataclass(frozen=True)
 class Passes:
     """The costs of all regions under one sharding and one size of micro-batch."""
@@ -86,6 +97,7 @@ class Passes:
     float_bytes: int
     context_group: Group | None = None
     expert_group: Group | None = None
+    execution: Execution = OURS
     _measured: dict[tuple[str, Lie], int] = field(default_factory=dict[tuple[str, Lie], int])
 
     @cached_property
@@ -103,13 +115,16 @@ class Passes:
         again = (Again(), Again(), Again())
         if region.repeated:
             again = (Again(), self._again(region, moves, "selective"), self._again(region, moves, "full"))
+        tensor = self._moved(over["tensor"]) + sum(self._inner_seconds(node) for node in region.nodes)
+        tensor_back = self._moved_back(over["tensor"])
         loss = self._works[self.graph.loss] if self.graph.region_of[self.graph.loss] is region else None
         return PassCost(
-            forward_seconds=sum(self.kernels.forward_seconds(work) for _, work in works),
-            backward_seconds=sum(self.kernels.backward_seconds(work) for _, work in works),
+            flops=sum(sum(computed_flops(work)) for _, work in works),
+            forward_seconds=self._forward_seconds(region.nodes, tensor),
+            backward_seconds=self._backward_seconds(region.nodes, tensor_back) + self._accumulating_seconds(region.nodes),
             weight_seconds=sum(self.kernels.weight_seconds(work) for node, work in works if node.weights),
-            tensor_forward_seconds=self._moved(over["tensor"]) + sum(self._inner_seconds(node) for node in region.nodes),
-            tensor_backward_seconds=self._moved_back(over["tensor"]),
+            tensor_forward_seconds=tensor,
+            tensor_backward_seconds=tensor_back,
             context_forward_seconds=self._moved(over["context"]),
             context_backward_seconds=self._moved_back(over["context"]),
             expert_forward_seconds=sum(self._delivery_seconds(node)[0] for node in region.nodes),
@@ -122,9 +137,25 @@ class Passes:
             **kept,
         )
 
+    def _forward_seconds(self, nodes: Iterable[Node], waiting: float) -> float:
+        works = [self._works[node.path] for node in nodes]
+        busy = sum(map(self.kernels.forward_busy, works))
+        return self.kernels.joined(busy, sum(work.kernels_forward for work in works), waiting)
+
+    def _backward_seconds(self, nodes: Iterable[Node], waiting: float) -> float:
+        works = [self._works[node.path] for node in nodes]
+        busy = sum(map(self.kernels.backward_busy, works))
+        return self.kernels.joined(busy, sum(work.kernels_backward for work in works), waiting)
+
+    def _accumulating_seconds(self, nodes: Iterable[Node]) -> float:
+        """Gradients of weights added to the sum over the micro-batches."""
+        elements = sum(prod(shape) for node in nodes for shape in self._locals[node.path].weights)
+        return self.kernels.memory_seconds(self.execution.accumulated_bytes * elements)
+
     @cached_property
     def _works(self) -> Mapping[str, Work]:
-        return {path: CATALOGUE[node.op].work(self._locals[path]) for path, node in self.graph.nodes.items()}
+        found = {path: CATALOGUE[node.op].work(self._locals[path]) for path, node in self.graph.nodes.items()}
+        return self.execution.works(self.graph, found, self._locals)
 
     @cached_property
     def _locals(self) -> Mapping[str, Local]:
@@ -172,17 +203,21 @@ class Passes:
         for position, node in enumerate(region.nodes):
             if self._works[node.path].saved:
                 upto = position if "out" in self._works[node.path].saved else position - 1
+        if mode == "full" and not self.execution.early_stop:
+            upto = len(region.nodes) - 1
         names = {node.path for node in region.nodes[: upto + 2]}
-        rerun = [n for n in region.nodes[: upto + 1] if mode == "full" or CATALOGUE[n.op].cheap]
-        meant = [move for move in moves if mode == "full" or move.step.forward == "all_gather"]
+        rerun = region.nodes[: upto + 1] if mode == "full" else self.execution.reruns(region.nodes[: upto + 1])
+        again = mode == "full" or self.execution.selective != "attention"
+        meant = [move for move in moves if again and (mode == "full" or move.step.forward == "all_gather")]
         repeated = tuple(move for move in meant if names & set(move.consumers) - self._entries)
         inner = sum(self._inner_seconds(node) for node in rerun) if mode == "full" else 0.0
-        kernels = sum(self.kernels.forward_seconds(self._works[node.path]) for node in rerun)
         tensor, context = (self._moved(move for move in repeated if move.axis == axis) for axis in ("tensor", "context"))
+        kernels = self._forward_seconds(rerun, tensor + inner)
         arriving = region.nodes[: upto + 2] if mode == "full" else ()  # what an operation saves has come to it by an exchange
         delivering = tuple(node for node in arriving if self.delivered(node)[0])
         expert = sum(self._delivery_seconds(node)[0] for node in delivering)
-        return Again(kernels, tensor + inner, context, expert, delivering, repeated)
+        flops = sum(computed_flops(self._works[node.path])[0] for node in rerun)
+        return Again(kernels, flops, tensor + inner, context, expert, delivering, repeated)
 
     # ---- bytes ------------------------------------------------------------------------------------------------------
 
@@ -243,6 +278,8 @@ class Passes:
             return {"saved_bytes": (whole, whole, whole), "entry_bytes": (0, 0, 0), "working_bytes": (0, 0, 0)}
         entries = {self._storage(c.entry): self.boundary_bytes(c.entry) for c in region.carried}
         dear = entries | {key: size for key, size in self._saved_dear(region, moves) if made(key)}
+        if self.execution.selective == "attention":
+            dear = dict(plain)
         dear_works = [self._works[n.path] for n in region.nodes if not CATALOGUE[n.op].cheap]
         lse = sum(int(work.extra_saved_bytes - work.extra_cheap_bytes) for work in dear_works)
         saved = (sum(plain.values()) + extra, sum(dear.values()) + lse, sum(entries.values()))
@@ -282,8 +319,9 @@ class Passes:
         for node in region.nodes:
             for source in node.inputs:
                 users.setdefault(source, []).append(node)
+        rerun = {node.path for node in self.execution.reruns(region.nodes)}
         for node in region.nodes:
-            if not CATALOGUE[node.op].cheap and not self._only_summed(node.path, users):
+            if node.path not in rerun and not self._only_summed(node.path, users):
                 yield self._storage(node.path), self._bytes(node.path, self.sharding.left(node.path))
         for move in moves:
             if move.step.forward in (*_SUMS, "all_to_all"):

@@ -7,7 +7,7 @@ all_gather's output, a reduce_scatter's input, an all_reduce's tensor).
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Literal, get_args
 
 import pydantic
 
@@ -15,12 +15,17 @@ from mlmdsl.diagnostics import Diagnostic, PlanError
 from mlmdsl.grammar.spec import Frozen, Spec
 
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "recv", "split"]
+# As mesh.py has them
+CollectiveAxis = Literal[
+    "tensor", "context", "pipeline", "data", "replicas", "shards", "replicate", "expert", "copies", "world"
+]
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zb_v", "dualpipe_v"]
 Recompute = Literal["none", "selective", "full"]
 
 
 class PlanVariables(Frozen):
-    """The names of language.md. `stages` has one entry per virtual stage in model order: pipeline * interleave of them."""
+    """The names of language.md. `stages` has one entry per virtual stage in model order: pipeline * interleave of them.
+    `recompute` is one word, or one for each layer where they differ."""
 
     tensor: int = 1
     sequence_parallel: bool = False
@@ -33,7 +38,7 @@ class PlanVariables(Frozen):
     zero: int = 0
     expert: int = 1
     micro_batch: int = 1
-    recompute: Recompute = "none"
+    recompute: Recompute | tuple[Recompute, ...] = "none"
     stages: tuple[int, ...]
 
     @property
@@ -53,8 +58,16 @@ class PlanVariables(Frozen):
         if self.expert > 1:
             parts.append(f"expert {self.expert}")
         if self.data * self.context > 1:
-            parts.append(f"ZeRO {self.zero}")
-        return ", ".join([*parts, f"micro-batch {self.micro_batch}", f"recompute {self.recompute}"])
+            parts.append(f"ZeRO {self.zero}" + (f" x {self.replicate}" if self.replicate > 1 else ""))
+        return ", ".join([*parts, f"micro-batch {self.micro_batch}", f"recompute {self.recomputed}"])
+
+    @property
+    def recomputed(self) -> str:
+        """`full`, or `full of 3 layers, selective of 37 layers`."""
+        if isinstance(self.recompute, str):
+            return self.recompute
+        counts = ((mode, self.recompute.count(mode)) for mode in reversed(get_args(Recompute)))
+        return ", ".join(f"{mode} of {count} layer{'s' * (count > 1)}" for mode, count in counts if count)
 
 
 class Transition(Frozen):
@@ -100,7 +113,7 @@ class Collective(Frozen):
 
     stage: int  # pipeline rank
     kind: CollectiveKind
-    axis: Literal["tensor", "context", "pipeline", "data", "replicas", "expert", "copies", "world"]  # as mesh.py has them
+    axis: CollectiveAxis
     bytes: int
     count: int
     reason: str
@@ -119,6 +132,7 @@ class StageMemory(Frozen):
     unsharded_weights_bytes: int  # ZeRO 3: what is gathered at the peak
     buffers_bytes: int  # collectives, pipeline sends and receives
     workspace_bytes: int  # transient of one operation, allocator slack
+    slack_bytes: int = 0  # the allocator's part of workspace
     context_bytes: int  # device context, libraries
     total_bytes: int
 
@@ -157,8 +171,13 @@ class Rejection(Frozen):
 
 
 class SearchReport(Frozen):
+    """`bounded`: candidates that a bound on memory proves not to fit; `outpaced`: candidates that fit, and that a bound on time
+    proves to be slower than the plan and its runners-up. Neither are priced any further."""
+
     candidates: int
     feasible: int
+    bounded: int = 0
+    outpaced: int = 0
     seconds: float
     rejected: tuple[Rejection, ...]
 
@@ -224,6 +243,9 @@ class Plan(Frozen):
     layout: tuple[RegionLayout, ...]  # on the tensor axis
     context_layout: tuple[RegionLayout, ...] = ()  # on the context axis, where that has several ranks
     collectives: tuple[Collective, ...]
+    flops: tuple[
+        float, ...
+    ] = ()  # by pipeline stage: of matrix products and attention on one rank in one step, recomputed ones too
     timeline: tuple[StageTime, ...] = ()
 
     def to_json(self) -> str:

@@ -17,12 +17,14 @@ from mlmdsl.grammar.spec import Device, Pool, Spec
 from mlmdsl.graph.flops import flops_per_token
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import memory, schedule
+from mlmdsl.planner.blend import Blend, How, blends, regions_of
 from mlmdsl.planner.communication import Group, collective_seconds, group_of, send_seconds
-from mlmdsl.planner.compute import Kernels
+from mlmdsl.planner.compute import Kernels, slowest_of
 from mlmdsl.planner.context import over_context
+from mlmdsl.planner.execution import OURS, Execution
 from mlmdsl.planner.mesh import Mesh, Network, network_of
 from mlmdsl.planner.passes import MODES, Passes
-from mlmdsl.planner.plan import CollectiveKind, Schedule
+from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
 
@@ -30,9 +32,10 @@ _WIDTH = {"fp32": 4, "bf16": 2}
 # AdamW reads and writes weight and two moments and reads the gradient, in fp32; clipping reads the gradient; in bf16 the weight
 # is written a second time (docs of torch.optim.AdamW, fused)
 _OPTIMIZER_BYTES = {"fp32": 32.0, "bf16": 38.0}
-# Of a GPU that computes while a collective runs, the collective's kernels hold this share of the multiprocessors: 20 of 132
-# (DeepSeek-V3, arXiv:2412.19437, section 3.2.2)
-_TAKEN = 20 / 132
+# Of a GPU that computes while a collective runs, what the collective takes: its kernels hold 20 of 132 multiprocessors
+# (DeepSeek-V3, arXiv:2412.19437, section 3.2.2), and its bytes pass through the same memory; kernels were measured to take
+# 1.1 to 1.3 times as long beside one
+_TAKEN = 0.2
 
 
 class Candidate(NamedTuple):
@@ -50,6 +53,14 @@ class Candidate(NamedTuple):
     cut: Cut
     context: int = 1
     expert: int = 1
+    replicate: int = 1
+    modes: tuple[int, ...] = ()  # of every layer, where they are not all recomputed alike; `recompute` is the largest of them
+
+    @property
+    def recomputed(self) -> Recompute | tuple[Recompute, ...]:
+        """In words."""
+        each: tuple[Recompute, ...] = tuple(MODES[mode] for mode in self.modes)
+        return each or MODES[self.recompute]
 
 
 class Times(NamedTuple):
@@ -70,6 +81,7 @@ class Setting:
 
     spec: Spec
     graph: Graph
+    execution: Execution = OURS
 
     @cached_property
     def pool(self) -> Pool:
@@ -87,7 +99,8 @@ class Setting:
 
     @cached_property
     def kernels(self) -> Kernels:
-        return Kernels(self.device, self.spec.train.precision)
+        world = self.spec.cluster.world_size
+        return Kernels(self.device, self.spec.train.precision, self.execution.launches, slowest_of(self.device.kind, world))
 
     @cached_property
     def network(self) -> Network:
@@ -126,8 +139,8 @@ class Setting:
                     used.setdefault(key, set()).add(index)
         return frozenset(key for key, regions in used.items() if len(regions) > 1)
 
-    def mesh(self, tensor: int, data: int, pipeline: int, context: int = 1, expert: int = 1) -> Mesh:
-        return Mesh(tensor, data, pipeline, self.network.devices_per_node, context, expert)
+    def mesh(self, tensor: int, data: int, pipeline: int, context: int = 1, expert: int = 1, replicate: int = 1) -> Mesh:
+        return Mesh(tensor, data, pipeline, self.network.devices_per_node, context, expert, replicate)
 
     def shard(self, tensor: int, sequence_parallel: bool) -> Bench | Infeasible:
         """The sharding does not depend on the micro-batch: it is chosen for one sequence."""
@@ -168,7 +181,7 @@ class Bench:
     expert_group: Group | None = None
     _experts: dict[int, Bench] = field(default_factory=dict[int, "Bench"])
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
-    _parts: dict[tuple[Part, int, int, bool], PartCost] = field(default_factory=dict[tuple[Part, int, int, bool], PartCost])
+    _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
     _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
     _least: dict[int, tuple[tuple[Least, ...], int]] = field(default_factory=dict[int, "tuple[tuple[Least, ...], int]"])
     _balanced: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict[tuple[int, int, int], tuple[int, ...]])
@@ -201,7 +214,7 @@ class Bench:
             sizes = self.setting.graph.sizes(micro_batch, self.setting.spec.train.seq_len)
             setting = self.setting
             common = (setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
-            self._passes[micro_batch] = Passes(*common, self.context_group, self.expert_group)
+            self._passes[micro_batch] = Passes(*common, self.context_group, self.expert_group, setting.execution)
         return self._passes[micro_batch]
 
     def balanced(self, micro_batch: int, mode: int, stages: int) -> tuple[int, ...]:
@@ -252,36 +265,47 @@ class Bench:
             for cost in self.passes(micro_batch).costs
         ]
 
-    def part(self, part: Part, micro_batch: int, mode: int, piped: bool) -> PartCost:
-        key = (part, micro_batch, mode, piped)
+    def least_layer(self, micro_batch: int, mild: int, dear: int) -> float:
+        """What a pass through a layer takes at least under one way of recomputing, as a share of that under another."""
+        ways = [[f + b for f, b, _ in self._region_seconds(micro_batch, mode)] for mode in (mild, dear)]
+        return min(sum(ways[0][i] for i in kind) / sum(ways[1][i] for i in kind) for kind in self.setting.chain.kinds)
+
+    def part(self, part: Part, micro_batch: int, how: How, piped: bool) -> PartCost:
+        key = (part, micro_batch, how, piped)
         found = self._parts.get(key)
         if found is None:
-            found = self._parts[key] = self._part(part, micro_batch, mode, piped)
+            found = self._parts[key] = self._part(part, micro_batch, how, piped)
         return found
 
-    def _part(self, part: Part, micro_batch: int, mode: int, piped: bool) -> PartCost:
-        chain, regions = self.setting.chain, self._region_seconds(micro_batch, mode)
-        forward, backward, weight = (sum(n * regions[i][k] for i, n in chain.regions(part)) for k in range(3))
-        passing = memory.passing(self.passes(micro_batch), chain, part, mode, 2 if piped else 1)
+    def _part(self, part: Part, micro_batch: int, how: How, piped: bool) -> PartCost:
+        chain = self.setting.chain
+        ways = [self._region_seconds(micro_batch, mode) for mode in range(len(MODES))]
+        regions = regions_of(chain, part, how)
+        forward, backward, weight = (sum(n * ways[mode][i][k] for i, mode, n in regions) for k in range(3))
+        passing = memory.passing(self.passes(micro_batch), chain, part, how, 2 if piped else 1)
         return PartCost(forward, backward, weight, passing)
 
-    def state(self, parts: tuple[Part, ...], zero: int, replicas: int, piped: bool, several: bool) -> memory.State:
+    def state(
+        self, parts: tuple[Part, ...], zero: int, replicas: int, piped: bool, several: bool, replicate: int = 1
+    ) -> memory.State:
         """`several`: micro-batches in a step."""
-        key = (parts, zero, replicas, piped, several)
+        key = (parts, zero, replicas, piped, several, replicate)
         found = self._states.get(key)
         if found is None:
             counts = (2 if piped else 1, 2 if several else 1)
-            found = self._states[key] = self.holdings.state(parts, zero, replicas, self.setting.width, *counts)
+            found = self._states[key] = self.holdings.state(parts, zero, replicas, self.setting.width, *counts, replicate)
         return found
 
 
 class Exchange(NamedTuple):
     """Seconds of one rank's traffic over weights and gradients: all gathers once, all reductions once, the share of the largest
-    unit in them; those of experts that are shared out; tied and partial gradients; the optimizer."""
+    unit in them; sums over hybrid sharding's copies; those of experts that are shared out; tied and partial gradients; the
+    optimizer."""
 
     gather: float
     reduce: float
     unit: float
+    copied: float
     experts: float
     tied: float
     partial: float
@@ -297,6 +321,8 @@ class Place:
     data: int
     _cuts: dict[tuple[object, ...], Cut] = field(default_factory=dict[tuple[object, ...], Cut])
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
+    _states: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
+    _blends: dict[tuple[object, ...], tuple[Blend, ...]] = field(default_factory=dict[tuple[object, ...], "tuple[Blend, ...]"])
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -319,6 +345,24 @@ class Place:
     def replica_group(self) -> Group:
         return group_of(self.mesh, "replicas", self.bench.setting.network)
 
+    def mesh_of(self, replicate: int) -> Mesh:
+        """With as many copies of the sharded weights."""
+        sharding = self.bench.sharding
+        degrees = (sharding.tensor, self.data, self.pipeline, self.context, self.expert, replicate)
+        return self.mesh if replicate == 1 else self.bench.setting.mesh(*degrees)
+
+    def shards(self, c: Candidate) -> int:
+        """Ranks that ZeRO shares a weight out over."""
+        return self.replicas // c.replicate if c.zero else 1
+
+    @cached_property
+    def islands(self) -> int:
+        """The copies of hybrid sharding whose shards lie each within a node; 1 where all do, or none can."""
+        within = self.mesh.per_node("replicas")
+        copies = self.replicas // within
+        even = copies * within == self.replicas and self.data % copies == 0 and within > 1
+        return copies if even and not self.mesh_of(copies).crosses_nodes("shards") else 1
+
     @cached_property
     def pipeline_group(self) -> Group:
         return group_of(self.mesh, "pipeline", self.bench.setting.network)
@@ -328,6 +372,10 @@ class Place:
         axes = ("tensor", "context", "replicas", "pipeline", "expert")
         several = sum(self.mesh.size(axis) > 1 for axis in axes) + (1 < self.expert < self.replicas)
         return memory.context_bytes(self.bench.setting.device.kind, several)
+
+    def more_context_bytes(self, c: Candidate) -> int:
+        """Of two communicators more: of the shards, and of their copies."""
+        return 2 * (c.replicate > 1) * memory.COMMUNICATOR_BYTES[self.bench.setting.device.kind]
 
     @cached_property
     def sync_seconds(self) -> float:
@@ -357,11 +405,26 @@ class Place:
             found = self._cuts[key] = cut_of(self.bench.setting.chain, stages, placed)
         return found
 
+    def how(self, c: Candidate, stage: int) -> How:
+        """How the layers of a virtual stage are recomputed."""
+        if not c.modes:
+            return c.recompute
+        key = (c.cut.stages, c.modes)
+        if key not in self._blends:
+            self._blends[key] = blends(self.bench.setting.chain, *key)
+        return self._blends[key][stage]
+
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def held(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> memory.Held:
+        if not c.modes:
+            return self.held_under(c, rank, parts, (c.recompute,) * len(parts))
+        return self.held_under(c, rank, parts, [self.how(c, stage) for stage in c.cut.placed[rank]])
+
+    def held_under(self, c: Candidate, rank: int, parts: tuple[Part, ...], hows: Sequence[How]) -> memory.Held:
+        """By what the rank's virtual stages recompute."""
         piped, m = self.pipeline > 1, self.micro_batches(c.micro_batch)
-        stages = [self.bench.part(part, c.micro_batch, c.recompute, piped).bytes for part in parts]
+        stages = [self.bench.part(part, c.micro_batch, how, piped).bytes for part, how in zip(parts, hows, strict=True)]
         counts = schedule.in_flight(c.schedule, self.pipeline, c.interleave, m, rank)
         if (
             c.schedule in schedule.V_SHAPED
@@ -371,54 +434,70 @@ class Place:
 
     def held_bytes(self, c: Candidate) -> list[int]:
         """Without state, by the cut's ranks; the same for every ZeRO."""
-        return [sum(self.held(c, rank, parts)) + self.context_bytes for rank, parts in c.cut.ranks]
+        return [sum(self.held(c, rank, parts)) + self.context_bytes for rank, parts in self._fullest(c)]
+
+    def _fullest(self, c: Candidate) -> Sequence[tuple[int, tuple[Part, ...]]]:
+        """Ranks with their parts, of which one holds the most."""
+        return [(rank, c.cut.held(rank)) for rank in range(self.pipeline)] if c.modes else c.cut.ranks
 
     def state(self, c: Candidate, parts: tuple[Part, ...]) -> memory.State:
         several = self.micro_batches(c.micro_batch) > 1
-        return self.bench.state(parts, c.zero, self.replicas, self.pipeline > 1, several)
+        return self.bench.state(parts, c.zero, self.replicas, self.pipeline > 1, several, c.replicate)
 
-    def least_bytes(self, micro_batch: int, zero: int) -> int:
+    def least_bytes(self, micro_batch: int, zero: int, replicate: int) -> int:
         """What the fullest rank of any plan here holds at least: even shares of state, of what one micro-batch leaves and of
         the loss. Grows with the micro-batch."""
         each, loss = self.bench.least_activations(micro_batch)
         passing = min((least.kept + loss) / self.pipeline + least.working for least in each)
-        return self._bound(self._least_state(zero) / self.pipeline, passing)
+        return self._bound(self._least_state(zero, replicate) / self.pipeline, passing)
 
-    def least_under(self, micro_batch: int, mode: int, kind: Schedule, interleave: int, zero: int) -> int:
+    def least_under(self, micro_batch: int, mode: int, kind: Schedule, interleave: int, zero: int, replicate: int) -> int:
         """The same under a way of recomputing and a schedule, whose ranks hold different numbers of micro-batches."""
         each, loss = self.bench.least_activations(micro_batch)
         share, most = schedule.least_in_flight(kind, self.pipeline, interleave, self.micro_batches(micro_batch))
-        state, least = self._least_state(zero), each[mode]
+        state, least = self._least_state(zero, replicate), each[mode]
         even = self._bound(state / self.pipeline, (least.kept + loss) / self.pipeline + least.working)
         return max(even, self._bound(state * share / most, least.kept * share + least.working))
 
     def _bound(self, state: float, passing: float) -> int:
         return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
 
-    def _least_state(self, zero: int) -> float:
+    def _least_state(self, zero: int, replicate: int) -> float:
         """Of all pipeline ranks together, but for what torch makes room for one unit at a time."""
-        state = self.bench.state(self.bench.setting.chain.whole, zero, self.replicas, self.pipeline > 1, several=False)
-        return sum(state) if self.pipeline == 1 else sum(state) - state.buffers
+        found = self._states.get((zero, replicate))
+        if found is None:
+            whole, piped = self.bench.setting.chain.whole, self.pipeline > 1
+            state = self.bench.state(whole, zero, self.replicas, piped, False, replicate)
+            found = self._states[zero, replicate] = sum(state) - state.buffers if piped else sum(state)
+        return found
 
     def peak_bytes(self, c: Candidate, held: Sequence[int]) -> int:
-        return max(rest + sum(self.state(c, parts)) for (_, parts), rest in zip(c.cut.ranks, held, strict=True))
+        each = (rest + sum(self.state(c, parts)) for (_, parts), rest in zip(self._fullest(c), held, strict=True))
+        return max(each) + self.more_context_bytes(c)
 
     # ---- time -------------------------------------------------------------------------------------------------------
 
     def runs(self, c: Candidate) -> schedule.Runs:
         """Stages in a row that are alike: how many, forward and backward seconds with their sends, weights' gradients."""
-        if c.schedule in schedule.V_SHAPED:
+        if c.schedule in schedule.V_SHAPED or c.modes:
             return tuple((1, *self.stage_seconds(c, stage)) for stage in range(len(c.cut.stages)))
         first = [sum(count for _, count in c.cut.runs[:i]) for i in range(len(c.cut.runs))]
         return tuple((n, *self.stage_seconds(c, at)) for (_, n), at in zip(c.cut.runs, first, strict=True))
 
     def stage_seconds(self, c: Candidate, stage: int) -> tuple[float, float, float]:
         """Forward and backward seconds of a virtual stage with its sends, and those of weights' gradients."""
-        cost = self.bench.part(c.cut.parts[stage], c.micro_batch, c.recompute, self.pipeline > 1)
+        cost = self.bench.part(c.cut.parts[stage], c.micro_batch, self.how(c, stage), self.pipeline > 1)
         given, handed = self.crossings(c, stage)
-        onwards = send_seconds(cost.bytes.sent, self.pipeline_group) if handed else 0.0
-        back = send_seconds(cost.bytes.received, self.pipeline_group) if given else 0.0
+        onwards = self._send_seconds(cost.bytes.sent) if handed else 0.0
+        back = self._send_seconds(cost.bytes.received) if given else 0.0
         return cost.forward + onwards, cost.backward + back, cost.weight
+
+    def _send_seconds(self, size: int) -> float:
+        bench = self.bench
+        tensor = bench.sharding.tensor
+        if tensor == 1 or bench.sharding.sequence_parallel or not bench.setting.execution.scattered_sends:
+            return send_seconds(size, self.pipeline_group)
+        return send_seconds(size / tensor, self.pipeline_group) + collective_seconds("all_gather", size, bench.group)
 
     def crossings(self, c: Candidate, stage: int) -> tuple[bool, bool]:
         """Whether a virtual stage is given its input by another rank, and hands its output to one."""
@@ -441,13 +520,20 @@ class Place:
         """Whether collectives run beside kernels: on a CPU both want the same cores."""
         return self.bench.setting.device.kind != "cpu"
 
+    def sums_each_pass(self, zero: int) -> bool:
+        """Whether gradients are reduce-scattered after every backward pass, and not once a step: torch's pipeline stages would
+        do neither, and are told to for ZeRO 2 (runtime/pipeline.py)."""
+        return zero == 2 or (zero == 3 and self.pipeline == 1)
+
     def with_gathers(self, c: Candidate, runs: schedule.Runs) -> schedule.Runs:
         """ZeRO 3: weights are gathered for each forward and backward pass (under a pipeline torch leaves them gathered from a
-        backward to the next forward pass) and, without a pipeline, gradients reduced after each."""
-        if c.zero != 3 or self.replicas == 1:
+        backward to the next forward pass). ZeRO 2 and, without a pipeline, 3: gradients are reduced after each pass."""
+        if c.zero < 2 or self.replicas == 1:
             return runs
         e = self.exchange(c)
-        ahead, behind = (0.0, e.gather) if self.pipeline > 1 else (e.gather, e.gather + e.reduce)
+        behind = e.gather if c.zero == 3 else 0.0
+        ahead = behind if self.pipeline == 1 else 0.0
+        behind += e.reduce if self.sums_each_pass(c.zero) else 0.0
         if self._overlaps:
             return tuple((n, max(f + _TAKEN * ahead, ahead), max(b + _TAKEN * behind, behind), w) for n, f, b, w in runs)
         return tuple((n, f + ahead, b + behind, w) for n, f, b, w in runs)
@@ -457,49 +543,60 @@ class Place:
         torch's pipeline stages reduce after their last backward pass."""
         if self.replicas == 1:
             return 0.0, 0.0
-        if not c.zero:
+        if not c.zero and not self.bench.setting.execution.overlapped_sums:
             return 0.0, e.reduce
-        if c.zero == 3 and self.pipeline == 1:
-            return e.gather * e.unit, e.reduce * e.unit
         forward, backward = min(f for _, f, _, _ in runs), min(b for _, _, b, _ in runs)
-        least = max(e.unit, _TAKEN)
-        gathered = max(e.gather - forward, e.gather * least) if self._overlaps else e.gather
-        if self.pipeline > 1 or not self._overlaps:
-            return gathered, e.reduce
-        return gathered, max(e.reduce - backward, e.reduce * least)
+        least, execution = max(e.unit, _TAKEN), self.bench.setting.execution
+        copied = max(e.copied - backward, e.copied * least) if self._overlaps else e.copied
+        if c.zero == 3 and self.pipeline == 1:
+            return e.gather * e.unit, e.reduce * e.unit + copied
+        gathered = e.gather
+        if self._overlaps and not execution.gathers_wait:
+            gathered = max(e.gather - forward, e.gather * least)
+        if c.zero == 2:
+            return gathered, e.reduce * e.unit * self._overlaps + copied
+        reduced = e.reduce + e.copied
+        if self.pipeline > 1 or not self._overlaps or execution.sums_wait:
+            return gathered, reduced
+        return gathered, max(reduced - backward, reduced * least)
 
     def exchange(self, c: Candidate) -> Exchange:
         """Of the rank that has most to exchange."""
-        key = (c.cut.stages, c.zero, c.schedule in schedule.V_SHAPED)
+        key = (c.cut.stages, c.zero, c.replicate, c.schedule in schedule.V_SHAPED)
         found = self._exchanges.get(key)
         if found is None:
-            each = [self._exchange(c.cut, parts, c.zero) for _, parts in c.cut.ranks]
+            each = [self._exchange(c, parts) for _, parts in c.cut.ranks]
             found = self._exchanges[key] = Exchange(*(max(values) for values in zip(*each, strict=True)))
         return found
 
-    def _exchange(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> Exchange:
-        setting, holdings, group = self.bench.setting, self.bench.holdings, self.replica_group
-        held = [holdings.of(part) for part in parts]
+    def _exchange(self, c: Candidate, parts: tuple[Part, ...]) -> Exchange:
+        setting, holdings, zero, shards = self.bench.setting, self.bench.holdings, c.zero, self.shards(c)
+        mesh = self.mesh_of(c.replicate)
+        group = self.replica_group if c.replicate == 1 else group_of(mesh, "shards", setting.network)
+        held, summed = [holdings.of(part) for part in parts], setting.execution.gradient_bytes
         elements = owned = sum(h.elements for h in held)
-        gather, reduce, unit = 0.0, collective_seconds("all_reduce", 4 * elements, group), 1.0
+        gather, reduce, unit, copied = 0.0, collective_seconds("all_reduce", summed * elements, group), 1.0, 0.0
         if zero and self.replicas > 1:
-            owned = sum(holdings.shard(part, self.replicas) for part in parts)
-            each = [holdings.units(part, self.replicas) for part in parts]
+            owned = sum(holdings.shard(part, shards) for part in parts)
+            each = [holdings.units(part, shards) for part in parts]
             units = [layer for unit in each for layer in unit.layers] + [(1, unit.root) for unit in each]
             gather = sum(n * collective_seconds("all_gather", setting.width * size, group) for n, size in units if size)
-            reduce = sum(n * collective_seconds("reduce_scatter", 4 * size, group) for n, size in units if size)
+            reduce = sum(n * collective_seconds("reduce_scatter", summed * size, group) for n, size in units if size)
             unit = min(1.0, max(size for _, size in units) / max(1, elements))
+            copies = group_of(mesh, "replicate", setting.network)
+            copied = sum(n * collective_seconds("all_reduce", summed * size / shards, copies) for n, size in units if size)
         experts = sum(
             count * collective_seconds(kind, size, self._copies) for kind, size, count in self.expert_exchanges(parts, zero)
         )
-        partial = collective_seconds("all_reduce", 4 * self.partial_elements(parts, zero), self.bench.group)
-        tied = collective_seconds("all_reduce", 4 * self.tied_elements(cut, parts, zero), self._pair)
+        partial = collective_seconds("all_reduce", 4 * self.partial_elements(c, parts), self.bench.group)
+        tied = collective_seconds("all_reduce", 4 * self.tied_elements(c, parts), self._pair)
         stepped = sum(stack.times * stack.stepped for part in parts for stack in holdings.experts(part, self._zeroed(zero)))
-        optimizer = setting.kernels.optimizer_seconds(_OPTIMIZER_BYTES[setting.spec.train.precision] * (owned + stepped))
-        return Exchange(gather, reduce, unit, experts, tied, partial, optimizer)
+        each_element = setting.execution.optimizer_bytes or _OPTIMIZER_BYTES[setting.spec.train.precision]
+        optimizer = setting.kernels.optimizer_seconds(each_element * (owned + stepped))
+        return Exchange(gather, reduce, unit, copied, experts, tied, partial, optimizer)
 
     def _zeroed(self, zero: int) -> int:
-        """Ranks that ZeRO shares state out over."""
+        """Ranks that ZeRO shares experts' state out over, where each has all of them."""
         return self.replicas if zero else 1
 
     @cached_property
@@ -521,21 +618,21 @@ class Place:
                 yield "reduce_scatter", 4 * stack.elements, stack.times
                 yield "all_gather", width * stack.elements, stack.times
 
-    def partial_elements(self, parts: tuple[Part, ...], zero: int) -> int:
+    def partial_elements(self, c: Candidate, parts: tuple[Part, ...]) -> int:
         """Local elements whose gradients the tensor axis still has to add up, as far as ZeRO leaves them here."""
-        return sum(self.bench.holdings.partial(part, self._zeroed(zero)) for part in parts)
+        return sum(self.bench.holdings.partial(part, self.shards(c), self._zeroed(c.zero)) for part in parts)
 
-    def tied_elements(self, cut: Cut, parts: tuple[Part, ...], zero: int) -> int:
+    def tied_elements(self, c: Candidate, parts: tuple[Part, ...]) -> int:
         """Local elements of weights that other ranks of the pipeline hold too, as far as ZeRO leaves them here."""
         shared = self.bench.setting.shared_weights
         if self.pipeline == 1 or not shared:
             return 0
         holdings = self.bench.holdings
-        held = [{key for part in cut.held(rank) for key in holdings.of(part).keys} & shared for rank in range(self.pipeline)]
+        held = [{key for part in c.cut.held(rank) for key in holdings.of(part).keys} & shared for rank in range(self.pipeline)]
         counted = Counter(key for keys in held for key in keys)
         mine = {key for part in parts for key in holdings.of(part).keys}
         shapes = [holdings.local_shapes[key] for key in sorted(mine & shared) if counted[key] > 1]
-        return sum(memory.shard_elements(shape, self._zeroed(zero)) for shape in shapes)
+        return sum(memory.shard_elements(shape, self.shards(c)) for shape in shapes)
 
     @cached_property
     def _pair(self) -> Group:

@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 from itertools import accumulate, product
 from typing import Protocol, get_args
 
+from mlmdsl.grammar.constraints import ZEROS
 from mlmdsl.planner import zero_bubble
 from mlmdsl.planner.plan import Recompute, Schedule
 
@@ -64,8 +65,9 @@ def recomputes(schedule: Schedule) -> tuple[Recompute, ...]:
 
 def zeros(schedule: Schedule) -> tuple[int, ...]:
     """Those that the schedule goes with. Where backward passes are taken apart, FSDP2 with ZeRO 3 lets go of the weights in
-    between: gradients came out wrong by their own size (torch 2.11 and 2.13)."""
-    return (0, 1) if schedule in V_SHAPED else (0, 1, 3)
+    between (gradients came out wrong by their own size: torch 2.11 and 2.13), and sums gradients before those of weights are
+    there."""
+    return (0, 1) if schedule in V_SHAPED else ZEROS
 
 
 def executable(schedule: Schedule, pipeline: int, micro_batches: int) -> bool:
@@ -236,16 +238,23 @@ def _passes_in_order(pipeline: int, interleave: int, micro_batches: int) -> list
     each = micro_batches // turns
     period = max(each, pipeline)  # from a rank's virtual stage to its next
     last = (interleave - 1) * period + 2 * (pipeline - 1)  # from a forward pass on the first rank to the backward pass there
-    slots: list[tuple[int, int, int, int]] = []
-    for turn, place, nth, rank in product(range(turns), range(each), range(interleave), range(pipeline)):
+    slots: list[int] = []  # of a pass its time, cost and micro-batch, as one number
+    later, sooner = (4 * stages + 1) * micro_batches, (1 - 4 * stages) * micro_batches
+    for turn, place, nth in product(range(turns), range(each), range(interleave)):
         i, slot = turn * each + place, (turn * interleave + nth) * period + place
-        slots.append((2 * (slot + rank), nth * pipeline + rank, rank, i))
-        slots.append((2 * (slot + last - rank) + 1, stages + (interleave - 1 - nth) * pipeline + rank, rank, i))
+        forward, backward = nth * pipeline, stages + (interleave - 1 - nth) * pipeline
+        down = (2 * slot * 2 * stages + forward) * micro_batches + i
+        slots.extend(range(down, down + pipeline * later, later))  # a rank later each
+        back = ((2 * (slot + last) + 1) * 2 * stages + backward) * micro_batches + i
+        slots.extend(range(back, back + pipeline * sooner, sooner))
     slots.sort()
     before, found = [0] * pipeline, list[tuple[int, int, int]]()
-    numbers: dict[tuple[int, int], int] = {}
-    for number, (_, cost, rank, i) in enumerate(slots, 1):
-        source = cost - 1 if cost < stages else stages - 1 if cost == 2 * stages - 1 else cost + 1
-        found.append((cost, before[rank], numbers[source, i] if source >= 0 else 0))
-        before[rank] = numbers[cost, i] = number
+    numbers = [0] * (2 * stages * micro_batches)
+    sources = [*range(-1, stages - 1), *range(stages + 1, 2 * stages), stages - 1]
+    for number, slot in enumerate(slots, 1):
+        at = slot % (2 * stages * micro_batches)
+        cost, i = divmod(at, micro_batches)
+        rank, source = cost % pipeline, sources[cost]
+        found.append((cost, before[rank], numbers[source * micro_batches + i] if source >= 0 else 0))
+        before[rank] = numbers[at] = number
     return found

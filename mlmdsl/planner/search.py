@@ -2,23 +2,27 @@
 
 Exhaustive over tensor x sequence_parallel x context x pipeline x data x expert x micro_batch x recompute x schedule x
 interleave x ZeRO, but for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that
-leave a rank little of a sequence (`Space._contexts`); what a bound proves not to fit is counted, not priced. "Legal" is what
-divides and what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that cost the
-same the simpler one is taken.
+leave a rank little of a sequence (`Space._contexts`). What a bound proves not to fit is counted, not priced; what a bound
+proves to be slower than the best and its runners-up keeps the bound (`SearchReport` says how many). "Legal" is what divides and
+what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that cost the same the
+simpler one is taken.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import heapify, heappop, heapreplace
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from mlmdsl.grammar.constraints import ZEROS
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
-from mlmdsl.planner import assemble, explain
+from mlmdsl.planner import assemble, explain, recomputing
 from mlmdsl.planner.outcome import Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
@@ -29,13 +33,15 @@ from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.planner.stages import Cut
 
 _LONG = 8192  # tokens
-_FAR = 1.25  # times the best plan's objective
 _TIMES = frozenset({"step_time", "bubble", "mfu", "cost"})  # facts that follow from times
 _PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b", *V_SHAPED)  # simplest first
 
 
+Chosen = tuple[int, int, Schedule, int]  # micro-batch, index into MODES, schedule, interleave
+
+
 class Group(NamedTuple):
-    """Candidates that differ in ZeRO alone."""
+    """Candidates that differ in ZeRO and its copies alone."""
 
     place: Place
     micro_batch: int
@@ -43,30 +49,38 @@ class Group(NamedTuple):
     schedule: Schedule
     interleave: int
     cut: Cut
+    modes: tuple[int, ...] = ()
 
 
 def search(spec: Spec, graph: Graph) -> Plan:
     """The best plan. Raises PlanError (MLM0601 to 0604) where none fits."""
+    collecting = gc.isenabled()
+    gc.disable()  # a search makes many small things and no cycles
+    try:
+        return _searched(spec, graph)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _searched(spec: Spec, graph: Graph) -> Plan:
     started = time.perf_counter()
     outcome = explore(Setting(spec, graph), spec.plan)
     if not outcome.found:
         raise explain.nothing_fits(outcome, explore)
-    seconds = time.perf_counter() - started
+    alternatives, wishes = explain.runners_up(outcome), explain.wishes(outcome)
     report = SearchReport(
         candidates=outcome.candidates,
         feasible=len(outcome.found),
-        seconds=round(seconds, 3),
+        bounded=outcome.pruned,
+        outpaced=sum(not found.exact for found in outcome.found),
+        seconds=round(time.perf_counter() - started, 3),
         rejected=explain.rejections(outcome),
     )
     best = outcome.found[0]
     plan = assemble.plan_of(best.place, best.candidate, report)
-    return plan.model_copy(
-        update={
-            "alternatives": explain.runners_up(outcome),
-            "soft": explain.wishes(outcome),
-            "notes": explain.notes(outcome.setting, plan),
-        }
-    )
+    notes = explain.notes(outcome.setting, plan)
+    return plan.model_copy(update={"alternatives": alternatives, "soft": wishes, "notes": notes})
 
 
 def single_device(spec: Spec, graph: Graph) -> Plan:
@@ -87,8 +101,13 @@ def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
     space = Space(setting, {pin.variable: pin.value for pin in limits.pins}, outcome)
     judge = Judge(setting, limits.minimize, tuple(rule for rule in rules if rule.hard), outcome)
     for group in space.groups():
-        judge.price(group, space.zeros(group.place, group.schedule))
-    outcome.found.sort(key=Found.order)
+        judge.price(group, space.shares(group.place, group.schedule))
+    for group in space.closest_to_fit():
+        judge.measure(group, space.shares(group.place, group.schedule))
+    outcome.settle()
+    if outcome.found and "recompute" not in space.pins and limits.minimize != "memory":
+        recomputing.refine(outcome, judge.limit_bytes, judge.add)
+        outcome.settle()
     return outcome
 
 
@@ -102,6 +121,7 @@ class Space:
     setting: Setting
     pins: Mapping[str, Any]
     outcome: Outcome
+    _put_off: list[tuple[int, int, Place, Chosen]] = field(default_factory=list[tuple[int, int, Place, "Chosen"]])
 
     def within(self, name: str, values: Iterable[Any]) -> list[Any]:
         """The values that a pin leaves."""
@@ -145,11 +165,14 @@ class Space:
             return
         for expert in self._experts(data * bench.sharding.context):
             place = Place(bench.over_experts(expert), pipeline, data)
-            hopeless = False
+            if not (choices := self.shares(place)):
+                continue
+            least = 0  # grows with the micro-batch: what is too much for one need not be told for a larger one
             for micro_batch in self.within("micro_batch", divisors(batch // data)):
-                hopeless = hopeless or self._hopeless(place.least_bytes(micro_batch, zero) for zero in self.zeros(place))
+                if least <= self.setting.capacity_bytes:
+                    least = min(place.least_bytes(micro_batch, *choice) for choice in choices)
                 for schedule, interleave in self._schedules(pipeline, batch // data // micro_batch):
-                    yield from self._cuts(place, micro_batch, schedule, interleave, hopeless)
+                    yield from self._cuts(place, micro_batch, schedule, interleave, least)
 
     def _experts(self, replicas: int) -> list[int]:
         """Degrees that divide the replicas and the experts of every layer."""
@@ -188,32 +211,81 @@ class Space:
             return several
         return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
 
-    def _cuts(self, place: Place, micro_batch: int, schedule: Schedule, interleave: int, hopeless: bool) -> Iterator[Group]:
-        """Candidates that a bound proves not to fit are tallied at once."""
+    def _cuts(self, place: Place, micro_batch: int, schedule: Schedule, interleave: int, least: int) -> Iterator[Group]:
+        """Candidates that a bound proves not to fit are tallied at once; `least`: bytes that any on this mesh holds."""
+        if isinstance(asked := self.pins.get("recompute"), tuple):
+            yield from self._mixed(place, micro_batch, schedule, interleave, cast(tuple[str, ...], asked))
+            return
         modes = self.within("recompute", recomputes(schedule) if self.setting.chain.layers else MODES[:1])
         given = self.pins.get("stages")
         if given is not None and len(given) != place.pipeline * interleave:
             return
-        choices = self.zeros(place, schedule)
+        choices = self.shares(place, schedule)
         for mode in map(MODES.index, modes):
             chosen = (micro_batch, mode, schedule, interleave)
-            if hopeless or self._hopeless(place.least_under(*chosen, zero) for zero in choices):
-                self.outcome.rejected["memory", ""].count += len(choices)
-                self.outcome.candidates += len(choices)
-                continue
-            cut = place.given(given, schedule) if given is not None else place.cut(micro_batch, mode, schedule, interleave)
-            yield Group(place, *chosen, cut)
+            over = least - self.setting.capacity_bytes
+            if over <= 0:
+                over = min(place.least_under(*chosen, *choice) for choice in choices) - self.setting.capacity_bytes
+            if over > 0:
+                self._put_aside(over, place, chosen, len(choices))
+            else:
+                yield self._group(place, chosen)
 
-    def _hopeless(self, least: Iterable[int]) -> bool:
-        """Whether plans that take so many bytes at least neither fit nor are the closest to it."""
-        tally = self.outcome.rejected.get(("memory", ""))
-        return tally is not None and all(each - self.setting.capacity_bytes > tally.distance for each in least)
+    def _mixed(
+        self, place: Place, micro_batch: int, schedule: Schedule, interleave: int, asked: tuple[str, ...]
+    ) -> Iterator[Group]:
+        """As a pin says for every layer."""
+        given = self.pins.get("stages")
+        if not set(asked) <= set(recomputes(schedule)) or (given is not None and len(given) != place.pipeline * interleave):
+            return
+        modes = tuple(map(MODES.index, asked))
+        group = self._group(place, (micro_batch, max(modes), schedule, interleave))
+        yield group._replace(modes=modes) if len(set(modes)) > 1 else group
 
-    def zeros(self, place: Place, schedule: Schedule = "1f1b") -> tuple[int, ...]:
-        """Over one rank with these weights ZeRO is nothing, unless asked for by name."""
+    def _group(self, place: Place, chosen: Chosen) -> Group:
+        given = self.pins.get("stages")
+        cut = place.given(given, chosen[2]) if given is not None else place.cut(*chosen)
+        return Group(place, *chosen, cut)
+
+    def _put_aside(self, over: int, place: Place, chosen: Chosen, count: int) -> None:
+        """Not priced, unless it may be the closest to fit."""
+        tally = self.outcome.reject("memory")
+        tally.count += count
+        self.outcome.candidates += count
+        self.outcome.pruned += count
+        if over < tally.distance:
+            self._put_off.append((over, len(self._put_off), place, chosen))
+
+    def closest_to_fit(self) -> Iterator[Group]:
+        """Of what was put aside, what may be closer to fitting than anything so far: the least bound first."""
+        tally, waiting = self.outcome.reject("memory"), self._put_off
+        heapify(waiting)
+        while waiting and waiting[0][0] < tally.distance:
+            over, number, place, chosen = waiting[0]
+            choices = self.shares(place, chosen[2])
+            exact = min(place.least_under(*chosen, *choice) for choice in choices) - self.setting.capacity_bytes
+            if exact > over:
+                heapreplace(waiting, (exact, number, place, chosen))
+            else:
+                heappop(waiting)
+                yield self._group(place, chosen)
+        if not tally.count:
+            del self.outcome.rejected["memory", ""]
+
+    def shares(self, place: Place, schedule: Schedule = "1f1b") -> tuple[tuple[int, int], ...]:
+        """(zero, replicate). Over one rank with these weights ZeRO is nothing, unless asked for by name."""
         pinned = (self.pins["zero"],) if "zero" in self.pins else None
-        choices = pinned or ((0, 1, 3) if place.replicas > 1 else (0,))
-        return tuple(zero for zero in choices if zero in zeros(schedule))
+        choices = pinned or (ZEROS if place.replicas > 1 else (0,))
+        legal = (zero for zero in choices if zero in zeros(schedule))
+        return tuple((zero, replicate) for zero in legal for replicate in self._copies(place, zero))
+
+    def _copies(self, place: Place, zero: int) -> tuple[int, ...]:
+        """Copies of sharded weights: where replicas lie on several nodes, one on each of them, so that what is sent for every
+        micro-batch stays inside. ZeRO 1 sends once a step. A pin may ask for any."""
+        asked = self.pins.get("replicate")
+        if asked is None or asked == 1:
+            return (1, place.islands) if asked is None and zero > 1 and place.islands > 1 else (1,)
+        return (asked,) if zero and place.data % asked == 0 and place.replicas > asked else ()
 
     def _reject(self, reason: str, distance: float, words: str) -> None:
         self.outcome.candidates += 1
@@ -237,31 +309,58 @@ class Judge:
     rules: tuple[CompiledRule, ...]
     outcome: Outcome
 
-    def price(self, group: Group, zeros: tuple[int, ...]) -> None:
+    def price(self, group: Group, shares: tuple[tuple[int, int], ...]) -> None:
         """What does not fit needs no price."""
-        place, outcome = group.place, self.outcome
-        sharding = place.bench.sharding
+        self.outcome.candidates += len(shares)
+        for candidate, peak in self._peaks(group, shares):
+            if peak > self.setting.capacity_bytes:
+                tally = self.outcome.reject("memory")
+                tally.add(peak - self.setting.capacity_bytes, candidate, group.place)
+            else:
+                exact = self._asks_for_times
+                times = group.place.times(candidate) if exact else group.place.times(candidate, pipeline_bound)
+                self._weigh(candidate, group.place, times, peak, exact)
+
+    def measure(self, group: Group, shares: tuple[tuple[int, int], ...]) -> None:
+        """How far from fitting are candidates that are known not to fit, and counted."""
+        for candidate, peak in self._peaks(group, shares):
+            self.outcome.reject("memory").closer(peak - self.setting.capacity_bytes, candidate, group.place)
+
+    def _peaks(self, group: Group, shares: tuple[tuple[int, int], ...]) -> Iterator[tuple[Candidate, int]]:
+        """Bytes of the fullest rank."""
+        place, sharding = group.place, group.place.bench.sharding
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
         chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
-        candidates = [Candidate(*fixed, *chosen, zero, group.cut, place.context, place.expert) for zero in zeros]
-        outcome.candidates += len(candidates)
+        around = (group.cut, place.context, place.expert)
+        candidates = [Candidate(*fixed, *chosen, zero, *around, replicate, group.modes) for zero, replicate in shares]
         held = place.held_bytes(candidates[0])
-        fitting: list[tuple[Candidate, int]] = []
-        for candidate in candidates:
-            peak = place.peak_bytes(candidate, held)
-            over = peak - self.setting.capacity_bytes
-            if over > 0:
-                outcome.reject("memory").add(over, candidate, place)
-            else:
-                fitting.append((candidate, peak))
-        for candidate, peak in fitting:
-            times = place.times(candidate, pipeline_bound)
-            exact = self._asks_for_times or times.total <= _FAR * outcome.best
-            self._weigh(candidate, place, place.times(candidate) if exact else times, peak, exact)
+        yield from ((candidate, place.peak_bytes(candidate, held)) for candidate in candidates)
+
+    def add(self, candidate: Candidate, place: Place) -> None:
+        """One that fits."""
+        self.outcome.candidates += 1
+        peak = place.peak_bytes(candidate, place.held_bytes(candidate))
+        self._weigh(candidate, place, place.times(candidate), peak, True)
+
+    @cached_property
+    def limit_bytes(self) -> float:
+        """The most that a plan may take, as far as rules over memory alone say it, too."""
+        rules = [rule for rule in self.rules if "memory" in rule.names and rule.names <= {"memory", "device.memory"}]
+
+        def kept(size: float) -> bool:
+            return all(rule.kept({"memory": size}) for rule in rules)
+
+        low, high = 0.0, float(self.setting.capacity_bytes)
+        if kept(high):
+            return high
+        while high - low > 1:
+            middle = (low + high) / 2
+            low, high = (middle, high) if kept(middle) else (low, middle)
+        return low
 
     @cached_property
     def _asks_for_times(self) -> bool:
-        """Otherwise plans that a bound proves to be far behind the best one may keep the bound."""
+        """Otherwise plans that a bound proves to be behind the best ones may keep the bound."""
         names = {name for rule in (*self.rules, *self.outcome.wishes) for name in rule.names}
         return self.minimize == "memory" or not names.isdisjoint(_TIMES)
 
@@ -276,9 +375,7 @@ class Judge:
         # all devices of the cluster are taken, so the cheapest plan is the fastest
         objective = float(peak) if self.minimize == "memory" else times.total
         simple = simplicity(candidate, peak)
-        found = Found(objective, times, peak, broken, candidate, place, simple, exact)
-        self.outcome.found.append(found)
-        self.outcome.best = min(self.outcome.best, found.order()[0])
+        self.outcome.found.append(Found(objective, times, peak, broken, candidate, place, simple, exact))
 
     def facts(self, c: Candidate, place: Place, times: Times, peak: int) -> dict[str, Any]:
         """What rules may speak of, as plain numbers."""
@@ -288,8 +385,8 @@ class Judge:
         }
         hours = times.total * spec.train.steps / 3600
         return {
-            "replicate": 1,
-            "replicate.crosses_nodes": False,
+            "replicate": c.replicate,
+            "replicate.crosses_nodes": place.mesh_of(c.replicate).crosses_nodes("replicate"),
             "expert": c.expert,
             "tensor": c.tensor,
             "context": c.context,
@@ -300,7 +397,7 @@ class Judge:
             "zero": c.zero,
             "sequence_parallel": c.sequence_parallel,
             "schedule": c.schedule,
-            "recompute": MODES[c.recompute],
+            "recompute": c.recomputed,
             "stages": c.cut.stages,
             "memory": float(peak),
             "step_time": times.total,
@@ -315,4 +412,4 @@ def simplicity(c: Candidate, peak: int) -> tuple[int, ...]:
     """Smaller is simpler: nothing recomputed, less ZeRO, fewer virtual stages, no context axis, no expert axis, a shorter
     pipeline, less tensor parallelism."""
     axes = (c.context, c.expert, c.pipeline, c.tensor, c.sequence_parallel)
-    return (c.recompute, c.zero, c.interleave, *axes, _PLAIN.index(c.schedule), peak)
+    return (c.recompute, bool(c.modes), c.zero, c.replicate, c.interleave, *axes, _PLAIN.index(c.schedule), peak)

@@ -11,14 +11,23 @@ backward pass, as torch runs it.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "I", "W", "B"]  # forward; backward to the input, to the weights, both
 KINDS: tuple[Kind, ...] = ("F", "I", "W", "B")
+_TOGETHER: Mapping[str, tuple[Kind, ...]] = {
+    "FIW": ("F", "I", "W"),
+    "IW": ("I", "W"),
+    "F": ("F",),
+    "I": ("I",),
+    "W": ("W",),
+    "B": ("B",),
+}
+_INDEX = {kind: index for index, kind in enumerate(KINDS)}
 
 
 class Pass(NamedTuple):
@@ -32,16 +41,17 @@ class _Order:
 
     def __init__(self) -> None:
         self.passes: list[Pass] = []
-        self.count: Counter[tuple[str, int]] = Counter()
+        self.count: defaultdict[tuple[str, int], int] = defaultdict(int)
         self.waiting: list[tuple[int, int]] = []  # (stage, micro-batch) of input gradients whose weights' are to come
 
     def add(self, kinds: str, stage: int) -> None:
-        for kind in KINDS:
-            if kind in kinds:
-                counted = "I" if kind == "B" else kind
-                self.passes.append(Pass(kind, stage, self.count[counted, stage]))
-                self.count[counted, stage] += 1
-                self.count["W", stage] += kind == "B"
+        count = self.count
+        for kind in _TOGETHER[kinds]:
+            key = ("I" if kind == "B" else kind), stage
+            self.passes.append(Pass(kind, stage, count[key]))
+            count[key] += 1
+            if kind == "B":
+                count["W", stage] += 1
 
     def backward(self, stage: int, split: bool) -> None:
         """All of it; split: the input's gradients now, the weights' when there is time."""
@@ -123,33 +133,34 @@ def _dualpipe_v(p: int, micro_batches: int, rank: int) -> Sequence[Pass]:
 def passes(schedule: str, pipeline: int, micro_batches: int) -> list[tuple[int, int, int]]:
     """All ranks' passes in an order in which none waits for a later one: (cost: index of the kind x stages + stage; the rank's
     pass before; the pass that its input comes from), these two numbered from one, 0 for none."""
-    stages = 2 * pipeline
+    stages, last = 2 * pipeline, 2 * pipeline - 1
     orders = [order(schedule, pipeline, micro_batches, rank) for rank in range(pipeline)]
     done, before, found = [0] * pipeline, [0] * pipeline, list[tuple[int, int, int]]()
-    numbers: dict[tuple[str, int, int], int] = {}
-    while any(done[rank] < len(orders[rank]) for rank in range(pipeline)):
-        progress = len(found)
+    forward, inner = ([0] * (stages * micro_batches) for _ in "FI")  # numbers of the passes that others wait for
+    running = True
+    while running:
+        running = False
         for rank, mine in enumerate(orders):
-            while done[rank] < len(mine):
-                kind, stage, i = mine[done[rank]]
-                source = _source(kind, stage, i, stages)
-                if source is not None and source not in numbers:
+            at, previous = done[rank], before[rank]
+            while at < len(mine):
+                kind, stage, i = mine[at]
+                source, place = 0, stage * micro_batches + i
+                if kind == "F":
+                    if stage and not (source := forward[place - micro_batches]):
+                        break
+                elif kind != "W" and stage < last and not (source := inner[place + micro_batches]):
                     break
-                found.append((KINDS.index(kind) * stages + stage, before[rank], numbers[source] if source else 0))
-                before[rank] = len(found)
-                numbers["F" if kind == "F" else "W" if kind == "W" else "I", stage, i] = len(found)
-                done[rank] += 1
-        assert len(found) > progress, "the schedule waits for itself"
+                found.append((_INDEX[kind] * stages + stage, previous, source))
+                previous = len(found)
+                if kind == "F":
+                    forward[place] = previous
+                elif kind != "W":
+                    inner[place] = previous
+                at += 1
+            running = running or at > done[rank]
+            done[rank], before[rank] = at, previous
+    assert all(at == len(mine) for at, mine in zip(done, orders, strict=True)), "the schedule waits for itself"
     return found
-
-
-def _source(kind: Kind, stage: int, micro_batch: int, stages: int) -> tuple[str, int, int] | None:
-    """What a pass waits for, of another stage; B counts as I."""
-    if kind == "W" or (kind == "F" and stage == 0):
-        return None
-    if kind == "F":
-        return "F", stage - 1, micro_batch
-    return None if stage == stages - 1 else ("I", stage + 1, micro_batch)
 
 
 Seconds = Sequence[float]  # by stage
@@ -169,12 +180,8 @@ def seconds(schedule: str, forward: Seconds, backward: Seconds, weight: Seconds,
     return max(ends)
 
 
-@cache
-def in_flight(schedule: str, pipeline: int, micro_batches: int, rank: int) -> tuple[int, ...]:
+def in_flight(schedule: str, pipeline: int, micro_batches: int, rank: int) -> tuple[int, int]:
     """Micro-batches of each of the rank's two stages, in model order, between forward pass and the gradients of their weights,
-    when they are the most in all."""
-    held, fullest = dict.fromkeys((rank, 2 * pipeline - 1 - rank), 0), (0, 0)
-    for kind, stage, _ in order(schedule, pipeline, micro_batches, rank):
-        held[stage] += {"F": 1, "I": 0, "W": -1, "B": -1}[kind]
-        fullest = max(fullest, tuple(held.values()), key=sum)
-    return fullest
+    when they are the most in all: those of the warm-up, after which a pass comes for each that goes."""
+    first = 2 * pipeline - rank - (schedule == "zb_v")
+    return min(micro_batches, first), min(micro_batches, rank + 1)

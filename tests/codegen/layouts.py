@@ -86,7 +86,7 @@ class Megatron:
         table = node.op in ("embedding", "position")
         whole = sum(w.dim != 0 if table else w.dim is None for w in matrices) if node.op != "position" else 0
         moves = sum(self.outputs[v] != t for v, t in zip(node.inputs, strategy.inputs, strict=True))
-        odd = strategy.name in ("broadcast", "partial") or (strategy.name == "sequence" and self.between == REPLICATE)
+        odd = strategy.name in ("broadcast", "partial", "shared") or (strategy.name == "sequence" and self.between == REPLICATE)
         liked = shard(len(node.type.shape) - 2) if self.between.is_shard and len(node.type.shape) == 2 else self.between
         return (whole, odd, moves, strategy.output != liked)
 

@@ -170,7 +170,7 @@ def program_text(model: str, variables: PlanVariables) -> str:
 def emitted(text: str, variables: PlanVariables, *overrides: str) -> str:
     """The program of a model's text, every variable pinned."""
     devices = f"cluster.devices_per_node={variables.world_size}"
-    pins = [f"{name}={_written(value)}" for name, value in variables if name != "replicate"]
+    pins = [f"{name}={_written(value)}" for name, value in variables]
     done = compile_spec(text + SETTINGS, path="/specs/model.mlm", overrides=(*overrides, devices), pins=pins)
     assert done.plan is not None and done.program is not None
     assert done.plan.plan == variables

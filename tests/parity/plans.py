@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import count, product
 from typing import get_args
 
+from mlmdsl.grammar.constraints import ZEROS
 from mlmdsl.planner.plan import PlanVariables, Recompute, Schedule
 from mlmdsl.planner.schedule import V_SHAPED, executable, recomputes, zeros
 from tests.parity.models import BATCH
@@ -37,10 +38,12 @@ class Case:
         sequence = "+sp" if v.sequence_parallel else ""
         schedule = f" {v.schedule} [{stages}]" if v.pipeline > 1 else ""
         context = f" c{v.context}" if v.context > 1 else ""
-        recompute = f" recompute {v.recompute}" if v.recompute != "none" else ""
+        ways = v.recompute if isinstance(v.recompute, str) else ",".join(v.recompute)
+        recompute = f" recompute {ways}" if ways != "none" else ""
         expert = f" e{v.expert}" if v.expert > 1 else ""
         mesh = f"t{v.tensor}{sequence}{context} p{v.pipeline} d{v.data}{expert}"
-        return f"{self.model} {mesh} zero{v.zero} micro{v.micro_batch}{schedule}{recompute}"
+        zero = f"zero{v.zero}" + (f" x{v.replicate}" if v.replicate > 1 else "")
+        return f"{self.model} {mesh} {zero} micro{v.micro_batch}{schedule}{recompute}"
 
 
 def lattice(model: str) -> Iterator[Case]:
@@ -49,7 +52,7 @@ def lattice(model: str) -> Iterator[Case]:
         if tensor * pipeline * data > MAX_RANKS:
             continue
         schedules: tuple[Schedule, ...] = SCHEDULES if pipeline > 1 else ("1f1b",)
-        for zero, schedule, recompute in product((0, 1, 3) if data > 1 else (0,), schedules, RECOMPUTE):
+        for zero, schedule, recompute in product(ZEROS if data > 1 else (0,), schedules, RECOMPUTE):
             if zero in zeros(schedule) and recompute in recomputes(schedule):
                 yield _case(model, tensor, pipeline, data, zero, schedule, recompute, next(turn))
 

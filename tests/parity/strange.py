@@ -4,6 +4,7 @@ crossed   two streams that look at each other, each gated by the other, with a t
 mixed     softmax over features, products of streams, a matrix used twice in a block, attention over a gated layer's values
 nested    repeats inside a block, one matrix in all passes, an early value added in a later repeat, two outputs
 pair      an encoder whose result every pass of a decoder looks at
+beside    attention and MLP side by side, with biases: partial sums and shares of biases are added up before one collective
 """
 
 from __future__ import annotations
@@ -122,7 +123,22 @@ model strange {
 }
 """
 
-STRANGE = {"crossed": CROSSED, "mixed": MIXED, "nested": NESTED, "pair": PAIR}
+BESIDE = """
+block Beside(x: [B, S, d]) {
+  n = LayerNorm(x)
+  output x + Attention(n, heads = 4, causal = true) + MLP(n, hidden = 64)
+}
+
+model strange {
+  param layers = 4
+  input tokens: int[B, S]
+  h = Embedding(tokens, vocab = 64, dim = 32)
+  repeat layers as blocks { h = Beside(h) }
+  output Linear(LayerNorm(h), out = 64, bias = false)
+}
+"""
+
+STRANGE = {"crossed": CROSSED, "mixed": MIXED, "nested": NESTED, "pair": PAIR, "beside": BESIDE}
 
 PLANS = (
     PlanVariables(tensor=2, pipeline=2, data=2, micro_batch=2, stages=(2, 2)),

@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 
+from mlmdsl.grammar.constraints import ZEROS
 from mlmdsl.planner.plan import PlanVariables
 from mlmdsl.planner.schedule import V_SHAPED
 from tests.parity import reference
@@ -27,6 +28,13 @@ PLANS = (
         "gpt",
         dict(pipeline=2, tensor=2, sequence_parallel=True, data=2, zero=3, recompute="selective", micro_batch=2, stages=(1, 3)),
     ),
+    ("gpt", dict(tensor=2, data=2, zero=2, micro_batch=2, recompute="selective", stages=(4,))),
+    ("llama", dict(pipeline=2, data=2, zero=2, micro_batch=1, stages=(3, 1))),
+    ("gpt", dict(pipeline=2, micro_batch=2, recompute=("full", "none", "selective", "selective"), stages=(3, 1))),
+    ("llama", dict(data=2, zero=3, micro_batch=2, recompute=("full", "none", "selective", "none"), stages=(4,))),
+    ("gpt", dict(data=4, zero=3, replicate=2, micro_batch=1, stages=(4,))),
+    ("llama", dict(data=4, zero=1, replicate=2, micro_batch=1, recompute="selective", stages=(4,))),
+    ("gpt", dict(pipeline=2, data=4, zero=2, replicate=2, micro_batch=1, stages=(1, 3))),
     ("gpt", dict(data=4, zero=3, micro_batch=1, recompute="full", stages=(4,))),
     ("llama", dict(tensor=4, micro_batch=8, recompute="selective", stages=(4,))),
     ("llama", dict(tensor=2, data=2, zero=1, sequence_parallel=True, micro_batch=4, recompute="full", stages=(4,))),
@@ -87,7 +95,7 @@ def test_the_lattice_covers_what_it_says():
         assert len(meshes) == 17 and len({case.name for case in cases}) == len(cases)
         assert {(v.zero, v.recompute, v.schedule) for v in legal} >= {
             (zero, recompute, schedule)
-            for zero in (0, 1, 3)
+            for zero in ZEROS
             for recompute in ("none", "selective", "full")
             for schedule in ("gpipe", "1f1b", "interleaved_1f1b")
         }

@@ -45,6 +45,10 @@ plan {{
 """
 
 
+# Plans that recompute some layers in one way and others in another are none of `legal`
+ALIKE = "require recompute in [none, selective, full]"
+
+
 def text_of(
     *plan: str, nodes: int = 2, per_node: int = 4, memory: str = "1200 MiB", batch: int = 16, bandwidth: int = 100
 ) -> str:
@@ -85,13 +89,21 @@ def _on(place: Place, rows: int) -> Iterator[tuple[Place, Candidate]]:
     for micro_batch in (n for n in range(1, rows + 1) if rows % n == 0):
         for schedule, interleave in _schedules(place, rows // micro_batch):
             for mode in range(3):
-                for zero in (0, 1, 3) if place.data > 1 else (0,):
-                    if schedule in ("zb_v", "dualpipe_v") and (mode or zero == 3):
+                for zero in range(4) if place.data > 1 else (0,):
+                    if schedule in ("zb_v", "dualpipe_v") and (mode or zero > 1):
                         continue
                     sharding = place.bench.sharding
                     cut = place.cut(micro_batch, mode, schedule, interleave)
                     mesh = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
-                    yield place, Candidate(*mesh, micro_batch, schedule, interleave, mode, zero, cut)
+                    first = Candidate(*mesh, micro_batch, schedule, interleave, mode, zero, cut)
+                    for replicate in (1, *copies(place)) if zero > 1 else (1,):
+                        yield place, first._replace(replicate=replicate)
+
+
+def copies(place: Place) -> list[int]:
+    """One copy of the sharded weights on each of several nodes, where every node has the same whole number of replicas."""
+    node, ranks = place.mesh.devices_per_node, place.mesh.tensor * place.data
+    return [ranks // node] if ranks > node > place.mesh.tensor and ranks % node == 0 == node % place.mesh.tensor else []
 
 
 def _schedules(place: Place, m: int) -> Iterator[tuple[Schedule, int]]:

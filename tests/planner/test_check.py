@@ -53,8 +53,20 @@ CONTRADICTIONS = {
     ("pin schedule = interleaved_1f1b", "pin interleave = 1"): (
         "MLM0420", "schedule = interleaved_1f1b does not go with interleave = 1", "2 or more",
     ),
-    # axes that are not laid out
-    ("pin replicate = 2",): ("MLM0424", "replicate = 2: this axis is not laid out yet", "pin replicate = 1"),
+    ("pin recompute = [full, none]",): (
+        "MLM0428", "recompute lists 2 layers, and the model has 6", "one word for each layer",
+    ),
+    ("pin schedule = zb_v", "pin recompute = [none, full, none, none, none, none]"): (
+        "MLM0420", "schedule = zb_v does not go with recompute = full", "recompute is none",
+    ),
+    # axes that take their ranks from others
+    ("pin replicate = 2", "pin zero = 0"): (
+        "MLM0424", "replicate = 2 copies sharded weights, and zero = 0 shards none", "pin zero = 3",
+    ),
+    ("pin replicate = 3", "pin data = 4"): ("MLM0424", "replicate = 3 does not divide data = 4", "it has to divide data"),
+    ("pin replicate = 4", "pin data = 4", "pin context = 1"): (
+        "MLM0424", "replicate = 4 leaves one rank to share each copy", "leave ZeRO ranks",
+    ),
     ("pin expert = 4",): ("MLM0427", "expert = 4, and the model has no experts", "take the pin away"),
     # rules
     ("pin zero = 3", "forbid zero == 3"): ("MLM0422", "`forbid zero == 3` contradicts a pin", "change one of the two"),
@@ -145,7 +157,7 @@ def test_an_odd_vocabulary_is_a_warning() -> None:
 
 
 def test_every_contradiction_is_said_at_once() -> None:
-    found = checked("pin tensor = 8", "pin pipeline = 8", "pin micro_batch = 3", "pin expert = 2", "require zero == 2")
+    found = checked("pin tensor = 8", "pin pipeline = 8", "pin micro_batch = 3", "pin expert = 2", "require zero == 4")
     assert {item.code for item in found} == {"MLM0427", "MLM0412", "MLM0414", "MLM0415", "MLM0416", "MLM0422"}
 
 

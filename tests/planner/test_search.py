@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mlmdsl.planner.plan import Plan, PlanVariables
 from mlmdsl.planner.pricing import Setting
 from mlmdsl.planner.search import explore, search, single_device
 from mlmdsl.planner.verify_layout import verify_layout
-from tests.planner.small import fits, legal, planned, problem
+from tests.planner.small import ALIKE, fits, legal, planned, problem
 
 ROOT = Path(__file__).resolve().parents[2]
 WISH = 1.1  # what a plan's time is multiplied with for each wish that it does not keep
@@ -46,10 +47,11 @@ def test_the_best_of_all_plans(name: str) -> None:
     spec, graph = problem(**CASES[name])
     every = list(legal(spec, graph))
     fitting = [(place.times(c).total, place, c) for place, c in every if fits(place, c)]
-    plan = search(spec, graph)
+    plan = search(*problem(ALIKE, **CASES[name]))
     assert shortest(plan) == pytest.approx(min(seconds for seconds, _, _ in fitting), rel=1e-8)
     assert any(shortest(plan) == seconds and plan.plan.described == _described(c) for seconds, _, c in fitting)
     refused = {r.reason: r.count for r in plan.search.rejected}
+    assert shortest(search(spec, graph)) <= shortest(plan)
     assert plan.search.feasible == len(fitting)
     assert refused.pop("memory", 0) == len(every) - len(fitting)
     assert plan.search.candidates == len(every) + sum(refused.values())
@@ -60,7 +62,7 @@ def _described(c: Any) -> str:
     return PlanVariables(
         tensor=c.tensor, sequence_parallel=c.sequence_parallel, pipeline=c.pipeline, data=c.data, micro_batch=c.micro_batch,
         schedule=c.schedule, interleave=c.interleave, recompute=("none", "selective", "full")[c.recompute], zero=c.zero,
-        stages=c.cut.stages,
+        replicate=c.replicate, stages=c.cut.stages,
     ).described  # fmt: skip
 
 
@@ -85,6 +87,48 @@ def test_degrees_of_interleaving_that_are_left_out_gain_little(layers: int, band
     every = [(p.times(c).total, c) for p, c in legal(spec, longer) if (c.pipeline, c.tensor) == (2, 2) and fits(p, c)]
     best = min(seconds for seconds, _ in every)
     assert best * (1 - 1e-9) <= shortest(search(spec, longer)) <= 1.03 * best
+
+
+# ---- layer by layer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pins", "size"),
+    [
+        ((), dict(nodes=2, per_node=4, memory="990 MiB")),
+        ((), dict(nodes=1, per_node=2, memory="1200 MiB")),
+        (("pin pipeline = 2", "pin micro_batch = 2"), dict(nodes=1, per_node=4, memory="1230 MiB")),
+    ],
+)
+def test_the_fewest_layers_are_recomputed(pins: tuple[str, ...], size: dict[str, Any]) -> None:
+    """As all counts of each stage's first layers say."""
+    spec, graph = problem(*pins, **size)
+    plan = search(spec, graph)
+    alike = shortest(planned(ALIKE, *pins, **size))
+    times = [alike]
+    for place, c in legal(spec, graph):
+        if pins and (c.pipeline, c.micro_batch) != (2, 2):
+            continue
+        for mild in range(c.recompute if fits(place, c) else 0):
+            if place.times(c._replace(recompute=mild)).total >= alike:
+                continue
+            for counts in product(*(range(size + 1) for size in c.cut.stages)):
+                several = zip(counts, c.cut.stages, strict=True)
+                modes = tuple(mode for n, size in several for mode in (*(c.recompute,) * n, *(mild,) * (size - n)))
+                if len(set(modes)) > 1 and fits(place, mixed := c._replace(modes=modes)):
+                    times.append(place.times(mixed).total)
+    assert isinstance(plan.plan.recompute, tuple)
+    assert min(times) == pytest.approx(shortest(plan), rel=1e-8) and shortest(plan) < 0.985 * alike
+
+
+def test_layers_are_recomputed_as_they_are_pinned() -> None:
+    words = ("none", "full", "selective", "none", "none", "full")
+    pins = (f"pin recompute = [{', '.join(words)}]", "pin pipeline = 2", "pin schedule = 1f1b")
+    several = planned(*pins)
+    assert several.plan.recompute == words and "full of 2 layers, selective of 1 layer," in several.plan.described
+    none, full = (planned(f"pin recompute = {way}", *pins[1:], memory="4 GiB") for way in ("none", "full"))
+    assert none.predicted.breakdown_s["recompute"] == 0 < several.predicted.breakdown_s["recompute"]
+    assert several.predicted.breakdown_s["recompute"] < full.predicted.breakdown_s["recompute"]
 
 
 # ---- pins and rules -------------------------------------------------------------------------------------------------
@@ -117,7 +161,7 @@ RULES: dict[str, Keeps] = {
 def test_constraints_hold_and_the_plan_is_the_best_of_those_that_keep_them(line: str) -> None:
     """Also of every runner-up."""
     keeps = (PINS | RULES)[line]
-    plan = planned(line)
+    plan = planned(line, ALIKE)
     assert all(keeps(v) for v in (plan.plan, *(a.plan for a in plan.alternatives)))
     if not line.startswith("pin stages"):
         spec, graph = problem()
@@ -129,8 +173,8 @@ def test_constraints_hold_and_the_plan_is_the_best_of_those_that_keep_them(line:
 
 def _variables(c: Any) -> PlanVariables:
     words = c._asdict()
-    cut = words.pop("cut")
-    return PlanVariables(**{**words, "recompute": ("none", "selective", "full")[c.recompute]}, stages=cut.stages)
+    cut, _ = words.pop("cut"), words.pop("modes")
+    return PlanVariables(**{**words, "recompute": c.recomputed}, stages=cut.stages)
 
 
 def test_rules_over_what_plans_cost() -> None:
@@ -186,6 +230,29 @@ def test_wishes_are_weighed_together() -> None:
 
 # ---- the same every time --------------------------------------------------------------------------------------------
 
+
+def test_copies_that_are_left_out_gain_nothing() -> None:
+    spec, graph = problem()
+    best = shortest(search(spec, graph))
+    others = (
+        (place, c._replace(replicate=n))
+        for place, c in legal(spec, graph)
+        for n in range(2, c.data)
+        if c.zero and c.replicate == 1 and c.data % n == 0
+    )
+    assert all(place.times(c).total >= best for place, c in others if fits(place, c))
+
+
+def test_copies_of_shards_spare_slow_links() -> None:
+    """Four nodes of two devices without anything but data parallelism: what is sent for every micro-batch stays in the node."""
+    pins = ("pin tensor = 1", "pin pipeline = 1", "pin micro_batch = 1", "pin zero = 3")
+    size = dict(nodes=4, per_node=2, batch=64, memory="4 GiB")
+    alone, several = planned(*pins, "pin replicate = 1", **size), planned(*pins, **size)
+    assert several.plan.replicate == 4 and shortest(several) < 0.95 * shortest(alone)
+    assert planned(*pins, "pin replicate = 2", **size).plan.replicate == 2
+    assert planned(*pins, "avoid replicate.crosses_nodes", **size).soft[0].price_s is not None
+
+
 _WISHES = ("prefer zero == 3", "avoid tensor.crosses_nodes")
 _PRINTED = f"from tests.planner.small import planned; print(planned(*{_WISHES!r}).saved().to_json())"
 
@@ -218,8 +285,9 @@ def test_a_plan_adds_up(name: str, line: str) -> None:
 
 
 def _pins(v: PlanVariables) -> list[str]:
-    names = ("context", "replicate", "expert")
-    return [f"{name}={list(x) if isinstance(x, tuple) else str(x).lower()}" for name, x in v if name not in names]
+    names = ("context", "expert")
+    written = ((name, f"[{', '.join(map(str, x))}]" if isinstance(x, tuple) else str(x).lower()) for name, x in v)
+    return [f"{name}={text}" for name, text in written if name not in names]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -239,7 +307,7 @@ def test_runners_up_are_what_pinning_them_gives(name: str) -> None:
 
 def test_runners_up_are_the_best_of_their_mesh() -> None:
     spec, graph = problem()
-    plan = search(spec, graph)
+    plan = planned(ALIKE)
     for alternative in plan.alternatives:
         mesh = (alternative.plan.tensor, alternative.plan.pipeline, alternative.plan.data)
         times = [p.times(c).total for p, c in legal(spec, graph) if (c.tensor, c.pipeline, c.data) == mesh and fits(p, c)]

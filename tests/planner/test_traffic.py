@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlmdsl.compile import compile_spec
 from mlmdsl.planner.plan import Plan
+from mlmdsl.runtime.mesh import Axis
 from tests.parity.curve import make_trainer
 from tests.parity.models import MODELS, SETTINGS, small_model
 from tests.parity.ranks import run_ranks
@@ -63,6 +64,9 @@ def calls_of_rank(rank: int, text: str) -> tuple[int, dict[tuple[str, str, int],
     mesh = trainer.mesh
     named = {"expert": mesh.expert, "copies": mesh.copies, "tensor": mesh.tensor, "context": mesh.context}
     named |= {"pipeline": mesh.pipeline, "data" if mesh.context.size == 1 else "replicas": mesh.replicas}
+    if mesh.hybrid is not None:
+        named["shards"] = mesh.shards
+        named["replicate"] = Axis("replicate", 2, 0, mesh.hybrid.get_group("replicate").group_name)
     axes = {axis.group_name: name for name, axis in named.items() if axis.size > 1}
     found: Calls = Counter()
     for (kind, group, size), count in heard.calls.items():
@@ -112,11 +116,21 @@ CASES = [
     ("llama", dict(pipeline=2, schedule="dualpipe_v", data=2, zero=1, micro_batch=1)),
     ("gpt", dict(data=2, zero=0)),
     ("gpt", dict(data=2, zero=1)),
+    ("gpt", dict(data=2, zero=2)),
     ("gpt", dict(data=2, zero=3)),
     ("llama", dict(data=2, zero=1, micro_batch=4)),
     ("llama", dict(data=2, zero=3, recompute="full")),
     ("gpt", dict(data=2, zero=3, recompute="selective")),
     ("gpt", dict(pipeline=2, data=2, zero=1)),
+    ("gpt", dict(pipeline=2, data=2, zero=3, recompute="[full, none, selective, none]")),
+    ("llama", dict(tensor=2, sequence_parallel=True, recompute="[full, none, selective, full]")),
+    ("gpt", dict(pipeline=2, data=2, zero=2)),
+    ("gpt", dict(data=4, zero=1, replicate=2, micro_batch=1)),
+    ("llama", dict(data=4, zero=2, replicate=2, micro_batch=1)),
+    ("gpt", dict(data=4, zero=3, replicate=2, micro_batch=1)),
+    ("gpt", dict(pipeline=2, data=4, zero=2, replicate=2, micro_batch=1)),
+    ("gpt", dict(pipeline=2, data=4, zero=3, replicate=2, micro_batch=1)),
+    ("gpt", dict(tensor=2, sequence_parallel=True, data=4, zero=3, replicate=2, micro_batch=1)),
     ("gpt", dict(pipeline=2, data=2, zero=3)),
     ("llama", dict(pipeline=2, tensor=2, sequence_parallel=True, schedule="1f1b")),
     ("llama", dict(tensor=2, data=2, zero=1, sequence_parallel=True)),

@@ -27,7 +27,9 @@ PLANS = {
     "one": Parallel(stages=(4,), micro_batch=4),
     "tensor": Parallel(tensor=2, stages=(4,), micro_batch=8),
     "data, ZeRO 1": Parallel(data=2, zero=1, stages=(4,), micro_batch=4),
+    "data, ZeRO 2": Parallel(data=2, zero=2, stages=(4,), micro_batch=2),
     "data, ZeRO 3": Parallel(data=3, zero=3, stages=(4,), micro_batch=1),
+    "data, ZeRO 3, copied": Parallel(data=4, zero=3, replicate=2, stages=(4,), micro_batch=2),
     "pipeline": Parallel(pipeline=2, stages=(1, 3), micro_batch=4),
     "all": Parallel(pipeline=2, data=2, tensor=2, zero=3, stages=(3, 1), micro_batch=2),
     "interleaved": Parallel(pipeline=2, interleave=2, schedule="interleaved_1f1b", stages=(1, 1, 1, 1), micro_batch=4),
@@ -67,8 +69,10 @@ def loaded(rank: int, name: str, out: Path) -> tuple[int, int, dict[str, Tensor]
     ("writer", "readers"),
     [
         ("all", ("one", "tensor", "data, ZeRO 3", "interleaved")),
+        ("data, ZeRO 2", ("data, ZeRO 3", "data, ZeRO 3, copied", "one")),
+        ("data, ZeRO 3, copied", ("data, ZeRO 2", "one")),
         ("data, ZeRO 3", ("all", "pipeline")),
-        ("interleaved", ("data, ZeRO 1", "one")),
+        ("interleaved", ("data, ZeRO 1", "data, ZeRO 2", "one")),
         ("one", ("all", "tensor")),
     ],
 )

@@ -205,6 +205,7 @@ def test_bf16_computes_in_bf16_and_steps_in_fp32():
     for parallel in (
         Parallel(tensor=2, data=2, stages=(4,), micro_batch=4),
         Parallel(data=2, zero=1, stages=(4,), micro_batch=2),
+        Parallel(data=2, zero=2, stages=(4,), micro_batch=2),
         Parallel(data=2, zero=3, stages=(4,), micro_batch=2),
         Parallel(pipeline=2, stages=(1, 3), micro_batch=2),
     ):
@@ -229,7 +230,7 @@ def memory(rank: int, parallel: Parallel) -> tuple[int, int, int]:
 
 def test_sharded_state_is_a_share_of_the_whole():
     (whole,) = run_ranks(memory, 1, Parallel(stages=(4,)))
-    for zero in (1, 3):
+    for zero in (1, 2, 3):
         shares = run_ranks(memory, 2, Parallel(data=2, zero=zero, stages=(4,)))
         assert tuple(map(sum, zip(*shares, strict=True))) == whole
 

@@ -3,7 +3,7 @@
 Plan: data 8, ZeRO 1, micro-batch 64, recompute none.
 Written by mlmdsl from gpt2_124m.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nproc-per-node 8 program.py --out runs/gpt2_124m
-Predicted: 0.355 s a step, 184,755 tokens/s and 147 TFLOP/s per device (MFU 47.2 % of 312 TFLOP/s, counting matrix products
+Predicted: 0.362 s a step, 181,090 tokens/s and 144 TFLOP/s per device (MFU 46.3 % of 312 TFLOP/s, counting matrix products
 only, causal attention half); peak memory 52.75 GiB.
 
 Shapes: B = 64 (sequences of a micro-batch), S = 1,024 (tokens).

@@ -1,13 +1,13 @@
 """llama3_70b on h100x256.
 
-Plan: data 256, ZeRO 3, micro-batch 1, recompute full.
+Plan: tensor 2 x data 128, sequence parallel, ZeRO 3, micro-batch 1, recompute full of 22 layers, selective of 58 layers.
 Written by mlmdsl from llama3_70b.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nnodes 32 --nproc-per-node 8 program.py --out runs/llama3_70b
-Predicted: 14.5 s a step, 1,130 tokens/s and 508 TFLOP/s per device (MFU 51.3 % of 989 TFLOP/s, counting matrix products only,
-causal attention half); peak memory 59.04 GiB.
+Predicted: 15.2 s a step, 1,079 tokens/s and 485 TFLOP/s per device (MFU 49.0 % of 989 TFLOP/s, counting matrix products only,
+causal attention half); peak memory 74.94 GiB.
 
-Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens).
-Ranks: torch.arange(256).view(1, 256, 1, 1): pipeline, data, context, tensor. Collectives over data and pipeline are the
+Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens); n/tp is a dim divided over the 2 ranks of the tensor axis.
+Ranks: torch.arange(256).view(1, 128, 1, 2): pipeline, data, context, tensor. Collectives over data and pipeline are the
 runtime's.
 """
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from mlmdsl.runtime import (
     AdamW,
+    Axis,
     Data,
     Mesh,
     Parallel,
@@ -23,17 +24,28 @@ from mlmdsl.runtime import (
     Scope,
     Tokenizer,
     Training,
+    all_gather,
+    all_to_all,
     attention,
-    cross_entropy,
     main,
     normal,
     ones,
-    recomputed,
+    recomputed_blocks,
+    reduce_scatter,
     rotary,
+    vocab_parallel_cross_entropy,
     weight,
 )
 
-PARALLEL = Parallel(pipeline=1, data=256, tensor=1, stages=(80,), zero=3, micro_batch=1, recompute="full")
+PARALLEL = Parallel(
+    pipeline=1,
+    data=128,
+    tensor=2,
+    stages=(80,),
+    zero=3,
+    micro_batch=1,
+    recompute=(*("full",) * 22, *("selective",) * 58),
+)
 
 TRAINING = Training(
     data=Data("text", ("/specs/corpus/*.txt",), validation=0.05),
@@ -53,36 +65,45 @@ TRAINING = Training(
 class LlamaBlock(nn.Module):
     """One pass of `repeat 80 as blocks`."""
 
-    def __init__(self):
+    def __init__(self, tp: Axis):
         super().__init__()
-        self.attn_norm = Scope(weight=weight((8192,), ones))
+        self.tp = tp
+        self.attn_norm = Scope(weight=weight((8192,), ones, tp, partial=True))
         self.attn = Scope(
-            query=Scope(weight=weight((8192, 8192), normal(0.02))),
-            key=Scope(weight=weight((1024, 8192), normal(0.02))),
-            value=Scope(weight=weight((1024, 8192), normal(0.02))),
-            out=Scope(weight=weight((8192, 8192), normal(0.02))),
+            query=Scope(weight=weight((8192, 8192), normal(0.02), tp, shard=0)),
+            key=Scope(weight=weight((1024, 8192), normal(0.02), tp, shard=0)),
+            value=Scope(weight=weight((1024, 8192), normal(0.02), tp, shard=0)),
+            out=Scope(weight=weight((8192, 8192), normal(0.02), tp, shard=1)),
         )
-        self.mlp_norm = Scope(weight=weight((8192,), ones))
+        self.mlp_norm = Scope(weight=weight((8192,), ones, tp, partial=True))
         self.mlp = Scope(
-            gate=Scope(weight=weight((28672, 8192), normal(0.02))),
-            up=Scope(weight=weight((28672, 8192), normal(0.02))),
-            down=Scope(weight=weight((8192, 28672), normal(0.02))),
+            gate=Scope(weight=weight((28672, 8192), normal(0.02), tp, shard=0)),
+            up=Scope(weight=weight((28672, 8192), normal(0.02), tp, shard=0)),
+            down=Scope(weight=weight((8192, 28672), normal(0.02), tp, shard=1)),
         )
 
-    def forward(self, h):  # h: [B, S, 8192]
+    def forward(self, h):  # h: [B, S/tp, 8192]
+        tp = self.tp
         attn_norm = F.rms_norm(h, (8192,), self.attn_norm.weight, 1e-5)
         # attn: Attention
-        q = F.linear(attn_norm, self.attn.query.weight).unflatten(-1, (64, 128))  # [B, S, 64, 128]
-        k = F.linear(attn_norm, self.attn.key.weight).unflatten(-1, (8, 128))  # [B, S, 8, 128]
-        v = F.linear(attn_norm, self.attn.value.weight).unflatten(-1, (8, 128))
-        q = rotary(q, 500000.0)  # [B, S, 64, 128]
-        k = rotary(k, 500000.0)  # [B, S, 8, 128]
-        a = attention(q, k, v, causal=True).flatten(-2)  # [B, S, 8192]
-        h = h + F.linear(a, self.attn.out.weight)
+        # 128 MiB; backward reduce_scatter: attn.query, attn.key, attn.value are column-parallel
+        attn_norm = all_gather(attn_norm, tp, dim=1)
+        q = F.linear(attn_norm, self.attn.query.weight).unflatten(-1, (32, 128))  # [B, S, 64/tp, 128]
+        k = F.linear(attn_norm, self.attn.key.weight).unflatten(-1, (4, 128))  # [B, S, 8/tp, 128]
+        v = F.linear(attn_norm, self.attn.value.weight).unflatten(-1, (4, 128))
+        q = rotary(q, 500000.0)  # [B, S, 64/tp, 128]
+        k = rotary(k, 500000.0)  # [B, S, 8/tp, 128]
+        a = attention(q, k, v, causal=True).flatten(-2)  # [B, S, 8192/tp]
+        out = F.linear(a, self.attn.out.weight)  # [B, S, 8192], partial sums
+        out = reduce_scatter(out, tp, dim=1)  # [B, S/tp, 8192], 128 MiB; backward all_gather: attn.out is row-parallel
+        h = h + out
         mlp_norm = F.rms_norm(h, (8192,), self.mlp_norm.weight, 1e-5)
         # mlp: SwiGLU
-        x = F.silu(F.linear(mlp_norm, self.mlp.gate.weight)) * F.linear(mlp_norm, self.mlp.up.weight)  # [B, S, 28672]
-        return h + F.linear(x, self.mlp.down.weight)  # [B, S, 8192]
+        mlp_norm = all_gather(mlp_norm, tp, dim=1)  # 128 MiB; backward reduce_scatter: mlp.gate, mlp.up are column-parallel
+        x = F.silu(F.linear(mlp_norm, self.mlp.gate.weight)) * F.linear(mlp_norm, self.mlp.up.weight)  # [B, S, 28672/tp]
+        down = F.linear(x, self.mlp.down.weight)  # [B, S, 8192], partial sums
+        down = reduce_scatter(down, tp, dim=1)  # [B, S/tp, 8192], 128 MiB; backward all_gather: mlp.down is row-parallel
+        return h + down
 
 
 class Stage(nn.Module):
@@ -90,22 +111,27 @@ class Stage(nn.Module):
 
     def __init__(self, index: int, mesh: Mesh):
         super().__init__()
-        self.tok = Scope(weight=weight((128256, 8192), normal(0.02)))
-        self.blocks = nn.ModuleDict({str(i): LlamaBlock() for i in range(80)})
-        self.norm = Scope(weight=weight((8192,), ones))
-        self.linear = Scope(weight=weight((128256, 8192), normal(0.02)))
+        self.tp = tp = mesh.tensor
+        self.tok = Scope(weight=weight((128256, 8192), normal(0.02), tp, shard=1))
+        self.blocks = nn.ModuleDict({str(i): LlamaBlock(tp) for i in range(80)})
+        self.norm = Scope(weight=weight((8192,), ones, tp, partial=True))
+        self.linear = Scope(weight=weight((128256, 8192), normal(0.02), tp, shard=0))
 
     def forward(self, tokens):  # tokens: int[B, S]
-        h = F.embedding(tokens, self.tok.weight)  # [B, S, 8192]
-        for block in self.blocks.values():
-            h = recomputed(block, PARALLEL.recompute)(h)
-        norm = F.rms_norm(h, (8192,), self.norm.weight, 1e-5)  # [B, S, 8192]
-        return F.linear(norm, self.linear.weight)  # [B, S, 128256]
+        tp = self.tp
+        h = F.embedding(tokens, self.tok.weight)  # [B, S, 8192/tp]
+        h = all_to_all(h, tp, 2, 1)  # [B, S/tp, 8192], 64 MiB; backward all_to_all: blocks carries it cut along the sequence
+        for block in recomputed_blocks(self.blocks, PARALLEL.recompute):
+            h = block(h)
+        norm = F.rms_norm(h, (8192,), self.norm.weight, 1e-5)
+        norm = all_gather(norm, tp, dim=1)  # [B, S, 8192], 128 MiB; backward reduce_scatter: linear is column-parallel
+        return F.linear(norm, self.linear.weight)  # [B, S, 128256/tp]
 
 
 def loss(logits, targets, mesh: Mesh):
     """Sum of the losses over the tokens of this rank's micro-batch; targets of -100 do not count."""
-    return cross_entropy(logits, targets)
+    tp = mesh.tensor
+    return vocab_parallel_cross_entropy(logits, targets, tp)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""Layers of one virtual stage of which some are recomputed in one way and others in another."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from mlmdsl.planner.stages import Chain, Part
+
+
+class Blend(NamedTuple):
+    """layers: (kind of layer, way of recomputing as an index into MODES, how many), by kind; first: of the first layer."""
+
+    layers: tuple[tuple[int, int, int], ...]
+    first: int
+
+
+How = int | Blend  # of a stage: all layers in one way, or a blend
+
+
+def first_of(how: How) -> int:
+    """The way of the stage's first layer."""
+    return how.first if isinstance(how, Blend) else how
+
+
+def layers_of(part: Part, how: How) -> Sequence[tuple[int, int, int]]:
+    """(kind, way, how many), by kind."""
+    if isinstance(how, Blend):
+        return how.layers
+    return [(kind, how, count) for kind, count in enumerate(part.layers) if count]
+
+
+def regions_of(chain: Chain, part: Part, how: How) -> list[tuple[int, int, int]]:
+    """The regions that a part runs, (index, way of recomputing, how many passes); straight code is not recomputed."""
+    layers = [(i, mode, count) for kind, mode, count in layers_of(part, how) for i in chain.kinds[kind]]
+    return layers + [(i, 0, 1) for i in chain.first * part.first + chain.last * part.last]
+
+
+def blends(chain: Chain, stages: Sequence[int], modes: Sequence[int]) -> tuple[Blend, ...]:
+    """Of each virtual stage, from the way of every layer."""
+    kinds = [kind for kind, count in chain.layers for _ in range(count)]
+    ends = list(accumulate(stages))
+    return tuple(blend(kinds[end - size : end], modes[end - size : end]) for end, size in zip(ends, stages, strict=True))
+
+
+def blend(kinds: Sequence[int], modes: Sequence[int]) -> Blend:
+    """Of a stage whose layers are of these kinds and recomputed in these ways."""
+    counted = Counter(zip(kinds, modes, strict=True))
+    return Blend(tuple((*key, count) for key, count in sorted(counted.items())), modes[0] if modes else 0)

@@ -1,0 +1,121 @@
+"""Recomputation block by block: of each stage only as many layers as it takes to fit.
+
+Recomputing a layer costs time and frees memory, both alike for every layer of a kind. So where a plan that recomputes all
+layers fits, and with a milder way of recomputing does not, the best plan in between has on every rank the fewest layers under
+the dearer way that its memory allows. These are counted here, after the plans that treat all layers alike: of those that are
+not proved slower than the best one so far.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+
+from mlmdsl.planner import schedule
+from mlmdsl.planner.blend import How, blend
+from mlmdsl.planner.outcome import Found, Outcome
+from mlmdsl.planner.pricing import Candidate, Place
+
+Weigh = Callable[[Candidate, Place], None]
+Order = Callable[[Sequence[int], Sequence[int]], list[int]]  # from layers and micro-batches held of each of a rank's stages
+
+
+def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh) -> None:
+    """Hands plans that fit in `limit_bytes` and may be faster than the best one, which comes first, to `weigh`."""
+    best = outcome.found[0].order()[0]
+    promising: list[tuple[float, int, int]] = []
+    for number, found in enumerate(outcome.found):
+        for mild in range(found.candidate.recompute if not found.candidate.modes else 0):
+            bound = _least(found, mild)
+            if bound < best:
+                promising.append((bound, number, mild))
+    for bound, number, mild in sorted(promising):
+        if bound >= best:
+            break
+        found = outcome.found[number]
+        for candidate in fewest(found.place, found.candidate, mild, limit_bytes):
+            weigh(candidate, found.place)
+            best = min(best, outcome.found[-1].order()[0])
+
+
+def _least(found: Found, mild: int) -> float:
+    """No plan that recomputes some layers in the milder way takes less: every pass is as short as if all did. Holds where
+    the times of `found` are bounds, too."""
+    c, times = found.candidate, found.times
+    share = found.place.bench.least_layer(c.micro_batch, mild, c.recompute)
+    return times.total - (1 - share) * times.pipeline
+
+
+def fewest(place: Place, c: Candidate, mild: int, limit_bytes: float) -> Iterator[Candidate]:
+    """Plans with the fewest layers under `c.recompute` on each rank that fit, the others under `mild`; of a stage the first. A
+    rank with several stages takes them from those that hold most micro-batches, which are the fewest of all, or evenly, so that
+    no stage is much slower than the others. Nothing where it takes none, or all do not suffice."""
+    seen: set[tuple[int, ...]] = set()
+    for order in (_most_held, _evenly) if c.interleave > 1 else (_most_held,):
+        modes = _modes(place, c, mild, limit_bytes, order)
+        if len(set(modes)) > 1 and modes not in seen:
+            seen.add(modes)
+            yield c._replace(modes=modes)
+
+
+def _modes(place: Place, c: Candidate, mild: int, limit_bytes: float, order: Order) -> tuple[int, ...]:
+    """Of every layer; () where a rank does not fit."""
+    counts: dict[int, int] = {}
+    for rank, stages in enumerate(c.cut.placed):
+        found = _Rank(place, c, rank, stages, mild, limit_bytes).fewest(order)
+        if found is None:
+            return ()
+        counts |= zip(stages, found, strict=True)
+    each = ((counts[stage], size) for stage, size in enumerate(c.cut.stages))
+    return tuple(mode for n, size in each for mode in (*(c.recompute,) * n, *(mild,) * (size - n)))
+
+
+def _most_held(sizes: Sequence[int], held: Sequence[int]) -> list[int]:
+    """Stages, one for each layer, in the order in which layers are chosen."""
+    stages = sorted(range(len(sizes)), key=lambda stage: -held[stage])
+    return [stage for stage in stages for _ in range(sizes[stage])]
+
+
+def _evenly(sizes: Sequence[int], held: Sequence[int]) -> list[int]:
+    each = [((n + 1) / size, n, stage) for stage, size in enumerate(sizes) for n in range(size)]
+    return [stage for _, _, stage in sorted(each)]
+
+
+class _Rank:
+    """One rank's stages, and what it takes for them to fit."""
+
+    def __init__(self, place: Place, c: Candidate, rank: int, stages: Sequence[int], mild: int, limit_bytes: float):
+        self.place, self.c, self.rank, self.mild = place, c, rank, mild
+        self.parts = c.cut.held(rank)
+        self.sizes = [c.cut.stages[stage] for stage in stages]
+        self.starts = [sum(c.cut.stages[:stage]) for stage in stages]
+        self.left = limit_bytes - sum(place.state(c, self.parts)) - place.context_bytes - place.more_context_bytes(c)
+        self.kinds = [kind for kind, count in place.bench.setting.chain.layers for _ in range(count)]
+
+    def fewest(self, order: Order) -> list[int] | None:
+        """Of each stage how many layers."""
+        c, place = self.c, self.place
+        micro_batches = place.micro_batches(c.micro_batch)
+        held = schedule.in_flight(c.schedule, place.pipeline, c.interleave, micro_batches, self.rank)
+        picks = order(self.sizes, held)
+
+        def chosen(n: int) -> list[int]:
+            return [picks[:n].count(stage) for stage in range(len(self.sizes))]
+
+        if self.fits(chosen(0)):
+            return chosen(0)
+        if not self.fits(chosen(len(picks))):
+            return None
+        return chosen(1 + bisect_left(range(1, len(picks)), True, key=lambda n: self.fits(chosen(n))))
+
+    def fits(self, chosen: Sequence[int]) -> bool:
+        hows = [self.how(stage, n) for stage, n in enumerate(chosen)]
+        return sum(self.place.held_under(self.c, self.rank, self.parts, hows)) <= self.left
+
+    def how(self, stage: int, n: int) -> How:
+        """With the first n layers under the dearer way."""
+        size, dear = self.sizes[stage], self.c.recompute
+        if n in (0, size):
+            return dear if n else self.mild
+        kinds = self.kinds[self.starts[stage] : self.starts[stage] + size]
+        return blend(kinds, (dear,) * n + (self.mild,) * (size - n))
