@@ -6,6 +6,8 @@
 # make examples  trains specs/examples in full, one after another, and prints losses and what the models say
 # make published  parameters and FLOPs per token of every shipped spec beside published figures and transformers' own models
 # make huggingface  every family against transformers: logits both ways and gradients
+# make sc21   docs/sc21.md: plans of Narayanan et al. SC'21, Table 1, beside the planner's
+# make regret  every feasible plan of a small model on 4 and 8 ranks, timed beside the planner's choice: benchmarks/regret.md
 # make parity every plan of the lattice, and every architecture, against one process (long)
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo examples test check golden fuzz published huggingface parity clean
+.PHONY: demo examples test check golden fuzz published huggingface sc21 parity regret clean
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("mlmdsl needs Python 3.11 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -60,9 +62,16 @@ published: $(STAMP)
 huggingface: $(STAMP)
 	$(BIN)/python -m tests.huggingface.table
 
+sc21: $(STAMP)
+	$(BIN)/python -m benchmarks.sc21 > docs/sc21.md.new
+	mv docs/sc21.md.new docs/sc21.md
+
 parity: $(STAMP)
 	$(BIN)/python -m tests.parity.lattice
 	$(BIN)/python -m tests.parity.families
+
+regret: $(STAMP)
+	$(BIN)/python benchmarks/regret.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache
