@@ -63,7 +63,8 @@ class MemoryCurve:
 @dataclass(frozen=True, slots=True)
 class Curves:
     """What one file of hardware/ says. `origin`: what was measured, on what, and how well the curve fits; `measured`: whether
-    it is of this very device."""
+    it is of this very device; `sustained`: of the arithmetic that a kernel reaches by itself, what is left in a step that never
+    pauses, where power limits the clock."""
 
     origin: str
     measured: bool
@@ -71,6 +72,7 @@ class Curves:
     attention_forward: AttentionCurve
     attention_backward: AttentionCurve
     memory: MemoryCurve
+    sustained: float = 1.0
 
 
 def read_curves(data: Mapping[str, Any]) -> Curves:
@@ -82,6 +84,7 @@ def read_curves(data: Mapping[str, Any]) -> Curves:
         AttentionCurve(**data["attention_forward"]),
         AttentionCurve(**data["attention_backward"]),
         MemoryCurve(**data["memory"]),
+        data.get("sustained", 1.0),
     )
 
 
@@ -144,6 +147,11 @@ class Kernels:
     @cached_property
     def launch(self) -> float:
         return self.device.launch_seconds if self.launch_seconds is None else self.launch_seconds
+
+    @cached_property
+    def slowed(self) -> float:
+        """How much longer arithmetic takes in a step of many devices than by itself on one."""
+        return self.slowest / self.curves.sustained
 
     def forward_seconds(self, work: Work) -> float:
         """Of one operation by itself."""
@@ -208,7 +216,7 @@ class Kernels:
         waves = (1 + (curve.wave_outputs / (outputs * work.batch)) ** 4) ** 0.25
         share = curve.share * (_FP8 if work.precision == "fp8" else 1.0)
         arithmetic = (
-            self.slowest
+            self.slowed
             * flops
             * (1 + curve.half_depth / depth)
             * waves
@@ -222,7 +230,7 @@ class Kernels:
         longer = (1 + curve.half_length / length) * (1 + curve.half_head / head)
         longer *= 1 + curve.half_rows / (batch * heads * queries)
         return (
-            _corner(self.slowest * flops * longer / (self.peak * curve.share), moved / self.bytes_per_second)
+            _corner(self.slowed * flops * longer / (self.peak * curve.share), moved / self.bytes_per_second)
             + curve.fill_seconds
         )
 

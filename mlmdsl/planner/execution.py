@@ -37,7 +37,7 @@ class Execution:
     them again (arXiv:2104.04473, section 4.1). `early_stop`: recomputing ends with the last operation that saves something.
     `composed`: RMS norm and rotary positions of simple operations, each a kernel. `gathers_wait`, `sums_wait`: nothing
     hides ZeRO's gathers of the stepped weights, and the sums of gradients. `overlapped_sums`: without ZeRO something does.
-    `fused_gates`: a gate's activation and its product are one kernel. `shards_sums`: ZeRO 1 keeps this rank's part of the sums
+    `fused_gates`: a gate's activation and its product are one kernel; `fused_rotary`: so are rotary positions. `shards_sums`: ZeRO 1 keeps this rank's part of the sums
     beside the whole ones, and buffers for both (FSDP2). `static_buffers`: pipeline stages keep a receive buffer for every
     micro-batch (torch), not for those in flight. `loss_copies`: of the logits in fp32 that the loss makes besides."""
 
@@ -52,6 +52,7 @@ class Execution:
     early_stop: bool = True
     composed: bool = False
     fused_gates: bool = False
+    fused_rotary: bool = False
     shards_sums: bool = True
     static_buffers: bool = True
     loss_copies: int = 0
@@ -91,6 +92,9 @@ class Execution:
             return replace(work, computed=work.computed / self.attention_speed)
         if self.fp8 and work.matmul is not None and layer:
             return _in_fp8(work)
+        if node.op == "rotary" and (self.compiled or self.fused_rotary):
+            moved = 2.0 * prod(local.output) * local.output_bytes
+            return replace(work, bytes_forward=moved, bytes_backward=moved, kernels_forward=1, kernels_backward=1)
         if self.composed and node.op in _COMPOSED:
             forward, backward = (each * prod(local.output) for each in _COMPOSED[node.op])
             return replace(work, bytes_forward=forward, bytes_backward=backward, kernels_forward=7, kernels_backward=12)

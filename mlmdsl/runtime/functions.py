@@ -68,8 +68,32 @@ def _turned(x: Tensor, theta: float, scaling: tuple[float, float, float, int], p
         frequencies = _stretched(frequencies, *scaling)
     angles = torch.outer(places.float(), frequencies)
     cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]  # [S, 1, D/2]
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    turned: Tensor = _Rotation.apply(x, cos, sin)
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """Pairs (x[i], x[i + D/2]) turned by an angle, in float32, without a copy of x in it: two kernels for each half, which read
+    and write 14 bytes for each element in bf16 where simple operations move 48. Backward: by the angle's negative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    a, b = x.chunk(2, -1)
+    low, high = out.chunk(2, -1)
+    torch.addcmul(a * cos, b, sin, value=-1, out=low)
+    torch.addcmul(b * cos, a, sin, out=high)
+    return out
 
 
 def _stretched(frequencies: Tensor, factor: float, low: float, high: float, original_max: int) -> Tensor:

@@ -60,7 +60,7 @@ def placed(run: Run) -> tuple[Place, Candidate]:
         run.data,
         run.micro_batch,
         schedule,
-        run.interleave,
+        _interleave(run),
         mode,
         1 if zero == 2 else zero,
         place.given(_even(run), schedule),
@@ -88,11 +88,17 @@ def _bench(text: str, execution: Execution, tensor: int, sequence_parallel: bool
     return found
 
 
+def _interleave(run: Run) -> int:
+    """Virtual stages of a rank that have a layer each: Llama 3's first and last stage have none (arXiv:2407.21783, section
+    3.3.2)."""
+    if run.pipeline > run.layers:
+        raise Problem(f"{run.layers} layers cannot make {run.pipeline} stages")
+    return min(run.interleave, run.layers // run.pipeline)
+
+
 def _even(run: Run) -> tuple[int, ...]:
     """Layers per virtual stage: as many each, the first ones more where that does not divide."""
-    stages = run.pipeline * run.interleave
-    if stages > run.layers:
-        raise Problem(f"{run.layers} layers cannot make {stages} stages")
+    stages = run.pipeline * _interleave(run)
     each, more = divmod(run.layers, stages)
     return tuple(each + (stage < more) for stage in range(stages))
 
@@ -101,7 +107,7 @@ def _schedule(run: Run, micro_batches: int) -> Schedule:
     named: Schedule | None = next((s for s in ("gpipe", "1f1b", "zb_v", "dualpipe_v") if s == run.schedule), None)
     if named is not None:
         return named
-    if run.interleave > 1 and run.pipeline > 1:
+    if _interleave(run) > 1 and run.pipeline > 1:
         return "interleaved_1f1b"
     return "1f1b" if executable("1f1b", run.pipeline, micro_batches) else "gpipe"
 
@@ -125,6 +131,7 @@ def _megatron(run: Run) -> Execution:
         gathers_wait=True,
         sums_wait=True,
         fused_gates=True,
+        fused_rotary=True,
         shards_sums=False,
         static_buffers=False,
         selective="attention",
@@ -155,7 +162,7 @@ def _torchtitan(run: Run) -> Execution:
 _FRAMEWORKS: tuple[tuple[str, Callable[[Run], Execution]], ...] = (
     ("megatron", _megatron),
     ("torchtitan", _torchtitan),
-    ("internevo", lambda run: Execution(gradient_bytes=2.0, gathers_wait=True)),
+    ("internevo", lambda run: Execution(gradient_bytes=2.0, gathers_wait=True, fused_rotary=True)),
 )
 
 

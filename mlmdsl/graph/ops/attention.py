@@ -276,6 +276,12 @@ def _attend_emit(e: Emission) -> str:
     return f"attention({', '.join([*named, *options])})"
 
 
+def _rotary_work(local: Local) -> Work:
+    """For each half a product to fp32, and another added to it (runtime/functions.py); besides the angles' few numbers."""
+    moved = prod(local.output) * (2 * local.output_bytes + local.input_bytes[0] + 8.0)
+    return Work("memory", bytes_forward=moved, bytes_backward=moved, kernels_forward=12, kernels_backward=5)
+
+
 OPS = (
     Op(
         name="split_heads",
@@ -299,7 +305,7 @@ OPS = (
         " frequencies as Llama 3.1 does; `interleaved` pairs neighbours, not halves.",
         infer=_rotary_type,
         strategies=lambda types, out, weights, attrs, n: pointwise(types, out, n, 0, besides=(3,)),
-        work=lambda local: memory_bound(local, kernels=6, backward=1.0),
+        work=_rotary_work,
         emit=_rotary_emit,
         imports=("rotary",),
     ),

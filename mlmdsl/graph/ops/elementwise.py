@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from mlmdsl.graph.graph import Scalar
 from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, Work
@@ -57,8 +58,10 @@ def _unary(name: str, doc: str, text: str | Callable[[Emission], str], saved: tu
 
 def _binary(name: str, sign: str, saved: tuple[str, ...], *, linear: bool = False) -> Op:
     def work(local: Local) -> Work:
-        """Where nothing is saved the gradient passes through; that of a value with several uses is added up: one for each."""
-        return memory_bound(local, saved, backward=1.0 if not saved else 1.5)
+        """Where nothing is saved the gradient passes through; that of a value with several uses is added up: one for each. A
+        product's gradients are a kernel each."""
+        work = memory_bound(local, saved, backward=2.0 if saved else 1.0)
+        return replace(work, kernels_backward=2) if saved else work
 
     return Op(
         name=name,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 
 from mlmdsl.graph.graph import Scalar
-from mlmdsl.graph.ops.base import Emission, Op, WeightSpec
+from mlmdsl.graph.ops.base import Emission, Local, Op, WeightSpec, Work
 from mlmdsl.graph.ops.common import memory_bound, pointwise
 from mlmdsl.graph.ops.linear import features, number
 from mlmdsl.graph.placement import Strategy
@@ -54,6 +54,13 @@ def _rms_emit(e: Emission) -> str:
     return f"F.rms_norm({e.inputs[0]}, ({_size(e)},), {weight}, {number(e.attrs, 'eps')!r})"
 
 
+def _work(local: Local, each_row: float) -> Work:
+    """Saves the input and `each_row` bytes. The gradient of the input reads it and that of the output; those of the weights are
+    kernels of their own, which read both again (aten/src/ATen/native/cuda/layer_norm_kernel.cu), in the same call."""
+    extra, backward = each_row * prod(local.inputs[0][:-1]), 2.5 if local.weights else 1.5
+    return memory_bound(local, ("in0",), extra=extra, backward=backward)
+
+
 def _size(e: Emission) -> int | str:
     return e.output_type.shape[-1]
 
@@ -65,7 +72,7 @@ OPS = (
         " `affine = false`.",
         infer=_type,
         strategies=_strategies,
-        work=lambda local: memory_bound(local, ("in0",), extra=8.0 * prod(local.inputs[0][:-1])),
+        work=lambda local: _work(local, 8.0),
         emit=_layer_emit,
         weights=_layer_weights,
     ),
@@ -75,7 +82,7 @@ OPS = (
         " beside an offset. No weight if `affine = false`.",
         infer=_type,
         strategies=_strategies,
-        work=lambda local: memory_bound(local, ("in0",), extra=4.0 * prod(local.inputs[0][:-1])),
+        work=lambda local: _work(local, 4.0),
         emit=_rms_emit,
         weights=_rms_weights,
     ),
