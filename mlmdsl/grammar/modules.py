@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from mlmdsl.diagnostics import Diagnostics, Label, Span
@@ -63,13 +63,19 @@ class Loader:
         if path in self.modules:
             return self.modules[path]
         source = self.read(path) if text is None else text
-        module = Module(path, parse(source, path, self.diagnostics))
+        module = Module(path, self._parsed(source, path))
         self.modules[path] = module
         self._duplicates(module)
         for item in module.file.items:
             if isinstance(item, s.Import):
                 self._import(module, item, (*chain, (path, item.path_span)))
         return module
+
+    def _parsed(self, source: str, path: str) -> s.File:
+        if path not in SHIPPED:
+            return parse(source, path, self.diagnostics)
+        self.diagnostics.sources[path] = source
+        return _library_file(source, path)
 
     def _import(self, module: Module, item: s.Import, chain: tuple[tuple[str, Span], ...]) -> None:
         name = item.name or Path(item.path).stem
@@ -128,6 +134,15 @@ class Loader:
                     help="rename one of the two",
                 )
             seen.setdefault(name, span)
+
+
+@lru_cache(maxsize=64)
+def _library_file(source: str, path: str) -> s.File:
+    """Of the shipped library, which every compilation reads: parsed once in a process."""
+    found = Diagnostics()
+    file = parse(source, path, found)
+    assert not found.errors, found.items
+    return file
 
 
 def _item_name(item: s.Item) -> str | None:
