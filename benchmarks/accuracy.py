@@ -13,26 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlmdsl.validation.predict import predict
-from mlmdsl.validation.runs import Problem, read_runs
+from mlmdsl.validation.judge import errors_by_nodes, validate
 
 FILE = Path(__file__).resolve().parents[1] / "mlmdsl" / "planner" / "accuracy.json"
 
 
 def measured(text: str) -> dict[str, Any]:
     """What accuracy.json holds."""
-    ratios: dict[bool, list[float]] = {False: [], True: []}
-    sources: set[str] = set()
-    for _, run in read_runs(text):
-        if isinstance(run, Problem) or run.step_seconds is None:
-            continue
-        try:
-            ratios[run.nodes > 1].append(predict(run).seconds / run.step_seconds)
-        except Problem:
-            continue
-        sources.add(run.source)
-    names = {False: "one_node", True: "many_nodes"}
-    return {"origin": sorted(sources), **{names[key]: _band(found) for key, found in ratios.items()}}
+    rows = validate(text).rows
+    ratios, names = errors_by_nodes(rows), {False: "one_node", True: "many_nodes"}
+    sources = sorted({row.source for row in rows if row.time_error is not None})
+    return {"origin": sources, **{names[key]: _band(found) for key, found in ratios.items()}}
 
 
 def _band(ratios: list[float]) -> dict[str, float]:

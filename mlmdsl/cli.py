@@ -1,4 +1,4 @@
-"""The command line: `mlmdsl check | plan | verify | run | generate | import | export | probe | fmt`.
+"""The command line: `mlmdsl check | plan | verify | validate | run | generate | import | export | probe | fmt`.
 
     exit status   0 ok   1 the spec is wrong, or a plan is not kept   2 usage   3 no plan fits   4 the run failed
 
@@ -148,6 +148,23 @@ def _verify(options: argparse.Namespace) -> int:
 
         print(render_verdict(verdict))
     return int(not verdict.agrees)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from mlmdsl.validation.judge import validate
+    from mlmdsl.validation.runs import Problem
+
+    try:
+        found = validate(_read(options.runs))
+    except Problem as problem:
+        raise _usage(f"{options.runs}: {problem}") from None
+    if options.json:
+        print(found.model_dump_json(indent=1))
+    else:
+        from mlmdsl.report.validated import render_validation
+
+        print(render_validation(found))
+    return 0
 
 
 def _check_gpus(cluster: Cluster) -> None:
@@ -403,6 +420,7 @@ describe a transformer and a cluster; preview the partitioning; train
   mlmdsl plan gpt.mlm                         how it would be split over the cluster, and why
   mlmdsl plan gpt.mlm --pin tensor=4          the same with your own choice of a degree
   mlmdsl verify gpt.plan.json --rank 3        one rank's step, without devices, beside what the plan says
+  mlmdsl validate runs.csv                    measured runs beside their predictions
   mlmdsl run gpt.mlm --out runs/gpt           train; runs/gpt/program.py is the program, readable
   mlmdsl run gpt.mlm --out runs/gpt --resume  go on from the last whole checkpoint
   mlmdsl generate runs/gpt --prompt "Once"    sample from what was trained
@@ -422,6 +440,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_plan(commands)
     _add_verify(commands)
+    _add_validate(commands)
     _add_run(commands)
     _add_generate(commands)
     _add_import(commands)
@@ -480,6 +499,14 @@ FLOPs of matrix products are to be those of the plan, the peak of memory within 
 
   mlmdsl verify runs/gpt/plan.json --rank 3
   mlmdsl verify llama.plan.json --rank 16383 --json
+"""
+
+_VALIDATE = """\
+Predict every run of a table of measured ones, a run a row: step time and peak memory, measured and predicted, and the error,
+summed up by source. Columns: docs/validate.md. A row that cannot be predicted is listed with its reason.
+
+  mlmdsl validate runs.csv
+  mlmdsl validate runs.csv --json
 """
 
 _RUN = """\
@@ -557,6 +584,12 @@ def _add_verify(commands: Any) -> None:
     parser = _command(commands, "verify", _verify, "hold a plan's program to the plan", _VERIFY)
     parser.add_argument("plan", metavar="PLAN", help="a saved plan (.json), or the folder of a run")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="which rank of the plan's world (default 0)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _add_validate(commands: Any) -> None:
+    parser = _command(commands, "validate", _validate, "hold predictions to measured runs", _VALIDATE)
+    parser.add_argument("runs", metavar="CSV", help="a table of measured runs")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+Said = Callable[[float], str]  # a number as one of these says it
+
 
 def gib(value: float) -> str:
     """Bytes in GiB, or in MiB below one: "61.2 GiB"."""

@@ -3,6 +3,7 @@
 attention   "unfused": scores pass through memory, as in Megatron-LM before flash attention (arXiv:2104.04473, section 4.2):
             two batched products, one kernel for scale, mask and softmax, one for dropout
 compiled    torch.compile: elementwise operations that follow one another are one kernel, and launches cost less
+products    what they are computed in, where it is not the training's precision: "tf32", "fp16"
 fp8         products of the layers, both operands cast before each (head, embedding and attention stay in bf16)
 selective   what is run again: "cheap" all but products, attention and collectives; "attention" its core alone, as in
             Megatron-LM (arXiv:2205.05198, section 5); "alternate" also every second product, as in torchtitan
@@ -37,13 +38,15 @@ class Execution:
     them again (arXiv:2104.04473, section 4.1). `early_stop`: recomputing ends with the last operation that saves something.
     `composed`: RMS norm and rotary positions of simple operations, each a kernel. `gathers_wait`, `sums_wait`: nothing
     hides ZeRO's gathers of the stepped weights, and the sums of gradients. `overlapped_sums`: without ZeRO something does.
-    `fused_gates`: a gate's activation and its product are one kernel; `fused_rotary`: so are rotary positions. `shards_sums`: ZeRO 1 keeps this rank's part of the sums
-    beside the whole ones, and buffers for both (FSDP2). `static_buffers`: pipeline stages keep a receive buffer for every
-    micro-batch (torch), not for those in flight. `loss_copies`: of the logits in fp32 that the loss makes besides."""
+    `fused_gates`: a gate's activation and its product are one kernel; `fused_rotary`: so are rotary positions.
+    `shards_sums`: ZeRO 1 keeps this rank's part of the sums beside the whole ones, and buffers for both (FSDP2).
+    `static_buffers`: pipeline stages keep a receive buffer for every micro-batch (torch), not for those in flight.
+    `loss_copies`: of the logits in fp32 that the loss makes besides."""
 
     compiled: bool = False
     attention: Literal["flash", "unfused"] = "flash"
     dropout: bool = False
+    products: str | None = None
     fp8: bool = False
     gradient_bytes: float = 4.0
     accumulated_bytes: float = 10.0

@@ -99,8 +99,9 @@ class Setting:
 
     @cached_property
     def kernels(self) -> Kernels:
-        world = self.spec.cluster.world_size
-        return Kernels(self.device, self.spec.train.precision, self.execution.launches, slowest_of(self.device.kind, world))
+        precision = self.execution.products or self.spec.train.precision
+        slowest = slowest_of(self.device.kind, self.spec.cluster.world_size)
+        return Kernels(self.device, precision, self.execution.launches, slowest)
 
     @cached_property
     def network(self) -> Network:

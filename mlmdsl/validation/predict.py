@@ -176,6 +176,7 @@ def execution_of(run: Run) -> Execution:
         attention="unfused" if unfused else "flash",
         compiled=run.compiled,
         fp8=run.precision == "fp8",
+        products=run.precision if run.precision in ("tf32", "fp16") else None,
     )
 
 

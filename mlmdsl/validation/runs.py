@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 GIB = 2**30
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8")
 
 
 class Problem(Exception):
@@ -113,6 +114,12 @@ class _Cells:
             raise Problem(f"{name} is {value:g}, which is no count")
         return int(value)
 
+    def one_of(self, name: str, words: Sequence[str], default: str) -> str:
+        text = self.text(name, default).lower()
+        if text not in words:
+            raise Problem(f"{name} is {text!r}, not one of {', '.join(words)}")
+        return text
+
     def flag(self, name: str, default: bool = False) -> bool:
         return self.text(name, str(int(default))).lower() in ("1", "true", "yes")
 
@@ -156,8 +163,8 @@ def _run(name: str, cells: _Cells) -> Run:
         nodes=nodes,
         gpus_per_node=per_node,
         inter_bytes_per_second=None if gbps is None else gbps * 1e9 / 8,
-        precision=cells.text("precision", "bf16"),
-        attention=cells.text("attention", "flash"),
+        precision=cells.one_of("precision", PRECISIONS, "bf16"),
+        attention=cells.one_of("attention", ("flash", "unfused"), "flash"),
         compiled=cells.flag("compiled"),
         sequence_parallel=cells.flag("sequence_parallel"),
         data=data,

@@ -8,7 +8,7 @@ from math import prod
 
 from mlmdsl.graph.graph import Scalar
 from mlmdsl.graph.ops.base import Emission, Local, Op, ShapeProblem, Work
-from mlmdsl.graph.ops.common import memory_bound, partial, pointwise, shard_name, shardable
+from mlmdsl.graph.ops.common import partial, pointwise, shard_name, shardable
 from mlmdsl.graph.ops.linear import features, integer, number
 from mlmdsl.graph.placement import BROADCAST, REPLICATE, Strategy, shard
 from mlmdsl.graph.tensor import TensorType
