@@ -60,8 +60,8 @@ def _left_out(found: LeftOut) -> Iterator[str]:
     for name, error in found.by_source.items():
         kernels, collectives = found.factors[name]
         yield f"{_short(name):<{_NAME}}{100 * error:>14.1f} %   kernels x {kernels:.2f}, collectives x {collectives:.2f}"
-    ratio, fit = found.left_out / found.in_sample, 100 * found.in_sample
-    yield f"{'all, each left out in turn':<{_NAME}}{100 * found.left_out:>14.1f} %   {ratio:.2f} times {fit:.1f} %, of a fit to all;"
+    ratio = f"{found.left_out / found.in_sample:.2f} times {100 * found.in_sample:.1f} %, of a fit to all;"
+    yield f"{'all, each left out in turn':<{_NAME}}{100 * found.left_out:>14.1f} %   {ratio}"
     yield f"{'':<{_NAME + 19}}the model itself has no such factors"
 
 

@@ -42,6 +42,14 @@ def test_sc21(rows: tuple[Row, ...]) -> None:
     assert len(found) == 10 and sum(found) / 10 <= 0.05 and max(found) < 0.1
 
 
+def test_steps_on_one_device() -> None:
+    """A hand-written step of PyTorch on one H100 and one H200; the eager one makes its norms of simple operations."""
+    found = validate(PUBLISHED.with_name("one_device.csv").read_text(encoding="utf-8"))
+    compiled = sorted(abs(row.time_error or 1.0) for row in found.rows if not row.id.endswith("eager"))
+    assert len(compiled) == 13 and compiled[6] < 0.06 and compiled[-1] < 0.1
+    assert all(abs(row.memory_error or 1.0) < 0.1 for row in found.rows)
+
+
 def test_memory_is_never_far_below_what_was_measured(rows: tuple[Row, ...]) -> None:
     errors = sorted(row.memory_error for row in rows if row.memory_error is not None)
     assert len(errors) == 12 and errors[0] > -0.05 and abs(errors[6]) < 0.06
