@@ -56,6 +56,7 @@ class Execution:
     composed: bool = False
     fused_gates: bool = False
     fused_rotary: bool = False
+    fused_products: bool = False
     shards_sums: bool = True
     static_buffers: bool = True
     loss_copies: int = 0
@@ -83,6 +84,8 @@ class Execution:
         if self == Execution():
             return found
         adapted = {path: self._adapted(graph, graph.nodes[path], work, locals[path]) for path, work in found.items()}
+        if self.fused_products:
+            adapted = _joined(graph, adapted)
         if self.compiled or self.fused_gates:
             adapted = _remade(graph, adapted)
         return _fused(graph, adapted, locals) if self.compiled else adapted
@@ -159,6 +162,37 @@ def _in_fp8(work: Work) -> Work:
         then=(casts,),
         kernels_forward=work.kernels_forward + 4,
         kernels_backward=work.kernels_backward + 2,
+    )
+
+
+def _joined(graph: Graph, works: Mapping[str, Work]) -> dict[str, Work]:
+    """Products of one input are one, by weights side by side: queries, keys and values, a gate and what it gates. As many calls
+    are left, which take the result apart."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for path, work in works.items():
+        node = graph.nodes[path]
+        if work.matmul is not None and node.op == "linear" and graph.region_of[path].repeated:
+            alike.setdefault(node.inputs, []).append(path)
+    found = dict(works)
+    for first, *others in alike.values():
+        for other in others:
+            found[first] = _side_by_side(found[first], works[other])
+            left = works[other].kernels_forward, works[other].kernels_backward
+            found[other] = Work("matmul", saved=works[other].saved, kernels_forward=left[0], kernels_backward=left[1])
+    return found
+
+
+def _side_by_side(a: Work, b: Work) -> Work:
+    assert a.matmul is not None and b.matmul is not None
+    m, k, n = a.matmul
+    read = 2.0 * m * k  # the input, which is read once
+    return replace(
+        a,
+        flops_forward=a.flops_forward + b.flops_forward,
+        flops_backward=a.flops_backward + b.flops_backward,
+        bytes_forward=a.bytes_forward + b.bytes_forward - read,
+        bytes_backward=a.bytes_backward + b.bytes_backward - 2 * read,
+        matmul=(m, k, n + b.matmul[2]),
     )
 
 
