@@ -23,7 +23,7 @@ from mlmdsl.planner.compute import Kernels, slowest_of
 from mlmdsl.planner.context import over_context
 from mlmdsl.planner.execution import OURS, Execution
 from mlmdsl.planner.mesh import Mesh, Network, network_of
-from mlmdsl.planner.passes import MODES, Passes
+from mlmdsl.planner.passes import MODES, Layout, Passes
 from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
@@ -193,6 +193,7 @@ class Bench:
     expert_group: Group | None = None
     _experts: dict[int, Bench] = field(default_factory=dict[int, "Bench"])
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
+    _layout: Layout = field(default_factory=Layout)
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
     _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
     _least: dict[int, tuple[tuple[Least, ...], int]] = field(default_factory=dict[int, "tuple[tuple[Least, ...], int]"])
@@ -227,7 +228,7 @@ class Bench:
             sizes = self.setting.graph.sizes(micro_batch, self.setting.spec.train.seq_len)
             setting = self.setting
             common = (setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
-            self._passes[micro_batch] = Passes(*common, self.context_group, self.expert_group, setting.execution)
+            self._passes[micro_batch] = Passes(*common, self.context_group, self.expert_group, setting.execution, self._layout)
         return self._passes[micro_batch]
 
     def balanced(self, micro_batch: int, mode: int, stages: int) -> tuple[int, ...]:
