@@ -82,6 +82,18 @@ class PassCost:
     logits_bytes: int = 0
 
 
+class Priced(NamedTuple):
+    """A node's work, and what the device is busy with it: forward and backward seconds, of these those of weights' gradients."""
+
+    work: Work
+    forward: float
+    backward: float
+    weight: float
+
+
+Prices = dict[tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...], tuple[tuple[int, ...], ...]], Priced]
+
+
 class Form(NamedTuple):
     """A node under a sharding, for any size of micro-batch: how its values lie, as numbers in `Layout.lies`."""
 
@@ -131,6 +143,7 @@ class Passes:
     expert_group: Group | None = None
     execution: Execution = OURS
     layout: Layout = field(default_factory=Layout)
+    prices: Prices = field(default_factory=Prices)  # of nodes by their local shapes, which several shardings have in common
     _shapes: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
 
     @cached_property
@@ -155,7 +168,7 @@ class Passes:
             flops=sum(sum(computed_flops(work)) for _, work in works),
             forward_seconds=self._forward_seconds(region.nodes, tensor),
             backward_seconds=self._backward_seconds(region.nodes, tensor_back) + self._accumulating_seconds(region.nodes),
-            weight_seconds=sum(self.kernels.weight_seconds(work) for node, work in works if node.weights),
+            weight_seconds=sum(self._priced[node.path].weight for node in region.nodes if node.weights),
             tensor_forward_seconds=tensor,
             tensor_backward_seconds=tensor_back,
             context_forward_seconds=self._moved(over["context"]),
@@ -171,14 +184,14 @@ class Passes:
         )
 
     def _forward_seconds(self, nodes: Iterable[Node], waiting: float) -> float:
-        works = [self._works[node.path] for node in nodes]
-        busy = sum(map(self.kernels.forward_busy, works))
-        return self.kernels.joined(busy, sum(work.kernels_forward for work in works), waiting)
+        each = [self._priced[node.path] for node in nodes]
+        busy, kernels = sum(priced.forward for priced in each), sum(priced.work.kernels_forward for priced in each)
+        return self.kernels.joined(busy, kernels, waiting)
 
     def _backward_seconds(self, nodes: Iterable[Node], waiting: float) -> float:
-        works = [self._works[node.path] for node in nodes]
-        busy = sum(map(self.kernels.backward_busy, works))
-        return self.kernels.joined(busy, sum(work.kernels_backward for work in works), waiting)
+        each = [self._priced[node.path] for node in nodes]
+        busy, kernels = sum(priced.backward for priced in each), sum(priced.work.kernels_backward for priced in each)
+        return self.kernels.joined(busy, kernels, waiting)
 
     def _accumulating_seconds(self, nodes: Iterable[Node]) -> float:
         """Gradients of weights added to the sum over the micro-batches."""
@@ -187,8 +200,25 @@ class Passes:
 
     @cached_property
     def _works(self) -> Mapping[str, Work]:
-        found = {path: CATALOGUE[node.op].work(self._locals[path]) for path, node in self.graph.nodes.items()}
-        return self.execution.works(self.graph, found, self._locals)
+        return {path: priced.work for path, priced in self._priced.items()}
+
+    @cached_property
+    def _priced(self) -> Mapping[str, Priced]:
+        plain = {path: self._plainly(node, self._locals[path]) for path, node in self.graph.nodes.items()}
+        works = self.execution.works(self.graph, {path: priced.work for path, priced in plain.items()}, self._locals)
+        return {path: plain[path] if plain[path].work is work else self._price(work) for path, work in works.items()}
+
+    def _plainly(self, node: Node, local: Local) -> Priced:
+        """As the emitted program executes it."""
+        key = (node.path, local.inputs, local.output, local.weights)
+        found = self.prices.get(key)
+        if found is None:
+            found = self.prices[key] = self._price(CATALOGUE[node.op].work(local))
+        return found
+
+    def _price(self, work: Work) -> Priced:
+        kernels = self.kernels
+        return Priced(work, kernels.forward_busy(work), kernels.backward_busy(work), kernels.weight_seconds(work))
 
     @cached_property
     def _locals(self) -> Mapping[str, Local]:

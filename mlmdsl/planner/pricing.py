@@ -23,7 +23,7 @@ from mlmdsl.planner.compute import Kernels, slowest_of
 from mlmdsl.planner.context import over_context
 from mlmdsl.planner.execution import OURS, Execution
 from mlmdsl.planner.mesh import Mesh, Network, network_of
-from mlmdsl.planner.passes import MODES, Layout, Passes
+from mlmdsl.planner.passes import MODES, Layout, Passes, Prices
 from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
@@ -109,6 +109,10 @@ class Setting:
     @cached_property
     def chain(self) -> Chain:
         return chain_of(self.graph)
+
+    @cached_property
+    def prices(self) -> Prices:
+        return {}
 
     @property
     def width(self) -> int:
@@ -228,7 +232,8 @@ class Bench:
             sizes = self.setting.graph.sizes(micro_batch, self.setting.spec.train.seq_len)
             setting = self.setting
             common = (setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
-            self._passes[micro_batch] = Passes(*common, self.context_group, self.expert_group, setting.execution, self._layout)
+            around = (self.context_group, self.expert_group, setting.execution)
+            self._passes[micro_batch] = Passes(*common, *around, self._layout, setting.prices)
         return self._passes[micro_batch]
 
     def balanced(self, micro_batch: int, mode: int, stages: int) -> tuple[int, ...]:

@@ -174,7 +174,10 @@ class Judge:
                 yield leaf
             else:
                 mode = 0 if group.modes else group.mode
-                yield leaf._replace(bound=least_seconds(place, (around,), micro_batch, mode, schedule, group.interleave))
+                bound, milder = (
+                    least_seconds(place, (around,), micro_batch, mode, schedule, group.interleave) for mode in (mode, 0)
+                )
+                yield leaf._replace(bound=bound, milder=milder if group.milder < inf else inf)
         if len(asides) == len(shares):
             asides = [(min(over for over, _ in asides), group)]
         for over, aside in asides:
