@@ -8,8 +8,8 @@ Work is taken as if it were spread evenly over the pipeline, whose schedule then
     zb_v, dualpipe_v    W without the gradients of weights, and m W / p and the way down to the mean rank
 
 for W seconds of a micro-batch through all p stages with what they send. (1f1b: of the ways through the schedule that
-schedule.py lists, those over every stage s and then once down and up the stages after it are c_0 + .. + c_(p-1) + (m - p + s) c_s
-+ c_(s+1) + .. + c_(p-1). If all were shorter than W + (m - 1) W / p, then by induction from the last stage down their c would not
+schedule.py lists, the one that stays on stage s and goes down and up the stages after it takes W + (m - p + s) c_s + c_(s+1) +
+.. + c_(p-1). If all of these were shorter than W + (m - 1) W / p, then by induction from the last stage down the c would not
 add up to W.) The fullest rank has the mean rank's weights at least, and so exchanges these and steps them.
 
 Seconds of a sequence do not grow with the micro-batch: kernels and links are the faster the more there is to do at once

@@ -153,10 +153,8 @@ class Outcome:
 
     @property
     def outpaced(self) -> int:
-        """Candidates that a bound on time proves to be slower than all that `best_first` has told. Whether they fit may not be
-        known."""
-        looked_at = sum(found.exact for found in self.found) + sum(tally.count for tally in self.rejected.values())
-        return self.candidates - looked_at
+        """Candidates that a bound proves to be behind all that `best_first` has told: whether they fit is not known."""
+        return self.candidates - len(self.found) - sum(tally.count for tally in self.rejected.values())
 
     def best_first(self, ignored: int = 0, wished: int = 0, but: Container[Mesh] = ()) -> Iterator[Found]:
         """All that fit and keep the wishes `wished` (bits) in their exact order, but those of some meshes, which may become

@@ -83,7 +83,7 @@ class PassCost:
 
 
 class Priced(NamedTuple):
-    """A node's work, and what the device is busy with it: forward and backward seconds, of these those of weights' gradients."""
+    """A node's work, and how long the device is busy with it: forward, backward, of these the seconds of weights' gradients."""
 
     work: Work
     forward: float

@@ -347,7 +347,7 @@ class Exchange(NamedTuple):
     optimizer: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
     """One mesh: a bench, the degrees, the groups."""
 

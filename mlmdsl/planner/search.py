@@ -114,8 +114,8 @@ class Judge:
     outcome: Outcome
     space: Space
     _aside: list[_Aside] = field(default_factory=list[_Aside])
-    _held: dict[None, tuple[tuple[object, ...], list[int]]] = field(default_factory=dict[None, "tuple[tuple[object, ...], list[int]]"])
-    _overheads: dict[tuple[int, bool], list[Overhead]] = field(default_factory=dict[tuple[int, bool], "list[Overhead]"])
+    _held: dict[tuple[object, ...], list[int]] = field(default_factory=dict[tuple[object, ...], "list[int]"])
+    _overheads: dict[tuple[Place, bool], list[Overhead]] = field(default_factory=dict[tuple[Place, bool], "list[Overhead]"])
 
     # ---- branches ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class Judge:
             self._put_aside(over, aside)
 
     def _overheads_of(self, place: Place, schedule: Schedule = "1f1b") -> list[Overhead]:
-        key = (id(place), schedule in V_SHAPED)
+        key = (place, schedule in V_SHAPED)
         found = self._overheads.get(key)
         if found is None:
             found = self._overheads[key] = [overhead(place, *share) for share in self.space.shares(place, schedule)]
@@ -284,10 +284,11 @@ class Judge:
         around = (cut, place.context, place.expert)
         for zero, replicate in self._shares(branch):
             candidate = Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes)
-            key = (id(place), *chosen)
-            if self._held.get(None, ((), []))[0] != key:
-                self._held[None] = (key, place.held_bytes(candidate))
-            yield candidate, place.peak_bytes(candidate, self._held[None][1])
+            key = (place, *chosen)
+            held = self._held.get(key)
+            if held is None:
+                held = self._held[key] = place.held_bytes(candidate)
+            yield candidate, place.peak_bytes(candidate, held)
 
     def add(self, candidate: Candidate, place: Place) -> None:
         """One that fits."""
