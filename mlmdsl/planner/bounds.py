@@ -55,7 +55,7 @@ def least_pipeline(schedule: Schedule, sums: Sums, send: float, micro_batches: i
     return whole + (m - 1) * whole / p
 
 
-def overhead(place: Place, zero: int, replicate: int) -> Overhead:
+def overhead_of(place: Place, zero: int, replicate: int) -> Overhead:
     """Of the rank with the mean rank's weights."""
     setting, replicas, pipeline = place.bench.setting, place.replicas, place.pipeline
     execution, kernels = setting.execution, setting.kernels
@@ -88,20 +88,17 @@ def overhead(place: Place, zero: int, replicate: int) -> Overhead:
     return Overhead(once + of_experts + step, passes)
 
 
-def least_seconds(
-    place: Place,
-    overheads: Iterable[Overhead],
-    micro_batch: int,
-    mode: int,
-    schedule: Schedule,
-    interleave: int,
-) -> float:
-    """Of a step, under a way of recomputing and a schedule: of the ways of ZeRO the quickest."""
-    m = place.micro_batches(micro_batch)
-    sums, send = place.bench.sums(micro_batch, mode), place.least_send(micro_batch)
-    around = min(once + m * interleave * each for once, each in overheads)
-    through = least_pipeline(schedule, sums, send, m, place.pipeline, interleave)
-    return _ROUNDED * (through + around + place.sync_seconds)
+def least_around(place: Place, overheads: Iterable[Overhead], micro_batch: int, interleave: int) -> float:
+    """Of a step besides the way through the pipeline: of the ways of ZeRO the quickest."""
+    passes = place.micro_batches(micro_batch) * interleave
+    return min([once + passes * each for once, each in overheads]) + place.sync_seconds
+
+
+def least_seconds(place: Place, around: float, micro_batch: int, mode: int, schedule: Schedule, interleave: int) -> float:
+    """Of a step, under a way of recomputing and a schedule; `around`: of `least_around`."""
+    m, send = place.micro_batches(micro_batch), place.least_send(micro_batch)
+    sums = place.bench.sums(micro_batch, mode)
+    return _ROUNDED * (least_pipeline(schedule, sums, send, m, place.pipeline, interleave) + around)
 
 
 def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) -> float:

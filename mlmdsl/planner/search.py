@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heapify, heappop, heappush
+from itertools import cycle
 from math import inf
 from typing import Any, NamedTuple
 
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
-from mlmdsl.planner.bounds import Overhead, least_from, least_seconds, overhead
+from mlmdsl.planner.bounds import Overhead, least_around, least_from, least_seconds, overhead_of
 from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
@@ -151,43 +152,40 @@ class Judge:
         """With the first micro-batch, by schedule and way of recomputing."""
         place, micro_batch = branch.place, branch.micro_batches[0]
         for schedule, interleave in self.space.runs(place).courses[micro_batch]:
-            overheads, mildest = self._overheads_of(place, schedule), inf
+            around, mildest = least_around(place, self._overheads_of(place, schedule), micro_batch, interleave), inf
             for mode, modes in self.space.ways(schedule):
-                bound = least_seconds(place, overheads, micro_batch, 0 if modes else mode, schedule, interleave)
+                bound = least_seconds(place, around, micro_batch, 0 if modes else mode, schedule, interleave)
                 milder, mildest = mildest, min(bound, mildest)
                 group = Branch(bound, 0, place, (micro_batch,), schedule, interleave, mode, modes, milder)
                 if self.minimize == "memory":
-                    group = group._replace(bound=self._least_under(group) * (1 - 1e-8))
+                    group = group._replace(bound=min(self._least_under(group)) * (1 - 1e-8))
                 yield group._replace(broken=self._broken(place, group)) if self.outcome.wishes else group
 
     def _leaves(self, group: Branch) -> Iterator[Branch]:
         """By ZeRO and its copies."""
-        place, schedule, (micro_batch,) = group.place, group.schedule, group.micro_batches
+        place, schedule, (micro_batch,), interleave = group.place, group.schedule, group.micro_batches, group.interleave
         assert schedule is not None
-        shares = self.space.shares(place, schedule)
-        asides: list[tuple[int, Branch]] = []
-        for share, around in zip(shares, self._overheads_of(place, schedule), strict=True):
-            over = self._over(leaf := group._replace(share=share))
+        overs = [0] if group.modes else [least - self.setting.capacity_bytes for least in self._least_under(group)]
+        if min(overs) > 0:
+            self._put_aside(min(overs), group)
+            return
+        several = zip(self.space.shares(place, schedule), self._overheads_of(place, schedule), cycle(overs))
+        for share, overhead, over in several:
             if over > 0:
-                asides.append((over, leaf))
+                self._put_aside(over, group._replace(share=share))
             elif self.minimize == "memory":
-                yield leaf
+                yield group._replace(share=share)
             else:
-                mode = 0 if group.modes else group.mode
-                bound, milder = (
-                    least_seconds(place, (around,), micro_batch, mode, schedule, group.interleave) for mode in (mode, 0)
-                )
-                yield leaf._replace(bound=bound, milder=milder if group.milder < inf else inf)
-        if len(asides) == len(shares):
-            asides = [(min(over for over, _ in asides), group)]
-        for over, aside in asides:
-            self._put_aside(over, aside)
+                around = least_around(place, (overhead,), micro_batch, interleave)
+                bound = least_seconds(place, around, micro_batch, 0 if group.modes else group.mode, schedule, interleave)
+                milder = least_seconds(place, around, micro_batch, 0, schedule, interleave) if group.milder < inf else inf
+                yield group._replace(bound=bound, milder=milder, share=share)
 
     def _overheads_of(self, place: Place, schedule: Schedule = "1f1b") -> list[Overhead]:
         key = (place, schedule in V_SHAPED)
         found = self._overheads.get(key)
         if found is None:
-            found = self._overheads[key] = [overhead(place, *share) for share in self.space.shares(place, schedule)]
+            found = self._overheads[key] = [overhead_of(place, *share) for share in self.space.shares(place, schedule)]
         return found
 
     def _broken(self, place: Place, group: Branch | None = None) -> int:
@@ -213,16 +211,17 @@ class Judge:
             return 0
         if branch.schedule is None:
             return self._least_bytes(branch.place, branch.micro_batches[0]) - self.setting.capacity_bytes
-        return self._least_under(branch) - self.setting.capacity_bytes
+        return min(self._least_under(branch)) - self.setting.capacity_bytes
 
     def _least_bytes(self, place: Place, micro_batch: int) -> int:
         """Grows with the micro-batch."""
         return min(place.least_bytes(micro_batch, *share) for share in self.space.shares(place))
 
-    def _least_under(self, branch: Branch) -> int:
+    def _least_under(self, branch: Branch) -> list[int]:
+        """By ZeRO and its copies."""
         assert branch.schedule is not None
         chosen = (branch.micro_batches[0], branch.mode, branch.schedule, branch.interleave)
-        return min(branch.place.least_under(*chosen, *share) for share in self._shares(branch))
+        return [branch.place.least_under(*chosen, *share) for share in self._shares(branch)]
 
     def _shares(self, branch: Branch) -> tuple[tuple[int, int], ...]:
         assert branch.schedule is not None
