@@ -180,7 +180,9 @@ def plans(folder: Path, most: int | None) -> tuple[list[Plan], str]:
     """Programs of all feasible plans in the folder, or of `most` spread evenly over the predicted order; and the chosen one."""
     done = compile_spec(SPEC, path=str(folder / "spec.mlm"), until="graph")
     assert done.spec is not None and done.graph is not None
-    found = explore(Setting(done.spec, done.graph), done.spec.plan).found
+    outcome = explore(Setting(done.spec, done.graph), done.spec.plan)
+    outcome.exhaust()
+    found = outcome.found
     if most is not None and len(found) > most:
         found = [found[i * (len(found) - 1) // (most - 1)] for i in range(most)]
     report = SearchReport(candidates=1, feasible=1, seconds=0.0, rejected=())

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlmdsl.compile import Compilation
+from mlmdsl.grammar.spec import Spec
+from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.accuracy import Accuracy, accuracy
 from mlmdsl.planner.operation import Goodput, goodput
 from mlmdsl.planner.plan import Plan
 from mlmdsl.planner.pricing import Setting
-from mlmdsl.planner.whatif import WhatIf, what_if
-from mlmdsl.planner.why import Answer, answer, questions
-from mlmdsl.planner.within import Within, days_of, within
-from mlmdsl.report.explained import render_answers, render_trust, render_what_if, render_within
+
+if TYPE_CHECKING:  # imported when it is asked for
+    from mlmdsl.planner.whatif import WhatIf
+    from mlmdsl.planner.why import Answer
+    from mlmdsl.planner.within import Within
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Explained:
         return json.dumps(json.loads(plan.to_json()) | {key: value for key, value in told.items() if value}, indent=1) + "\n"
 
     def render(self, plan: Plan, *, color: bool, width: int) -> Iterator[str]:
+        from mlmdsl.report.explained import render_answers, render_trust, render_what_if, render_within
+
         look: Any = {"color": color, "width": width}
         yield render_trust(self.accuracy, self.goodput, **look)
         if self.what_if:
@@ -52,12 +57,25 @@ def explain(done: Compilation, why: Sequence[str] = (), asked_what_if: bool = Fa
     """Of a compilation that got to the plan. Raises SpecError and UsageError for what was asked wrongly."""
     spec, graph, plan = done.spec, done.graph, done.plan
     assert spec is not None and graph is not None and plan is not None
-    asked, days = questions(why), None if time is None else days_of(time)
+    answers = _answers(spec, graph, plan, why) if why else ()
+    changes, sized = _what_if(spec, graph) if asked_what_if else (), None if time is None else _within(spec, graph, time)
+    return Explained(accuracy(spec, plan), goodput(spec, plan), answers, changes, sized)
+
+
+def _answers(spec: Spec, graph: Graph, plan: Plan, why: Sequence[str]) -> tuple[Answer, ...]:
+    from mlmdsl.planner.why import answer, questions
+
     setting = Setting(spec, graph)
-    return Explained(
-        accuracy(spec, plan),
-        goodput(spec, plan),
-        tuple(answer(setting, plan, each) for each in asked),
-        what_if(spec, graph) if asked_what_if else (),
-        None if days is None else within(spec, graph, days),
-    )
+    return tuple(answer(setting, plan, asked) for asked in questions(why))
+
+
+def _what_if(spec: Spec, graph: Graph) -> tuple[WhatIf, ...]:
+    from mlmdsl.planner.whatif import what_if
+
+    return what_if(spec, graph)
+
+
+def _within(spec: Spec, graph: Graph, time: str) -> Within:
+    from mlmdsl.planner.within import days_of, within
+
+    return within(spec, graph, days_of(time))

@@ -30,6 +30,7 @@ def _terms(dim: str) -> tuple[tuple[int, tuple[str, ...]], ...]:
     )
 
 
+@cache
 def symbols_of(dim: Dim) -> frozenset[str]:
     names = dim.replace("+", "*").split("*") if isinstance(dim, str) else []
     return frozenset(name for name in names if not name.isdecimal())

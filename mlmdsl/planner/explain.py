@@ -25,20 +25,18 @@ Explore = Callable[[Setting, PlanConstraints], Outcome]
 
 def runners_up(outcome: Outcome) -> tuple[Alternative, ...]:
     """The best plan of each other mesh; where there are few meshes, the next best plans of any."""
-    meshes, chosen = {outcome.found[0].mesh}, dict[Candidate, Found]()
-    most = min(_RUNNERS_UP, len({found.mesh for found in outcome.found}) - 1)
-    for found in outcome.best_first():
-        if len(chosen) == most:
+    best, chosen = outcome.found[0], dict[Candidate, Found]()
+    meshes = {best.mesh}
+    for found in outcome.best_first(but=meshes):
+        meshes.add(found.mesh)
+        chosen[found.candidate] = found
+        if len(chosen) == _RUNNERS_UP:
             break
-        if found.mesh not in meshes:
-            meshes.add(found.mesh)
-            chosen[found.candidate] = found
-    best = outcome.found[0]
-    for found in outcome.best_first():
-        if len(chosen) >= _RUNNERS_UP:
-            break
+    for found in outcome.best_first() if len(chosen) < _RUNNERS_UP else ():
         if found.candidate is not best.candidate:
             chosen.setdefault(found.candidate, found)
+        if len(chosen) == _RUNNERS_UP:
+            break
     shown = sorted(chosen.values(), key=lambda found: (found.objective, found.order()))
     return tuple(Alternative(plan=variables(f.candidate), predicted=predicted(f.place, f.candidate)) for f in shown)
 
@@ -77,6 +75,7 @@ def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
 
 def rejections(outcome: Outcome) -> tuple[Rejection, ...]:
     """The most frequent reason first."""
+    outcome.find_closest()
     ordered = sorted(outcome.rejected.items(), key=lambda item: (-item[1].count, item[0]))
     return tuple(Rejection(reason=_reason(key), count=t.count, closest=closest(outcome, key, t)) for key, t in ordered)
 

@@ -9,7 +9,6 @@ have the same experts; "shards" for neighbours among the replicas over which hyb
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,15 +87,28 @@ class Mesh:
         stride, size, node = self.stride(axis), self.size(axis), self.devices_per_node
         if size == 1 or self.world_size <= node or node % (stride * size) == 0:
             return size
-        if stride % node == 0:
+        if stride >= node:
             return 1
         if node % stride == 0 and (stride * size) % node == 0:
             return node // stride
-        return min(min(Counter(rank // node for rank in group).values()) for group in self.groups(axis))
+        blocks = range(0, self.world_size, stride * size)[:node]  # after as many they lie on nodes as before
+        firsts = {(block + first) % node for block in blocks for first in range(stride)}
+        return min(_fewest(first, stride, size, node) for first in firsts)
 
     def crosses_nodes(self, axis: str) -> bool:
         """Whether any group of the axis has members on two nodes."""
         return self.per_node(axis) < self.size(axis)
+
+
+def _fewest(first: int, stride: int, size: int, node: int) -> int:
+    """Of a group's members, that many share a node at the least: the first node's, the last one's, or of those between, which
+    are alike after `stride` of them."""
+    nodes = range(first // node, (first + (size - 1) * stride) // node + 1)
+    counted = [
+        min(size, -(-(node * (n + 1) - first) // stride)) - max(0, -(-(node * n - first) // stride))
+        for n in {*nodes[: stride + 2], nodes[-1]}
+    ]
+    return min(counted)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import PARTIAL
+from mlmdsl.graph.tensor import TensorType
+from mlmdsl.planner.choice import width
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.execution import OURS, Execution
@@ -80,6 +82,48 @@ class PassCost:
     logits_bytes: int = 0
 
 
+class Priced(NamedTuple):
+    """A node's work, and how long the device is busy with it: forward, backward, of these the seconds of weights' gradients."""
+
+    work: Work
+    forward: float
+    backward: float
+    weight: float
+
+
+Prices = dict[tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...], tuple[tuple[int, ...], ...]], Priced]
+
+
+class Form(NamedTuple):
+    """A node under a sharding, for any size of micro-batch: how its values lie, as numbers in `Layout.lies`."""
+
+    inputs: tuple[int, ...]
+    input_bytes: tuple[int, ...]
+    output: int
+    output_bytes: int
+    weights: tuple[tuple[int, ...], ...]
+
+
+class Layout:
+    """What passes of any size under one sharding have in common, made when it is first asked for: which values there are, and
+    by region what is kept of them."""
+
+    def __init__(self) -> None:
+        self.lies: list[tuple[TensorType, Lie]] = []
+        self.numbers: dict[tuple[TensorType, Lie], int] = {}
+        self.forms: dict[str, Form] = {}
+        self.made: dict[int, Callable[[Key], bool]] = {}
+        self.plain: dict[int, tuple[tuple[str, Key, int], ...]] = {}
+        self.dear: dict[int, tuple[tuple[Key, int], ...]] = {}
+
+    def number(self, type: TensorType, lie: Lie) -> int:
+        found = self.numbers.get((type, lie))
+        if found is None:
+            found = self.numbers[type, lie] = len(self.lies)
+            self.lies.append((type, lie))
+        return found
+
+
 def computed_flops(work: Work) -> tuple[float, float]:
     """(forward, backward), what a kernel computes under its mask included."""
     return work.flops_forward * work.computed, work.flops_backward * work.computed
@@ -98,7 +142,9 @@ class Passes:
     context_group: Group | None = None
     expert_group: Group | None = None
     execution: Execution = OURS
-    _measured: dict[tuple[str, Lie], int] = field(default_factory=dict[tuple[str, Lie], int])
+    layout: Layout = field(default_factory=Layout)
+    prices: Prices = field(default_factory=Prices)  # of nodes by their local shapes, which several shardings have in common
+    _shapes: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
 
     @cached_property
     def costs(self) -> tuple[PassCost, ...]:
@@ -122,7 +168,7 @@ class Passes:
             flops=sum(sum(computed_flops(work)) for _, work in works),
             forward_seconds=self._forward_seconds(region.nodes, tensor),
             backward_seconds=self._backward_seconds(region.nodes, tensor_back) + self._accumulating_seconds(region.nodes),
-            weight_seconds=sum(self.kernels.weight_seconds(work) for node, work in works if node.weights),
+            weight_seconds=sum(self._priced[node.path].weight for node in region.nodes if node.weights),
             tensor_forward_seconds=tensor,
             tensor_backward_seconds=tensor_back,
             context_forward_seconds=self._moved(over["context"]),
@@ -138,14 +184,14 @@ class Passes:
         )
 
     def _forward_seconds(self, nodes: Iterable[Node], waiting: float) -> float:
-        works = [self._works[node.path] for node in nodes]
-        busy = sum(map(self.kernels.forward_busy, works))
-        return self.kernels.joined(busy, sum(work.kernels_forward for work in works), waiting)
+        each = [self._priced[node.path] for node in nodes]
+        busy, kernels = sum(priced.forward for priced in each), sum(priced.work.kernels_forward for priced in each)
+        return self.kernels.joined(busy, kernels, waiting)
 
     def _backward_seconds(self, nodes: Iterable[Node], waiting: float) -> float:
-        works = [self._works[node.path] for node in nodes]
-        busy = sum(map(self.kernels.backward_busy, works))
-        return self.kernels.joined(busy, sum(work.kernels_backward for work in works), waiting)
+        each = [self._priced[node.path] for node in nodes]
+        busy, kernels = sum(priced.backward for priced in each), sum(priced.work.kernels_backward for priced in each)
+        return self.kernels.joined(busy, kernels, waiting)
 
     def _accumulating_seconds(self, nodes: Iterable[Node]) -> float:
         """Gradients of weights added to the sum over the micro-batches."""
@@ -154,12 +200,53 @@ class Passes:
 
     @cached_property
     def _works(self) -> Mapping[str, Work]:
-        found = {path: CATALOGUE[node.op].work(self._locals[path]) for path, node in self.graph.nodes.items()}
-        return self.execution.works(self.graph, found, self._locals)
+        return {path: priced.work for path, priced in self._priced.items()}
+
+    @cached_property
+    def _priced(self) -> Mapping[str, Priced]:
+        plain = {path: self._plainly(node, self._locals[path]) for path, node in self.graph.nodes.items()}
+        works = self.execution.works(self.graph, {path: priced.work for path, priced in plain.items()}, self._locals)
+        return {path: plain[path] if plain[path].work is work else self._price(work) for path, work in works.items()}
+
+    def _plainly(self, node: Node, local: Local) -> Priced:
+        """As the emitted program executes it."""
+        key = (node.path, local.inputs, local.output, local.weights)
+        found = self.prices.get(key)
+        if found is None:
+            found = self.prices[key] = self._price(CATALOGUE[node.op].work(local))
+        return found
+
+    def _price(self, work: Work) -> Priced:
+        kernels = self.kernels
+        return Priced(work, kernels.forward_busy(work), kernels.backward_busy(work), kernels.weight_seconds(work))
 
     @cached_property
     def _locals(self) -> Mapping[str, Local]:
-        return {path: self.sharding.local(node, self.sizes, self.float_bytes) for path, node in self.graph.nodes.items()}
+        return {path: self._local(self._form(node), node) for path, node in self.graph.nodes.items()}
+
+    def _local(self, form: Form, node: Node) -> Local:
+        inputs, output = tuple(map(self._shape, form.inputs)), self._shape(form.output)
+        return Local(inputs, form.input_bytes, output, form.output_bytes, form.weights, self.float_bytes, node.attrs)
+
+    def _form(self, node: Node) -> Form:
+        found = self.layout.forms.get(node.path)
+        if found is None:
+            lies = [self._number(value, self.sharding.asked(node, i)) for i, value in enumerate(node.inputs)]
+            output = self._number(node.path, self.sharding.left(node.path))
+            local = self.sharding.local(node, self.sizes, self.float_bytes)
+            found = Form(tuple(lies), local.input_bytes, output, local.output_bytes, local.weights)
+            self.layout.forms[node.path] = found
+        return found
+
+    def _number(self, value: str, lie: Lie) -> int:
+        return self.layout.number(self.graph.nodes[value].type, lie)
+
+    def _shape(self, number: int) -> tuple[int, ...]:
+        """On one rank."""
+        found = self._shapes.get(number)
+        if found is None:
+            found = self._shapes[number] = self.sharding.local_shape(*self.layout.lies[number], self.sizes)
+        return found
 
     def move_bytes(self, move: Move) -> int:
         return self.sharding.move_bytes(move, self.sizes, self.float_bytes)
@@ -294,6 +381,12 @@ class Passes:
         }
 
     def _made_in(self, region: Region) -> Callable[[Key], bool]:
+        found = self.layout.made.get(id(region))
+        if found is None:
+            found = self.layout.made[id(region)] = self._find_made_in(region)
+        return found
+
+    def _find_made_in(self, region: Region) -> Callable[[Key], bool]:
         index = self.graph.regions.index(region)
         inside = {node.path for node in region.nodes if node.op != "input"}
         if not region.repeated:
@@ -301,20 +394,36 @@ class Passes:
         brought = {self._storage(m.value, m.lie): m.region for m in self.sharding.moves if m.step.forward is not None}
         return lambda key: brought[key] == index if key in brought else key[0] in inside
 
-    def _saved_plain(self, region: Region) -> Iterator[tuple[Node, Key, int]]:
-        """Which operation saves what."""
+    def _saved_plain(self, region: Region) -> Iterator[tuple[str, Key, int]]:
+        """Which operation saves what, and its bytes."""
+        found = self.layout.plain.get(id(region))
+        if found is None:
+            found = self.layout.plain[id(region)] = tuple(self._find_plain(region))
+        return ((path, key, self._size(number)) for path, key, number in found)
+
+    def _find_plain(self, region: Region) -> Iterator[tuple[str, Key, int]]:
         for node in region.nodes:
             left = self.sharding.left(node.path)
             for name in self._works[node.path].saved:
                 if name == "out":
-                    yield node, self._storage(node.path), self._bytes(node.path, left)
+                    yield node.path, self._storage(node.path), self._number(node.path, left)
                 else:
                     value, lie = node.inputs[int(name[2:])], self.sharding.asked(node, int(name[2:]))
-                    yield node, self._storage(value, lie), self._bytes(value, lie)
+                    yield node.path, self._storage(value, lie), self._number(value, lie)
             if node.op in _COMPOSED.get(self.kernels.device.kind, ()):
-                yield node, (node.path, "inside"), self._bytes(node.path, left)
+                yield node.path, (node.path, "inside"), self._number(node.path, left)
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
+        found = self.layout.dear.get(id(region))
+        if found is None:
+            found = self.layout.dear[id(region)] = tuple(self._find_dear(region, moves))
+        for key, number in found:
+            yield key, self._size(number)
+        for node in region.nodes:
+            if size := self.delivered(node)[0]:
+                yield (node.path, "delivered"), size
+
+    def _find_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
         users: dict[str, list[Node]] = {}
         for node in region.nodes:
             for source in node.inputs:
@@ -322,13 +431,10 @@ class Passes:
         rerun = {node.path for node in self.execution.reruns(region.nodes)}
         for node in region.nodes:
             if node.path not in rerun and not self._only_summed(node.path, users):
-                yield self._storage(node.path), self._bytes(node.path, self.sharding.left(node.path))
+                yield self._storage(node.path), self._number(node.path, self.sharding.left(node.path))
         for move in moves:
             if move.step.forward in (*_SUMS, "all_to_all"):
-                yield self._storage(move.value, move.lie), self._bytes(move.value, move.lie)
-        for node in region.nodes:
-            if size := self.delivered(node)[0]:
-                yield (node.path, "delivered"), size
+                yield self._storage(move.value, move.lie), self._number(move.value, move.lie)
 
     def _only_summed(self, value: str, users: Mapping[str, list[Node]]) -> bool:
         """Whether a product is a partial sum that a collective adds up, by itself or added to others."""
@@ -351,11 +457,17 @@ class Passes:
         return not CATALOGUE[node.op].cheap or self._passes_on(node)
 
     def _bytes(self, value: str, lie: Lie) -> int:
-        found = self._measured.get((value, lie))
+        return self._size(self._number(value, lie))
+
+    @cached_property
+    def _sizes(self) -> dict[int, int]:
+        return {}
+
+    def _size(self, number: int) -> int:
+        """Bytes on one rank."""
+        found = self._sizes.get(number)
         if found is None:
-            type = self.graph.nodes[value].type
-            width = {"float": self.float_bytes, "fp32": 4, "int": 8}[type.dtype]
-            found = self._measured[value, lie] = prod(self.sharding.local_shape(type, lie, self.sizes)) * width
+            found = self._sizes[number] = prod(self._shape(number)) * width(self.layout.lies[number][0], self.float_bytes)
         return found
 
     def _most_transient(self, region: Region) -> int:
@@ -363,8 +475,8 @@ class Passes:
         ones saved is free again."""
         made, seen = self._made_in(region), set[Key]()
         kept = dict.fromkeys((node.path for node in region.nodes), 0)
-        for node, key, size in self._saved_plain(region):
-            kept[node.path] += size if made(key) and key not in seen else 0
+        for path, key, size in self._saved_plain(region):
+            kept[path] += size if made(key) and key not in seen else 0
             seen.add(key)
         most = free = 0
         for node in reversed(region.nodes):
@@ -376,9 +488,9 @@ class Passes:
         """Its results and their gradients at one moment: output and inputs, and what the operation needs inside."""
         if node.op in ("input", "carry"):
             return 0
-        inputs = sum(self._bytes(value, self.sharding.asked(node, i)) for i, value in enumerate(node.inputs))
+        form = self._form(node)
         inside = 0 if node.path == self.graph.loss else int(self._works[node.path].transient_bytes)
-        return inputs + self._bytes(node.path, self.sharding.left(node.path)) + inside + max(self.delivered(node))
+        return sum(map(self._size, form.inputs)) + self._size(form.output) + inside + max(self.delivered(node))
 
     def boundary_bytes(self, entry: str) -> int:
         """A carried value as it lies between passes and stages."""

@@ -171,8 +171,8 @@ class Rejection(Frozen):
 
 
 class SearchReport(Frozen):
-    """`bounded`: candidates that a bound on memory proves not to fit; `outpaced`: candidates that fit, and that a bound on time
-    proves to be slower than the plan and its runners-up. Neither are priced any further."""
+    """Every candidate is found to fit (`feasible`), rejected (`bounded` of these by a bound on memory), or `outpaced`: a bound
+    on time proves it to be slower than the plan and its runners-up, so that nobody asks whether it fits."""
 
     candidates: int
     feasible: int

@@ -23,7 +23,7 @@ from mlmdsl.planner.compute import Kernels, slowest_of
 from mlmdsl.planner.context import over_context
 from mlmdsl.planner.execution import OURS, Execution
 from mlmdsl.planner.mesh import Mesh, Network, network_of
-from mlmdsl.planner.passes import MODES, Passes
+from mlmdsl.planner.passes import MODES, Layout, Passes, Prices
 from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
@@ -111,6 +111,10 @@ class Setting:
     def chain(self) -> Chain:
         return chain_of(self.graph)
 
+    @cached_property
+    def prices(self) -> Prices:
+        return {}
+
     @property
     def width(self) -> int:
         return _WIDTH[self.spec.train.precision]
@@ -164,6 +168,18 @@ class PartCost(NamedTuple):
     bytes: memory.Passing
 
 
+class Sums(NamedTuple):
+    """Of one micro-batch through the whole model: forward and backward seconds without sends, of the backward ones those of
+    weights' gradients; of the quickest layer forward and all seconds; bytes that a stage hands on at least."""
+
+    forward: float
+    backward: float
+    weight: float
+    quickest_forward: float
+    quickest: float
+    crossing: int
+
+
 class Least(NamedTuple):
     """Bytes that all layers keep for one micro-batch, and that a rank with layers needs while the backward pass of one runs."""
 
@@ -182,10 +198,12 @@ class Bench:
     expert_group: Group | None = None
     _experts: dict[int, Bench] = field(default_factory=dict[int, "Bench"])
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
+    _layout: Layout = field(default_factory=Layout)
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
     _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
     _least: dict[int, tuple[tuple[Least, ...], int]] = field(default_factory=dict[int, "tuple[tuple[Least, ...], int]"])
     _balanced: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict[tuple[int, int, int], tuple[int, ...]])
+    _sums: dict[tuple[int, int], Sums] = field(default_factory=dict[tuple[int, int], Sums])
 
     def over_context(self, context: int) -> Bench | Infeasible:
         """The same with ranks on the context axis, which are next to each other but for the tensor axis' ones."""
@@ -215,7 +233,8 @@ class Bench:
             sizes = self.setting.graph.sizes(micro_batch, self.setting.spec.train.seq_len)
             setting = self.setting
             common = (setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
-            self._passes[micro_batch] = Passes(*common, self.context_group, self.expert_group, setting.execution)
+            around = (self.context_group, self.expert_group, setting.execution)
+            self._passes[micro_batch] = Passes(*common, *around, self._layout, setting.prices)
         return self._passes[micro_batch]
 
     def balanced(self, micro_batch: int, mode: int, stages: int) -> tuple[int, ...]:
@@ -266,6 +285,22 @@ class Bench:
             for cost in self.passes(micro_batch).costs
         ]
 
+    def sums(self, micro_batch: int, mode: int) -> Sums:
+        """What bounds on time are made of (bounds.py)."""
+        found = self._sums.get((micro_batch, mode))
+        if found is None:
+            found = self._sums[micro_batch, mode] = self._summed(micro_batch, mode)
+        return found
+
+    def _summed(self, micro_batch: int, mode: int) -> Sums:
+        chain, seconds = self.setting.chain, self._region_seconds(micro_batch, mode)
+        each = [[sum(seconds[i][k] for i in kind) for k in range(3)] for kind in chain.kinds]
+        ends = [[seconds[i][k] for i in chain.first + chain.last] for k in range(3)]
+        forward, backward, weight = (sum(n * each[kind][k] for kind, n in chain.layers) + sum(ends[k]) for k in range(3))
+        crossing = min((self.passes(micro_batch).crossing_bytes[kind[0]] for kind in chain.kinds), default=0)
+        quickest = min((f + b for f, b, _ in each), default=0.0)
+        return Sums(forward, backward, weight, min((f for f, _, _ in each), default=0.0), quickest, crossing)
+
     def least_layer(self, micro_batch: int, mild: int, dear: int) -> float:
         """What a pass through a layer takes at least under one way of recomputing, as a share of that under another."""
         ways = [[f + b for f, b, _ in self._region_seconds(micro_batch, mode)] for mode in (mild, dear)]
@@ -313,7 +348,7 @@ class Exchange(NamedTuple):
     optimizer: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
     """One mesh: a bench, the degrees, the groups."""
 
@@ -500,6 +535,10 @@ class Place:
             return send_seconds(size, self.pipeline_group)
         return send_seconds(size / tensor, self.pipeline_group) + collective_seconds("all_gather", size, bench.group)
 
+    def least_send(self, micro_batch: int) -> float:
+        """Seconds of one hand-over between stages."""
+        return self._send_seconds(self.bench.sums(micro_batch, 0).crossing) if self.pipeline > 1 else 0.0
+
     def crossings(self, c: Candidate, stage: int) -> tuple[bool, bool]:
         """Whether a virtual stage is given its input by another rank, and hands its output to one."""
         mesh = (c.schedule, self.pipeline, c.interleave)
@@ -520,6 +559,11 @@ class Place:
     def _overlaps(self) -> bool:
         """Whether collectives run beside kernels: on a CPU both want the same cores."""
         return self.bench.setting.device.kind != "cpu"
+
+    @property
+    def taken(self) -> float:
+        """Of a collective's time, what it costs at least where something runs beside it."""
+        return _TAKEN if self._overlaps else 1.0
 
     def sums_each_pass(self, zero: int) -> bool:
         """Whether gradients are reduce-scattered after every backward pass, and not once a step: torch's pipeline stages would
@@ -592,9 +636,14 @@ class Place:
         partial = collective_seconds("all_reduce", 4 * self.partial_elements(c, parts), self.bench.group)
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(c, parts), self._pair)
         stepped = sum(stack.times * stack.stepped for part in parts for stack in holdings.experts(part, self._zeroed(zero)))
-        each_element = setting.execution.optimizer_bytes or _OPTIMIZER_BYTES[setting.spec.train.precision]
-        optimizer = setting.kernels.optimizer_seconds(each_element * (owned + stepped))
+        optimizer = setting.kernels.optimizer_seconds(self.optimizer_bytes * (owned + stepped))
         return Exchange(gather, reduce, unit, copied, experts, tied, partial, optimizer)
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """Moved for each element that is stepped."""
+        setting = self.bench.setting
+        return setting.execution.optimizer_bytes or _OPTIMIZER_BYTES[setting.spec.train.precision]
 
     def _zeroed(self, zero: int) -> int:
         """Ranks that ZeRO shares experts' state out over, where each has all of them."""

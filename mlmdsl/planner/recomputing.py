@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from heapq import heapify, heappop, heappush
 
 from mlmdsl.planner import schedule
 from mlmdsl.planner.blend import How, blend
@@ -21,21 +22,35 @@ Order = Callable[[Sequence[int], Sequence[int]], list[int]]  # from layers and m
 
 
 def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh) -> None:
-    """Hands plans that fit in `limit_bytes` and may be faster than the best one, which comes first, to `weigh`."""
+    """Hands plans that fit in `limit_bytes` and may be faster than the best one, which comes first, to `weigh`. Branches are
+    opened as far as theirs may be."""
     best = outcome.found[0].order()[0]
-    promising: list[tuple[float, int, int]] = []
-    for number, found in enumerate(outcome.found):
-        for mild in range(found.candidate.recompute if not found.candidate.modes else 0):
-            bound = _least(found, mild)
-            if bound < best:
-                promising.append((bound, number, mild))
-    for bound, number, mild in sorted(promising):
-        if bound >= best:
-            break
+    waiting = [promise for number in range(len(outcome.found)) for promise in _promising(outcome, number)]
+    waiting += [(branch.milder, number, -1) for number, branch in outcome.branches.items()]
+    heapify(waiting)
+    while waiting and waiting[0][0] < best:
+        _, number, mild = heappop(waiting)
+        if mild < 0:
+            branches, plans = outcome.opened(number)
+            for promise in [promise for new in plans for promise in _promising(outcome, new)]:
+                heappush(waiting, promise)
+            for new, branch in branches:
+                heappush(waiting, (branch.milder, new, -1))
+            continue
         found = outcome.found[number]
         for candidate in fewest(found.place, found.candidate, mild, limit_bytes):
+            before = len(outcome.found)
             weigh(candidate, found.place)
-            best = min(best, outcome.found[-1].order()[0])
+            for new in range(before, len(outcome.found)):
+                if outcome.found[new].order()[0] < best:
+                    best = min(best, outcome.made_exact(new).order()[0])
+
+
+def _promising(outcome: Outcome, number: int) -> Iterator[tuple[float, int, int]]:
+    """(bound, number in `found`, milder way of recomputing)."""
+    found = outcome.found[number]
+    for mild in range(found.candidate.recompute if not found.candidate.modes else 0):
+        yield _least(found, mild), number, mild
 
 
 def _least(found: Found, mild: int) -> float:

@@ -1,55 +1,39 @@
-"""The search: every legal plan is priced and put against the ledger; the best one is assembled into a Plan.
+"""The search: of all legal plans (space.py) the best one that fits is assembled into a Plan, with its runners-up.
 
-Exhaustive over tensor x sequence_parallel x context x pipeline x data x expert x micro_batch x recompute x schedule x
-interleave x ZeRO, but for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that
-leave a rank little of a sequence (`Space._contexts`). What a bound proves not to fit is counted, not priced; what a bound
-proves to be slower than the best and its runners-up keeps the bound (`SearchReport` says how many). "Legal" is what divides and
-what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that cost the same the
-simpler one is taken.
+Best first: bounds on time (bounds.py) say which mesh, which micro-batch, which schedule and way of recomputing to look at next;
+what a bound on memory proves not to fit is not cut into stages; the ledger comes before the price; and what a bound proves to
+be behind the best plan and its runners-up is not looked at (`SearchReport` says how many of each). The choice is that of an
+exhaustive search. Deterministic: of plans that cost the same the simpler one is taken.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from heapq import heapify, heappop, heapreplace
-from math import gcd
-from typing import Any, NamedTuple, cast
+from heapq import heapify, heappop, heappush
+from itertools import cycle
+from math import inf
+from typing import Any, NamedTuple
 
-from mlmdsl.grammar.constraints import ZEROS
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
-from mlmdsl.planner.outcome import Found, Outcome
+from mlmdsl.planner.bounds import Overhead, least_around, least_from, least_seconds, overhead_of
+from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
 from mlmdsl.planner.rules import CompiledRule, compile_rule
-from mlmdsl.planner.schedule import V_SHAPED, cannot_run, executable, pipeline_bound, recomputes, zeros
-from mlmdsl.planner.sharding import Infeasible
-from mlmdsl.planner.stages import Cut
+from mlmdsl.planner.schedule import V_SHAPED, pipeline_bound
+from mlmdsl.planner.space import Space
 
-_LONG = 8192  # tokens
 _TIMES = frozenset({"step_time", "bubble", "mfu", "cost"})  # facts that follow from times
+_LATE = frozenset({"zero", "replicate", "replicate.crosses_nodes", "stages", "memory", *_TIMES})  # not known of a branch
+_GROUPED = frozenset({"micro_batch", "schedule", "interleave", "recompute"})  # known of one with a schedule
 _PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b", *V_SHAPED)  # simplest first
-
-
-Chosen = tuple[int, int, Schedule, int]  # micro-batch, index into MODES, schedule, interleave
-
-
-class Group(NamedTuple):
-    """Candidates that differ in ZeRO and its copies alone."""
-
-    place: Place
-    micro_batch: int
-    mode: int
-    schedule: Schedule
-    interleave: int
-    cut: Cut
-    modes: tuple[int, ...] = ()
 
 
 def search(spec: Spec, graph: Graph) -> Plan:
@@ -68,16 +52,17 @@ def _searched(spec: Spec, graph: Graph) -> Plan:
     outcome = explore(Setting(spec, graph), spec.plan)
     if not outcome.found:
         raise explain.nothing_fits(outcome, explore)
+    best = outcome.found[0]
     alternatives, wishes = explain.runners_up(outcome), explain.wishes(outcome)
+    rejected = explain.rejections(outcome)
     report = SearchReport(
         candidates=outcome.candidates,
         feasible=len(outcome.found),
-        bounded=outcome.pruned,
-        outpaced=sum(not found.exact for found in outcome.found),
+        bounded=outcome.bounded,
+        outpaced=outcome.outpaced,
         seconds=round(time.perf_counter() - started, 3),
-        rejected=explain.rejections(outcome),
+        rejected=rejected,
     )
-    best = outcome.found[0]
     plan = assemble.plan_of(best.place, best.candidate, report)
     notes = explain.notes(outcome.setting, plan)
     return plan.model_copy(update={"alternatives": alternatives, "soft": wishes, "notes": notes})
@@ -94,253 +79,220 @@ def single_device(spec: Spec, graph: Graph) -> Plan:
 
 
 def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
-    """Prices every legal candidate within the pins."""
+    """The best plan within the pins is the first of `found`, if any fits; as little else is looked at as that takes."""
     memory = float(setting.device.memory_bytes)
     rules = tuple(compile_rule(rule, setting.device, memory) for rule in limits.rules)
     outcome = Outcome(setting, tuple(rule for rule in rules if not rule.hard))
     space = Space(setting, {pin.variable: pin.value for pin in limits.pins}, outcome)
-    judge = Judge(setting, limits.minimize, tuple(rule for rule in rules if rule.hard), outcome)
-    for group in space.groups():
-        judge.price(group, space.shares(group.place, group.schedule))
-    for group in space.closest_to_fit():
-        judge.measure(group, space.shares(group.place, group.schedule))
+    judge = Judge(setting, limits.minimize, tuple(rule for rule in rules if rule.hard), outcome, space)
+    outcome.open_up, outcome.find_closest = judge.open_up, judge.find_closest
+    for place in space.places():
+        judge.plant(place)
     outcome.settle()
     if outcome.found and "recompute" not in space.pins and limits.minimize != "memory":
         recomputing.refine(outcome, judge.limit_bytes, judge.add)
         outcome.settle()
+    if not outcome.found:
+        outcome.find_closest()
     return outcome
 
 
-# ---- what is legal --------------------------------------------------------------------------------------------------
+class _Aside(NamedTuple):
+    """A branch that a bound proves not to fit; `over`: by so many bytes at least."""
 
-
-@dataclass(frozen=True)
-class Space:
-    """The legal candidates within the pins; what is not legal is tallied, a mesh or a choice at a time."""
-
-    setting: Setting
-    pins: Mapping[str, Any]
-    outcome: Outcome
-    _put_off: list[tuple[int, int, Place, Chosen]] = field(default_factory=list[tuple[int, int, Place, "Chosen"]])
-
-    def within(self, name: str, values: Iterable[Any]) -> list[Any]:
-        """The values that a pin leaves."""
-        return [value for value in values if name not in self.pins or self.pins[name] == value]
-
-    def groups(self) -> Iterator[Group]:
-        world = self.setting.spec.cluster.world_size
-        for tensor in self.within("tensor", divisors(world)):
-            for parallel in self.within("sequence_parallel", (False, True) if tensor > 1 else (False,)):
-                bench = self.setting.shard(tensor, parallel)
-                if isinstance(bench, Infeasible):
-                    self._reject(bench.reason, float(tensor), bench.message)
-                    continue
-                for context in self._contexts(world // tensor):
-                    yield from self._over_context(bench, context, world // tensor // context)
-
-    def _contexts(self, ranks: int) -> list[int]:
-        """Degrees that leave every rank `_LONG` tokens of a sequence: shorter parts are what the data axis is for, which costs
-        no gathering of keys and values. A pin may ask for any."""
-        longest = self.setting.spec.train.seq_len // _LONG
-        return self.within("context", (n for n in divisors(ranks) if n <= max(1, longest) or "context" in self.pins))
-
-    def _over_context(self, bench: Bench, context: int, ranks: int) -> Iterator[Group]:
-        along = bench.over_context(context)
-        if isinstance(along, Infeasible):
-            self._reject(along.reason, float(context), along.message)
-            return
-        for pipeline in self.within("pipeline", divisors(ranks)):
-            yield from self._on_mesh(along, pipeline, ranks // pipeline)
-
-    def _on_mesh(self, bench: Bench, pipeline: int, data: int) -> Iterator[Group]:
-        layers, batch = self.setting.chain.count, self.setting.spec.train.batch
-        if not self.within("data", (data,)):
-            return
-        if pipeline > max(layers, 1):
-            self._reject("layers", float(pipeline), f"pipeline = {pipeline} has more stages than the model's {layers} layers")
-            return
-        if batch % data:
-            message = f"a batch of {batch} cannot be split over data = {data}"
-            self._reject("batch", float(data), message)
-            return
-        for expert in self._experts(data * bench.sharding.context):
-            place = Place(bench.over_experts(expert), pipeline, data)
-            if not (choices := self.shares(place)):
-                continue
-            least = 0  # grows with the micro-batch: what is too much for one need not be told for a larger one
-            for micro_batch in self.within("micro_batch", divisors(batch // data)):
-                if least <= self.setting.capacity_bytes:
-                    least = min(place.least_bytes(micro_batch, *choice) for choice in choices)
-                for schedule, interleave in self._schedules(pipeline, batch // data // micro_batch):
-                    yield from self._cuts(place, micro_batch, schedule, interleave, least)
-
-    def _experts(self, replicas: int) -> list[int]:
-        """Degrees that divide the replicas and the experts of every layer."""
-        return self.within("expert", divisors(gcd(replicas, self.setting.experts)) if self.setting.experts else (1,))
-
-    def _schedules(self, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
-        for schedule, interleave in self._choices(pipeline):
-            if not self.within("schedule", (schedule,)) or not self.within("interleave", (interleave,)):
-                continue
-            if not self.within("zero", zeros(schedule)):
-                continue
-            if executable(schedule, pipeline, micro_batches):
-                yield schedule, interleave
-            else:
-                self._reject("schedule", float(pipeline - micro_batches), cannot_run(schedule, pipeline, micro_batches))
-
-    def _choices(self, pipeline: int) -> Iterator[tuple[Schedule, int]]:
-        """Schedules with their virtual stages a rank, simplest first."""
-        if pipeline == 1:
-            yield ("gpipe" if self.pins.get("schedule") == "gpipe" else "1f1b"), 1
-            return
-        yield "1f1b", 1
-        yield "gpipe", 1
-        for interleave in sorted(self.within("interleave", self._interleaves(pipeline))):
-            yield "interleaved_1f1b", interleave
-        if 2 * pipeline <= self.setting.chain.count:
-            yield "zb_v", 2
-            yield "dualpipe_v", 2
-
-    def _interleaves(self, pipeline: int) -> Iterable[int]:
-        """Of degrees whose largest virtual stage has as many layers, the least: more stages send more, and gain little, where
-        the first and the last grow shorter (three parts in a hundred on small models). A pin may ask for any."""
-        layers = self.setting.chain.count
-        several = range(2, layers // pipeline + 1)
-        if "interleave" in self.pins:
-            return several
-        return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
-
-    def _cuts(self, place: Place, micro_batch: int, schedule: Schedule, interleave: int, least: int) -> Iterator[Group]:
-        """Candidates that a bound proves not to fit are tallied at once; `least`: bytes that any on this mesh holds."""
-        if isinstance(asked := self.pins.get("recompute"), tuple):
-            yield from self._mixed(place, micro_batch, schedule, interleave, cast(tuple[str, ...], asked))
-            return
-        modes = self.within("recompute", recomputes(schedule) if self.setting.chain.layers else MODES[:1])
-        given = self.pins.get("stages")
-        if given is not None and len(given) != place.pipeline * interleave:
-            return
-        choices = self.shares(place, schedule)
-        for mode in map(MODES.index, modes):
-            chosen = (micro_batch, mode, schedule, interleave)
-            over = least - self.setting.capacity_bytes
-            if over <= 0:
-                over = min(place.least_under(*chosen, *choice) for choice in choices) - self.setting.capacity_bytes
-            if over > 0:
-                self._put_aside(over, place, chosen, len(choices))
-            else:
-                yield self._group(place, chosen)
-
-    def _mixed(
-        self, place: Place, micro_batch: int, schedule: Schedule, interleave: int, asked: tuple[str, ...]
-    ) -> Iterator[Group]:
-        """As a pin says for every layer."""
-        given = self.pins.get("stages")
-        if not set(asked) <= set(recomputes(schedule)) or (given is not None and len(given) != place.pipeline * interleave):
-            return
-        modes = tuple(map(MODES.index, asked))
-        group = self._group(place, (micro_batch, max(modes), schedule, interleave))
-        yield group._replace(modes=modes) if len(set(modes)) > 1 else group
-
-    def _group(self, place: Place, chosen: Chosen) -> Group:
-        given = self.pins.get("stages")
-        cut = place.given(given, chosen[2]) if given is not None else place.cut(*chosen)
-        return Group(place, *chosen, cut)
-
-    def _put_aside(self, over: int, place: Place, chosen: Chosen, count: int) -> None:
-        """Not priced, unless it may be the closest to fit."""
-        tally = self.outcome.reject("memory")
-        tally.count += count
-        self.outcome.candidates += count
-        self.outcome.pruned += count
-        if over < tally.distance:
-            self._put_off.append((over, len(self._put_off), place, chosen))
-
-    def closest_to_fit(self) -> Iterator[Group]:
-        """Of what was put aside, what may be closer to fitting than anything so far: the least bound first."""
-        tally, waiting = self.outcome.reject("memory"), self._put_off
-        heapify(waiting)
-        while waiting and waiting[0][0] < tally.distance:
-            over, number, place, chosen = waiting[0]
-            choices = self.shares(place, chosen[2])
-            exact = min(place.least_under(*chosen, *choice) for choice in choices) - self.setting.capacity_bytes
-            if exact > over:
-                heapreplace(waiting, (exact, number, place, chosen))
-            else:
-                heappop(waiting)
-                yield self._group(place, chosen)
-        if not tally.count:
-            del self.outcome.rejected["memory", ""]
-
-    def shares(self, place: Place, schedule: Schedule = "1f1b") -> tuple[tuple[int, int], ...]:
-        """(zero, replicate). Over one rank with these weights ZeRO is nothing, unless asked for by name."""
-        pinned = (self.pins["zero"],) if "zero" in self.pins else None
-        choices = pinned or (ZEROS if place.replicas > 1 else (0,))
-        legal = (zero for zero in choices if zero in zeros(schedule))
-        return tuple((zero, replicate) for zero in legal for replicate in self._copies(place, zero))
-
-    def _copies(self, place: Place, zero: int) -> tuple[int, ...]:
-        """Copies of sharded weights: where replicas lie on several nodes, one on each of them, so that what is sent for every
-        micro-batch stays inside. ZeRO 1 sends once a step. A pin may ask for any."""
-        asked = self.pins.get("replicate")
-        if asked is None or asked == 1:
-            return (1, place.islands) if asked is None and zero > 1 and place.islands > 1 else (1,)
-        return (asked,) if zero and place.data % asked == 0 and place.replicas > asked else ()
-
-    def _reject(self, reason: str, distance: float, words: str) -> None:
-        self.outcome.candidates += 1
-        self.outcome.reject(reason).add(distance, words=words)
-
-
-def divisors(n: int) -> tuple[int, ...]:
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return (*small, *(n // d for d in reversed(small) if d * d != n))
-
-
-# ---- what it costs --------------------------------------------------------------------------------------------------
+    over: int
+    number: int
+    branch: Branch
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Prices groups of candidates, tallies what does not fit, keeps what does."""
+    """Opens branches: bounds smaller ones, tallies what does not fit, keeps what does."""
 
     setting: Setting
     minimize: str
     rules: tuple[CompiledRule, ...]
     outcome: Outcome
+    space: Space
+    _aside: list[_Aside] = field(default_factory=list[_Aside])
+    _held: dict[tuple[object, ...], list[int]] = field(default_factory=dict[tuple[object, ...], "list[int]"])
+    _overheads: dict[tuple[Place, bool], list[Overhead]] = field(default_factory=dict[tuple[Place, bool], "list[Overhead]"])
 
-    def price(self, group: Group, shares: tuple[tuple[int, int], ...]) -> None:
-        """What does not fit needs no price."""
-        self.outcome.candidates += len(shares)
-        for candidate, peak in self._peaks(group, shares):
-            if peak > self.setting.capacity_bytes:
-                tally = self.outcome.reject("memory")
-                tally.add(peak - self.setting.capacity_bytes, candidate, group.place)
+    # ---- branches ---------------------------------------------------------------------------------------------------
+
+    def plant(self, place: Place) -> None:
+        """All candidates of a mesh."""
+        sizes = tuple(size for size, courses in self.space.runs(place).courses.items() if courses)
+        count = self.space.count(place, sizes)
+        self.outcome.candidates += count
+        if count:
+            self.outcome.plant(self._from(place, sizes))
+
+    def _from(self, place: Place, sizes: tuple[int, ...]) -> Branch:
+        if self.minimize == "memory":
+            bound = self._least_bytes(place, sizes[0]) * (1 - 1e-8)
+        else:
+            bound = least_from(place, self._overheads_of(place), sizes[0])
+        return Branch(bound, self._broken(place), place, sizes)
+
+    def open_up(self, branch: Branch) -> Iterator[Branch]:
+        """Smaller branches; a plan that fits goes to the outcome."""
+        if branch.share is not None:
+            self._price(branch)
+        elif branch.schedule is not None:
+            yield from self._leaves(branch)
+        elif (over := self._over(branch)) > 0:
+            self._put_aside(over, branch)
+        else:
+            yield from self._groups(branch)
+            if branch.micro_batches[1:]:
+                yield self._from(branch.place, branch.micro_batches[1:])
+
+    def _groups(self, branch: Branch) -> Iterator[Branch]:
+        """With the first micro-batch, by schedule and way of recomputing."""
+        place, micro_batch = branch.place, branch.micro_batches[0]
+        for schedule, interleave in self.space.runs(place).courses[micro_batch]:
+            around, mildest = least_around(place, self._overheads_of(place, schedule), micro_batch, interleave), inf
+            for mode, modes in self.space.ways(schedule):
+                bound = least_seconds(place, around, micro_batch, 0 if modes else mode, schedule, interleave)
+                milder, mildest = mildest, min(bound, mildest)
+                group = Branch(bound, 0, place, (micro_batch,), schedule, interleave, mode, modes, milder)
+                if self.minimize == "memory":
+                    group = group._replace(bound=min(self._least_under(group)) * (1 - 1e-8))
+                yield group._replace(broken=self._broken(place, group)) if self.outcome.wishes else group
+
+    def _leaves(self, group: Branch) -> Iterator[Branch]:
+        """By ZeRO and its copies."""
+        place, schedule, (micro_batch,), interleave = group.place, group.schedule, group.micro_batches, group.interleave
+        assert schedule is not None
+        overs = [0] if group.modes else [least - self.setting.capacity_bytes for least in self._least_under(group)]
+        if min(overs) > 0:
+            self._put_aside(min(overs), group)
+            return
+        several = zip(self.space.shares(place, schedule), self._overheads_of(place, schedule), cycle(overs))
+        for share, overhead, over in several:
+            if over > 0:
+                self._put_aside(over, group._replace(share=share))
+            elif self.minimize == "memory":
+                yield group._replace(share=share)
             else:
-                exact = self._asks_for_times
-                times = group.place.times(candidate) if exact else group.place.times(candidate, pipeline_bound)
-                self._weigh(candidate, group.place, times, peak, exact)
+                around = least_around(place, (overhead,), micro_batch, interleave)
+                bound = least_seconds(place, around, micro_batch, 0 if group.modes else group.mode, schedule, interleave)
+                milder = least_seconds(place, around, micro_batch, 0, schedule, interleave) if group.milder < inf else inf
+                yield group._replace(bound=bound, milder=milder, share=share)
 
-    def measure(self, group: Group, shares: tuple[tuple[int, int], ...]) -> None:
-        """How far from fitting are candidates that are known not to fit, and counted."""
-        for candidate, peak in self._peaks(group, shares):
-            self.outcome.reject("memory").closer(peak - self.setting.capacity_bytes, candidate, group.place)
+    def _overheads_of(self, place: Place, schedule: Schedule = "1f1b") -> list[Overhead]:
+        key = (place, schedule in V_SHAPED)
+        found = self._overheads.get(key)
+        if found is None:
+            found = self._overheads[key] = [overhead_of(place, *share) for share in self.space.shares(place, schedule)]
+        return found
 
-    def _peaks(self, group: Group, shares: tuple[tuple[int, int], ...]) -> Iterator[tuple[Candidate, int]]:
+    def _broken(self, place: Place, group: Branch | None = None) -> int:
+        """Wishes that no candidate of a branch keeps, as far as they speak of what all have in common."""
+        known, unknown = self._facts_of(place) if self.outcome.wishes else {}, _LATE | _GROUPED
+        if group is not None and not group.modes:
+            known |= {
+                "micro_batch": group.micro_batches[0],
+                "schedule": group.schedule,
+                "interleave": group.interleave,
+                "recompute": MODES[group.mode],
+            }
+            unknown = _LATE
+        wishes = enumerate(self.outcome.wishes)
+        return sum(1 << i for i, wish in wishes if wish.names.isdisjoint(unknown) and not wish.kept(known))
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def _over(self, branch: Branch) -> int:
+        """Bytes by which all of its candidates exceed what a plan may use, at least. What layers keep that are recomputed in
+        several ways has no bound."""
+        if branch.modes or (branch.schedule is None and isinstance(self.space.pins.get("recompute"), tuple)):
+            return 0
+        if branch.schedule is None:
+            return self._least_bytes(branch.place, branch.micro_batches[0]) - self.setting.capacity_bytes
+        return min(self._least_under(branch)) - self.setting.capacity_bytes
+
+    def _least_bytes(self, place: Place, micro_batch: int) -> int:
+        """Grows with the micro-batch."""
+        return min(place.least_bytes(micro_batch, *share) for share in self.space.shares(place))
+
+    def _least_under(self, branch: Branch) -> list[int]:
+        """By ZeRO and its copies."""
+        assert branch.schedule is not None
+        chosen = (branch.micro_batches[0], branch.mode, branch.schedule, branch.interleave)
+        return [branch.place.least_under(*chosen, *share) for share in self._shares(branch)]
+
+    def _shares(self, branch: Branch) -> tuple[tuple[int, int], ...]:
+        assert branch.schedule is not None
+        return (branch.share,) if branch.share is not None else self.space.shares(branch.place, branch.schedule)
+
+    def _put_aside(self, over: int, branch: Branch) -> None:
+        """Not looked at, unless it may be the closest to fit."""
+        count = self._count(branch)
+        tally = self.outcome.reject("memory")
+        tally.count += count
+        self.outcome.bounded += count
+        self._aside.append(_Aside(over, len(self._aside), branch))
+
+    def _count(self, branch: Branch) -> int:
+        if branch.schedule is None:
+            return self.space.count(branch.place, branch.micro_batches)
+        return len(self._shares(branch))
+
+    def find_closest(self) -> None:
+        """Of what was put aside, what may be closer to fitting than anything so far: the least bound first."""
+        tally = self.outcome.rejected.get(("memory", ""))
+        if tally is None:
+            return
+        waiting, numbers = self._aside, len(self._aside)
+        heapify(waiting)
+        while waiting and waiting[0].over < tally.distance:
+            _, _, branch = heappop(waiting)
+            if branch.schedule is not None:
+                for candidate, peak in self._peaks(branch):
+                    tally.closer(peak - self.setting.capacity_bytes, candidate, branch.place)
+                continue
+            larger = branch.micro_batches[1:]
+            parts = [*self._groups(branch), *([branch._replace(micro_batches=larger)] if larger else [])]
+            for part in parts:
+                heappush(waiting, _Aside(self._over(part), numbers, part))
+                numbers += 1
+
+    # ---- prices -----------------------------------------------------------------------------------------------------
+
+    def _price(self, branch: Branch) -> None:
+        """What does not fit needs no price."""
+        for candidate, peak in self._peaks(branch):
+            if peak > self.setting.capacity_bytes:
+                self.outcome.reject("memory").add(peak - self.setting.capacity_bytes, candidate, branch.place)
+            else:
+                self._weigh(candidate, branch.place, peak)
+
+    def _peaks(self, branch: Branch) -> Iterator[tuple[Candidate, int]]:
         """Bytes of the fullest rank."""
-        place, sharding = group.place, group.place.bench.sharding
+        place, sharding, schedule = branch.place, branch.place.bench.sharding, branch.schedule
+        assert schedule is not None
+        given, (micro_batch,) = self.space.pins.get("stages"), branch.micro_batches
+        if given is not None:
+            cut = place.given(given, schedule)
+        else:
+            cut = place.cut(micro_batch, branch.mode, schedule, branch.interleave)
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
-        chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
-        around = (group.cut, place.context, place.expert)
-        candidates = [Candidate(*fixed, *chosen, zero, *around, replicate, group.modes) for zero, replicate in shares]
-        held = place.held_bytes(candidates[0])
-        yield from ((candidate, place.peak_bytes(candidate, held)) for candidate in candidates)
+        chosen = (micro_batch, schedule, branch.interleave, branch.mode)
+        around = (cut, place.context, place.expert)
+        for zero, replicate in self._shares(branch):
+            candidate = Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes)
+            key = (place, *chosen)
+            held = self._held.get(key)
+            if held is None:
+                held = self._held[key] = place.held_bytes(candidate)
+            yield candidate, place.peak_bytes(candidate, held)
 
     def add(self, candidate: Candidate, place: Place) -> None:
         """One that fits."""
         self.outcome.candidates += 1
-        peak = place.peak_bytes(candidate, place.held_bytes(candidate))
-        self._weigh(candidate, place, place.times(candidate), peak, True)
+        self._weigh(candidate, place, place.peak_bytes(candidate, place.held_bytes(candidate)))
 
     @cached_property
     def limit_bytes(self) -> float:
@@ -364,7 +316,9 @@ class Judge:
         names = {name for rule in (*self.rules, *self.outcome.wishes) for name in rule.names}
         return self.minimize == "memory" or not names.isdisjoint(_TIMES)
 
-    def _weigh(self, candidate: Candidate, place: Place, times: Times, peak: int, exact: bool) -> None:
+    def _weigh(self, candidate: Candidate, place: Place, peak: int) -> None:
+        exact = self._asks_for_times
+        times = place.times(candidate) if exact else place.times(candidate, pipeline_bound)
         facts = self.facts(candidate, place, times, peak) if self.rules or self.outcome.wishes else {}
         for rule in self.rules:
             if not rule.kept(facts):
@@ -377,25 +331,26 @@ class Judge:
         simple = simplicity(candidate, peak)
         self.outcome.found.append(Found(objective, times, peak, broken, candidate, place, simple, exact))
 
-    def facts(self, c: Candidate, place: Place, times: Times, peak: int) -> dict[str, Any]:
-        """What rules may speak of, as plain numbers."""
-        spec, mesh = self.setting.spec, place.mesh
+    def _facts_of(self, place: Place) -> dict[str, Any]:
+        """What rules may speak of that all plans of a place have in common."""
+        mesh, sharding = place.mesh, place.bench.sharding
         crosses = {
             f"{axis}.crosses_nodes": mesh.crosses_nodes(axis) for axis in ("tensor", "context", "pipeline", "data", "expert")
         }
+        degrees = {name: mesh.size(name) for name in ("tensor", "context", "pipeline", "data", "expert")}
+        return {**degrees, "sequence_parallel": sharding.sequence_parallel, **crosses}
+
+    def facts(self, c: Candidate, place: Place, times: Times, peak: int) -> dict[str, Any]:
+        """What rules may speak of, as plain numbers."""
+        spec = self.setting.spec
         hours = times.total * spec.train.steps / 3600
         return {
+            **self._facts_of(place),
             "replicate": c.replicate,
             "replicate.crosses_nodes": place.mesh_of(c.replicate).crosses_nodes("replicate"),
-            "expert": c.expert,
-            "tensor": c.tensor,
-            "context": c.context,
-            "pipeline": c.pipeline,
-            "data": c.data,
             "interleave": c.interleave,
             "micro_batch": c.micro_batch,
             "zero": c.zero,
-            "sequence_parallel": c.sequence_parallel,
             "schedule": c.schedule,
             "recompute": c.recomputed,
             "stages": c.cut.stages,
@@ -404,7 +359,6 @@ class Judge:
             "bubble": times.bubble / times.pipeline,
             "mfu": self.setting.step_flops / (times.total * spec.cluster.world_size * self.setting.kernels.peak),
             "cost": hours * spec.cluster.world_size * (spec.cluster.usd_per_device_hour or 0.0),
-            **crosses,
         }
 
 

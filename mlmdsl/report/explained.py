@@ -4,15 +4,18 @@ different, and what cluster ends in time."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from mlmdsl import words
 from mlmdsl.planner.accuracy import Accuracy
 from mlmdsl.planner.operation import Bill, Goodput
 from mlmdsl.planner.plan import Plan
-from mlmdsl.planner.whatif import WhatIf, change_of
-from mlmdsl.planner.why import Answer
-from mlmdsl.planner.within import Sized, Within
 from mlmdsl.report.terminal import Ink, wrapped
+
+if TYPE_CHECKING:
+    from mlmdsl.planner.whatif import WhatIf
+    from mlmdsl.planner.why import Answer
+    from mlmdsl.planner.within import Sized, Within
 
 _LEFT = 8
 
@@ -73,6 +76,8 @@ def render_what_if(plan: Plan, others: Sequence[WhatIf], *, color: bool = False,
 
 
 def _what_if(plan: Plan, other: WhatIf) -> str:
+    from mlmdsl.planner.whatif import change_of
+
     change = change_of(plan, other)
     if change is None or other.plan is None or other.step_time_s is None:
         return f"{'':>18} {other.change}: no plan fits"

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from mlmdsl.compile import compile_spec
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
+from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.plan import Plan, Schedule
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting
+from mlmdsl.planner.search import explore
 
 TEXT = """
 block Block(x: [B, S, d]) {{
@@ -118,6 +120,14 @@ def _schedules(place: Place, m: int) -> Iterator[tuple[Schedule, int]]:
             yield "zb_v", 2
             if m >= 2 * p:
                 yield "dualpipe_v", 2
+
+
+def exhausted(spec: Spec, graph: Graph) -> Outcome:
+    """A search that goes on until nothing is left."""
+    outcome = explore(Setting(spec, graph), spec.plan)
+    outcome.exhaust()
+    outcome.find_closest()
+    return outcome
 
 
 def fits(place: Place, candidate: Candidate) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmdsl.diagnostics import PlanError
+from mlmdsl.planner.explain import runners_up
+from mlmdsl.planner.outcome import Tally
 from mlmdsl.planner.search import search
-from tests.planner.small import ALIKE, fits, legal, problem
+from tests.planner.small import ALIKE, exhausted, fits, legal, problem
 
 
 @given(
@@ -20,19 +24,25 @@ from tests.planner.small import ALIKE, fits, legal, problem
 )
 @settings(max_examples=15, deadline=None)
 def test_the_best_of_all_plans_on_any_small_cluster(nodes: int, per_node: int, memory: int, batch: int, bandwidth: int) -> None:
-    """Nothing that a bound leaves out would have been better, and every candidate is accounted for."""
+    """Nothing that a bound leaves out would have been better, every candidate is accounted for, and a search that leaves
+    nothing out finds all."""
     spec, graph = problem(ALIKE, nodes=nodes, per_node=per_node, memory=f"{memory} MiB", batch=batch, bandwidth=bandwidth)
     every = list(legal(spec, graph))
     fitting = [place.times(c).total for place, c in every if fits(place, c)]
+    left = exhausted(spec, graph)
+    over = [place.peak_bytes(c, place.held_bytes(c)) for place, c in every if not fits(place, c)]
+    memory = left.rejected.get(("memory", ""), Tally())
+    assert len(left.found) == len(fitting) and left.outpaced == 0
+    assert left.bounded <= memory.count == len(over)
+    assert memory.distance == min(over, default=inf) - left.setting.capacity_bytes
+    assert left.candidates == len(fitting) + sum(tally.count for tally in left.rejected.values())
     if not fitting:
         with pytest.raises(PlanError):
             search(spec, graph)
         return
     plan = search(spec, graph)
-    report = plan.search
+    report, refused = plan.search, {each.reason: each.count for each in plan.search.rejected}
     assert plan.predicted.step_time_s == pytest.approx(min(fitting), rel=1e-8)
-    assert report.feasible == len(fitting)
-    refused = {each.reason: each.count for each in report.rejected}
-    assert report.bounded <= refused.pop("memory", 0) == len(every) - len(fitting)
-    assert report.candidates == len(every) + sum(refused.values())
-    assert report.outpaced < report.feasible
+    assert report.candidates == report.feasible + report.outpaced + sum(refused.values())
+    assert report.feasible <= len(fitting) and report.bounded <= refused.get("memory", 0) <= len(over)
+    assert plan.alternatives == runners_up(left)

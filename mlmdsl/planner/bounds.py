@@ -1,0 +1,115 @@
+"""What no plan takes less than: seconds of a step, told before layers are cut into stages, or a micro-batch is looked at.
+
+Work is taken as if it were spread evenly over the pipeline, whose schedule then waits at least
+
+    gpipe               W + (m - 1) W / p
+    1f1b                the same; for m = p micro-batches 2 p / (p + 1) W
+    interleaved_1f1b    W, and m W / p and the way to the mean rank, down over the shortest of layers and up again
+    zb_v, dualpipe_v    W without the gradients of weights, and m W / p and the way down to the mean rank
+
+for W seconds of a micro-batch through all p stages with what they send. (1f1b: of the ways through the schedule that
+schedule.py lists, the one that stays on stage s and goes down and up the stages after it takes W + (m - p + s) c_s + c_(s+1) +
+.. + c_(p-1). If all of these were shorter than W + (m - 1) W / p, then by induction from the last stage down the c would not
+add up to W.) The fullest rank has the mean rank's weights at least, and so exchanges these and steps them.
+
+Seconds of a sequence do not grow with the micro-batch: kernels and links are the faster the more there is to do at once
+(compute.py, communication.py). So one large micro-batch bounds all smaller ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from mlmdsl.planner.communication import collective_seconds, group_of
+from mlmdsl.planner.plan import Schedule
+from mlmdsl.planner.pricing import Place, Sums
+from mlmdsl.planner.schedule import V_SHAPED
+
+# Sums of the same numbers in another order differ in their last digits, and plans are compared by nine (outcome.py)
+_ROUNDED = 1 - 1e-8
+# Rows that are shared out evenly are whole numbers: of large micro-batches they may be a few more than of small ones
+_WHOLE = 1 - 1e-6
+
+
+class Overhead(NamedTuple):
+    """Seconds of exchanges and the optimizer that nothing hides: once a step, and for every pass of a stage."""
+
+    once: float
+    each: float
+
+
+def least_pipeline(schedule: Schedule, sums: Sums, send: float, micro_batches: int, pipeline: int, interleave: int) -> float:
+    """Seconds of all micro-batches; `send`: of one hand-over between stages."""
+    m, p = micro_batches, pipeline
+    if p == 1:
+        return m * (sums.forward + sums.backward)
+    crossings = 2 * p - 2 if schedule in V_SHAPED else p * interleave - 1
+    whole = sums.forward + sums.backward + 2 * crossings * send
+    if schedule in V_SHAPED:
+        return max(whole - sums.weight, m * whole / p + (p - 1) / 2 * (sums.quickest_forward + send))
+    if schedule == "interleaved_1f1b":
+        return max(whole, m * whole / p + (p - 1) / 2 * (sums.quickest + send))
+    if schedule == "1f1b" and m == p:
+        return whole * 2 * p / (p + 1)
+    return whole + (m - 1) * whole / p
+
+
+def overhead_of(place: Place, zero: int, replicate: int) -> Overhead:
+    """Of the rank with the mean rank's weights."""
+    setting, replicas, pipeline = place.bench.setting, place.replicas, place.pipeline
+    execution, kernels = setting.execution, setting.kernels
+    held = place.bench.holdings.of(setting.chain.whole[0])
+    elements, experts = held.elements / pipeline, held.experts / pipeline
+    each_element = place.optimizer_bytes
+    if replicas == 1:
+        return Overhead(kernels.optimizer_seconds(each_element * (elements + experts)), 0.0)
+    mesh = place.mesh_of(replicate)
+    shards = replicas // replicate
+    group = place.replica_group if replicate == 1 else group_of(mesh, "shards", setting.network)
+    summed = execution.gradient_bytes * elements
+    of_experts = 0.0
+    if experts:
+        kind = "reduce_scatter" if zero else "all_reduce"
+        of_experts = collective_seconds(kind, 4 * experts, group_of(mesh, "copies", setting.network))
+    hidden = place.taken  # of what runs beside kernels, what it takes at least
+    if not zero:
+        reduced = collective_seconds("all_reduce", summed, group)
+        share = hidden if execution.overlapped_sums and pipeline == 1 else 1.0
+        step = kernels.optimizer_seconds(each_element * (elements + experts))
+        return Overhead(share * reduced + of_experts + step, 0.0)
+    step = kernels.optimizer_seconds(each_element * elements / shards)
+    reduced = collective_seconds("reduce_scatter", summed, group)
+    gathered = collective_seconds("all_gather", setting.width * elements, group)
+    passes = hidden * reduced * place.sums_each_pass(zero) + hidden * gathered * (zero == 3) * (1 + (pipeline == 1))
+    once = 0.0
+    if not place.sums_each_pass(zero):
+        once = reduced * (1.0 if pipeline > 1 else hidden)
+    return Overhead(once + of_experts + step, passes)
+
+
+def least_around(place: Place, overheads: Iterable[Overhead], micro_batch: int, interleave: int) -> float:
+    """Of a step besides the way through the pipeline: of the ways of ZeRO the quickest."""
+    passes = place.micro_batches(micro_batch) * interleave
+    return min([once + passes * each for once, each in overheads]) + place.sync_seconds
+
+
+def least_seconds(place: Place, around: float, micro_batch: int, mode: int, schedule: Schedule, interleave: int) -> float:
+    """Of a step, under a way of recomputing and a schedule; `around`: of `least_around`."""
+    m, send = place.micro_batches(micro_batch), place.least_send(micro_batch)
+    sums = place.bench.sums(micro_batch, mode)
+    return _ROUNDED * (least_pipeline(schedule, sums, send, m, place.pipeline, interleave) + around)
+
+
+def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) -> float:
+    """Of a step with this micro-batch or a larger one."""
+    largest, rows, p = place.bench.setting.spec.train.batch, place.micro_batches(1), place.pipeline
+    sums, m = place.bench.sums(largest, 0), rows // micro_batch
+    once = min(once + each for once, each in overheads)
+    around = once + place.sync_seconds
+    if p == 1:
+        return _WHOLE * (rows * (sums.forward + sums.backward) / largest + around)
+    send = place.least_send(largest) / largest
+    whole = (sums.forward + sums.backward) / largest + 2 * (p - 1) * send
+    down = (p - 1) / 2 * (sums.quickest_forward / largest + send)
+    return _WHOLE * (rows / p * whole + rows / m * down + around)

@@ -1,0 +1,199 @@
+"""What is legal: the meshes of a cluster, and what may run on each, within the pins. What is not is tallied, a mesh or a choice
+at a time.
+
+tensor x sequence_parallel x context x pipeline x data x expert x micro_batch x recompute x schedule x interleave x ZeRO, but
+for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that leave a rank little of a
+sequence (`Space._contexts`). "Legal" is what divides and what torch's schedules can run; everything else has its price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Any, NamedTuple, cast
+
+from mlmdsl.grammar.constraints import ZEROS
+from mlmdsl.planner.outcome import Outcome, Tally
+from mlmdsl.planner.passes import MODES
+from mlmdsl.planner.plan import Schedule
+from mlmdsl.planner.pricing import Bench, Place, Setting
+from mlmdsl.planner.schedule import V_SHAPED, cannot_run, executable, recomputes, zeros
+from mlmdsl.planner.sharding import Infeasible
+
+_LONG = 8192  # tokens
+
+Course = tuple[Schedule, int]  # a schedule, and its virtual stages a rank
+Ways = tuple[
+    tuple[int, tuple[int, ...]], ...
+]  # of recomputing, as indices into MODES: the dearest; of every layer if pinned so
+
+
+class Runs(NamedTuple):
+    """What so many rows may run on so long a pipeline: by micro-batch, the smallest first; those refused, once for each."""
+
+    courses: Mapping[int, tuple[Course, ...]]
+    refused: Tally
+
+    def count(self, micro_batches: Iterable[int], v_shaped: bool) -> int:
+        each = (schedule in V_SHAPED for size in micro_batches for schedule, _ in self.courses[size])
+        return sum(v == v_shaped for v in each)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The legal candidates within the pins."""
+
+    setting: Setting
+    pins: Mapping[str, Any]
+    outcome: Outcome
+    _runs: dict[tuple[int, int], Runs] = field(default_factory=dict[tuple[int, int], Runs])
+
+    def within(self, name: str, values: Iterable[Any]) -> list[Any]:
+        """The values that a pin leaves."""
+        return [value for value in values if name not in self.pins or self.pins[name] == value]
+
+    # ---- meshes -----------------------------------------------------------------------------------------------------
+
+    def places(self) -> Iterator[Place]:
+        """All that may have candidates; what is refused on them is tallied."""
+        world = self.setting.spec.cluster.world_size
+        for tensor in self.within("tensor", divisors(world)):
+            for parallel in self.within("sequence_parallel", (False, True) if tensor > 1 else (False,)):
+                bench = self.setting.shard(tensor, parallel)
+                if isinstance(bench, Infeasible):
+                    self._reject(bench.reason, float(tensor), bench.message)
+                    continue
+                for context in self._contexts(world // tensor):
+                    yield from self._over_context(bench, context, world // tensor // context)
+
+    def _contexts(self, ranks: int) -> list[int]:
+        """Degrees that leave every rank `_LONG` tokens of a sequence: shorter parts are what the data axis is for, which costs
+        no gathering of keys and values. A pin may ask for any."""
+        longest = self.setting.spec.train.seq_len // _LONG
+        return self.within("context", (n for n in divisors(ranks) if n <= max(1, longest) or "context" in self.pins))
+
+    def _over_context(self, bench: Bench, context: int, ranks: int) -> Iterator[Place]:
+        along = bench.over_context(context)
+        if isinstance(along, Infeasible):
+            self._reject(along.reason, float(context), along.message)
+            return
+        for pipeline in self.within("pipeline", divisors(ranks)):
+            yield from self._on_mesh(along, pipeline, ranks // pipeline)
+
+    def _on_mesh(self, bench: Bench, pipeline: int, data: int) -> Iterator[Place]:
+        layers, batch = self.setting.chain.count, self.setting.spec.train.batch
+        if not self.within("data", (data,)):
+            return
+        if pipeline > max(layers, 1):
+            self._reject("layers", float(pipeline), f"pipeline = {pipeline} has more stages than the model's {layers} layers")
+            return
+        if batch % data:
+            message = f"a batch of {batch} cannot be split over data = {data}"
+            self._reject("batch", float(data), message)
+            return
+        for expert in self._experts(data * bench.sharding.context):
+            place = Place(bench.over_experts(expert), pipeline, data)
+            if self.shares(place):
+                refused = self.runs(place).refused
+                if refused.count:
+                    self.outcome.candidates += refused.count
+                    self.outcome.reject("schedule").join(refused)
+                yield place
+
+    def _experts(self, replicas: int) -> list[int]:
+        """Degrees that divide the replicas and the experts of every layer."""
+        return self.within("expert", divisors(gcd(replicas, self.setting.experts)) if self.setting.experts else (1,))
+
+    def _reject(self, reason: str, distance: float, words: str) -> None:
+        self.outcome.candidates += 1
+        self.outcome.reject(reason).add(distance, words=words)
+
+    # ---- on a mesh --------------------------------------------------------------------------------------------------
+
+    def runs(self, place: Place) -> Runs:
+        """Alike on meshes of as many rows and stages."""
+        rows = self.setting.spec.train.batch // place.data
+        found = self._runs.get((place.pipeline, rows))
+        if found is None:
+            found = self._runs[place.pipeline, rows] = self._made_runs(place.pipeline, rows)
+        return found
+
+    def _made_runs(self, pipeline: int, rows: int) -> Runs:
+        refused, courses = Tally(), dict[int, tuple[Course, ...]]()
+        meant = [course for course in self._courses(pipeline) if self._asked(*course)]
+        stages = self.pins.get("stages")
+        for micro_batch in self.within("micro_batch", divisors(rows)):
+            legal: list[Course] = []
+            for schedule, interleave in meant:
+                micro_batches = rows // micro_batch
+                if not executable(schedule, pipeline, micro_batches):
+                    words = cannot_run(schedule, pipeline, micro_batches)
+                    refused.add(float(pipeline - micro_batches), words=words)
+                elif stages is None or len(stages) == pipeline * interleave:
+                    legal.append((schedule, interleave))
+            courses[micro_batch] = tuple(legal)
+        return Runs(courses, refused)
+
+    def _asked(self, schedule: Schedule, interleave: int) -> bool:
+        """As far as pins say so."""
+        mine = self.within("schedule", (schedule,)) and self.within("interleave", (interleave,))
+        return bool(mine and self.within("zero", zeros(schedule)))
+
+    def _courses(self, pipeline: int) -> Iterator[Course]:
+        """Schedules with their virtual stages a rank, simplest first."""
+        if pipeline == 1:
+            yield ("gpipe" if self.pins.get("schedule") == "gpipe" else "1f1b"), 1
+            return
+        yield "1f1b", 1
+        yield "gpipe", 1
+        for interleave in sorted(self.within("interleave", self._interleaves(pipeline))):
+            yield "interleaved_1f1b", interleave
+        if 2 * pipeline <= self.setting.chain.count:
+            yield "zb_v", 2
+            yield "dualpipe_v", 2
+
+    def _interleaves(self, pipeline: int) -> Iterable[int]:
+        """Of degrees whose largest virtual stage has as many layers, the least: more stages send more, and gain little, where
+        the first and the last grow shorter (three parts in a hundred on small models). A pin may ask for any."""
+        layers = self.setting.chain.count
+        several = range(2, layers // pipeline + 1)
+        if "interleave" in self.pins:
+            return several
+        return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
+
+    def ways(self, schedule: Schedule) -> Ways:
+        """Ways of recomputing; as a pin says for every layer, if it does."""
+        legal = recomputes(schedule) if self.setting.chain.layers else MODES[:1]
+        if isinstance(asked := self.pins.get("recompute"), tuple):
+            several = cast(tuple[str, ...], asked)
+            modes = tuple(map(MODES.index, several))
+            return ((max(modes), modes if len(set(modes)) > 1 else ()),) if set(several) <= set(legal) else ()
+        return tuple((MODES.index(mode), ()) for mode in self.within("recompute", legal))
+
+    def shares(self, place: Place, schedule: Schedule = "1f1b") -> tuple[tuple[int, int], ...]:
+        """(zero, replicate). Over one rank with these weights ZeRO is nothing, unless asked for by name."""
+        pinned = (self.pins["zero"],) if "zero" in self.pins else None
+        choices = pinned or (ZEROS if place.replicas > 1 else (0,))
+        legal = (zero for zero in choices if zero in zeros(schedule))
+        return tuple((zero, replicate) for zero in legal for replicate in self._copies(place, zero))
+
+    def _copies(self, place: Place, zero: int) -> tuple[int, ...]:
+        """Copies of sharded weights: where replicas lie on several nodes, one on each of them, so that what is sent for every
+        micro-batch stays inside. ZeRO 1 sends once a step. A pin may ask for any."""
+        asked = self.pins.get("replicate")
+        if asked is None or asked == 1:
+            return (1, place.islands) if asked is None and zero > 1 and place.islands > 1 else (1,)
+        return (asked,) if zero and place.data % asked == 0 and place.replicas > asked else ()
+
+    def count(self, place: Place, micro_batches: Iterable[int]) -> int:
+        """Candidates with these micro-batches."""
+        runs, sizes = self.runs(place), tuple(micro_batches)
+        kinds: tuple[tuple[bool, Schedule], ...] = ((False, "1f1b"), (True, V_SHAPED[0]))
+        each = ((runs.count(sizes, v), schedule) for v, schedule in kinds)
+        return sum(n and n * len(self.ways(schedule)) * len(self.shares(place, schedule)) for n, schedule in each)
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return (*small, *(n // d for d in reversed(small) if d * d != n))
