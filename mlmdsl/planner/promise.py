@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mlmdsl.grammar.spec import Frozen
-from mlmdsl.planner.plan import Plan, PlanVariables, StageMemory
+from mlmdsl.planner.plan import Plan, StageMemory
 from mlmdsl.runtime.measured import Heard, Measured
 
 TOLERANCE = 0.05  # of the peak of memory
@@ -68,7 +68,7 @@ class Verdict(Frozen):
 
 def compare(plan: Plan, rank: int, measured: Measured) -> Verdict:
     v = plan.plan
-    stage = rank // (v.world_size // v.pipeline)
+    stage = v.mesh(v.world_size).coordinates(rank)[0]
     ledger = plan.memory[stage]
     parts = _parts(ledger)
     return Verdict(
@@ -86,44 +86,16 @@ def compare(plan: Plan, rank: int, measured: Measured) -> Verdict:
     )
 
 
-def group(v: PlanVariables, axis: str, rank: int) -> tuple[int, ...]:
-    """The ranks that `rank` makes collectives over `axis` with: the grid is (pipeline, data, context, tensor), tensor
-    innermost, and neighbours among the replicas share experts."""
-    inner, replicas = v.tensor, v.data * v.context
-    stage = inner * replicas
-    first, within = rank - rank % stage, rank % stage
-    replica, column = divmod(within, inner)
-    match axis:
-        case "tensor":
-            return tuple(range(rank - column, rank - column + inner))
-        case "context":
-            start = replica - replica % v.context
-            return tuple(first + r * inner + column for r in range(start, start + v.context))
-        case "data":
-            return tuple(first + r * inner + column for r in range(replica % v.context, replicas, v.context))
-        case "replicas":
-            return tuple(first + r * inner + column for r in range(replicas))
-        case "expert":
-            start = replica - replica % v.expert
-            return tuple(first + r * inner + column for r in range(start, start + v.expert))
-        case "copies":
-            return tuple(first + r * inner + column for r in range(replica % v.expert, replicas, v.expert))
-        case "pipeline":
-            return tuple(range(within, v.world_size, stage))
-        case _:
-            return tuple(range(v.world_size))
-
-
 def _rows(plan: Plan, stage: int, rank: int, heard: Iterable[Heard]) -> tuple[Row, ...]:
-    v = plan.plan
+    mesh = plan.plan.mesh(plan.plan.world_size)
     names: dict[tuple[int, ...], str] = {}
     planned, found = Counter[Said](), Counter[Said]()
     for item in plan.collectives:
         if item.stage == stage and item.kind != "split":
-            ranks = group(v, item.axis, rank)
+            ranks = mesh.ranks(item.axis, rank)
             names.setdefault(ranks, item.axis)
             planned[item.kind, ranks, item.bytes] += item.count
-    column = group(v, "pipeline", rank)
+    column = mesh.ranks("pipeline", rank)
     for call in heard:  # weights that some stages share are summed over those: a part of the pipeline's ranks
         tied = call.kind == "all_reduce" and set(call.ranks) < set(column)
         found[call.kind, column if tied else call.ranks, call.bytes] += call.count

@@ -1,11 +1,11 @@
 """The search: every legal plan is priced and put against the ledger; the best one is assembled into a Plan.
 
-Exhaustive over tensor x sequence_parallel x context x pipeline x data x expert x micro_batch x recompute x schedule x
-interleave x ZeRO, but for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that
-leave a rank little of a sequence (`Space._contexts`). What a bound proves not to fit is counted, not priced; what a bound
-proves to be slower than the best and its runners-up keeps the bound (`SearchReport` says how many). "Legal" is what divides and
-what torch's schedules can run; everything else has its price (pricing.py). Deterministic: of plans that cost the same the
-simpler one is taken.
+Exhaustive over tensor x sequence_parallel x context x pipeline x data x order x expert x micro_batch x recompute x schedule x
+interleave x ZeRO, but for degrees of interleaving that differ little (`Space._interleaves`), for degrees of context that leave
+a rank little of a sequence (`Space._contexts`), and for orders of ranks that bring no stages together (`Space._orders`). What a
+bound proves not to fit is counted, not priced; what a bound proves to be slower than the best and its runners-up keeps the
+bound (`SearchReport` says how many). "Legal" is what divides and what torch's schedules can run; everything else has its price
+(pricing.py). Deterministic: of plans that cost the same the simpler one is taken.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heapify, heappop, heapreplace
+from itertools import product
 from math import gcd
 from typing import Any, NamedTuple, cast
 
-from mlmdsl.grammar.constraints import ZEROS
+from mlmdsl.grammar.constraints import ORDERS, USUAL, ZEROS, Order
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
+from mlmdsl.planner.mesh import shares_out
 from mlmdsl.planner.outcome import Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
@@ -79,7 +81,7 @@ def _searched(spec: Spec, graph: Graph) -> Plan:
     )
     best = outcome.found[0]
     plan = assemble.plan_of(best.place, best.candidate, report)
-    notes = explain.notes(outcome.setting, plan)
+    notes = explain.notes(outcome, plan)
     return plan.model_copy(update={"alternatives": alternatives, "soft": wishes, "notes": notes})
 
 
@@ -163,8 +165,12 @@ class Space:
             message = f"a batch of {batch} cannot be split over data = {data}"
             self._reject("batch", float(data), message)
             return
-        for expert in self._experts(data * bench.sharding.context):
-            place = Place(bench.over_experts(expert), pipeline, data)
+        for expert, order in product(self._experts(data * bench.sharding.context), self._orders(bench, pipeline, data)):
+            if not shares_out(order, bench.sharding.context, expert):
+                message = f"expert = {expert} takes uneven parts of context = {bench.sharding.context} where order = {order}"
+                self._reject("expert", float(expert), message)
+                continue
+            place = Place(bench.over_experts(expert, 1 if order == USUAL else pipeline), pipeline, data, order)
             if not (choices := self.shares(place)):
                 continue
             least = 0  # grows with the micro-batch: what is too much for one need not be told for a larger one
@@ -177,6 +183,18 @@ class Space:
     def _experts(self, replicas: int) -> list[int]:
         """Degrees that divide the replicas and the experts of every layer."""
         return self.within("expert", divisors(gcd(replicas, self.setting.experts)) if self.setting.experts else (1,))
+
+    def _orders(self, bench: Bench, pipeline: int, data: int) -> tuple[Order, ...]:
+        """Stages inside ranks of data where that brings them together on one node. Elsewhere they send over the same links in
+        both orders, and replicas are nowhere nearer than in the usual one, which also keeps the ranks of a stage together
+        where pools differ. A pin may ask for either."""
+        if "order" in self.pins:
+            return (self.pins["order"],)
+        if pipeline == 1 or data == 1 or len(self.setting.spec.cluster.pools) > 1:
+            return (USUAL,)
+        degrees = (bench.sharding.tensor, data, pipeline, bench.sharding.context)
+        crosses = (self.setting.mesh(*degrees, order=order).crosses_nodes("pipeline") for order in ORDERS)
+        return ORDERS if tuple(crosses) == (True, False) else (USUAL,)
 
     def _schedules(self, pipeline: int, micro_batches: int) -> Iterator[tuple[Schedule, int]]:
         for schedule, interleave in self._choices(pipeline):
@@ -331,8 +349,8 @@ class Judge:
         place, sharding = group.place, group.place.bench.sharding
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
         chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
-        around = (group.cut, place.context, place.expert)
-        candidates = [Candidate(*fixed, *chosen, zero, *around, replicate, group.modes) for zero, replicate in shares]
+        around, modes, order = (group.cut, place.context, place.expert), group.modes, place.order
+        candidates = [Candidate(*fixed, *chosen, zero, *around, replicate, modes, order) for zero, replicate in shares]
         held = place.held_bytes(candidates[0])
         yield from ((candidate, place.peak_bytes(candidate, held)) for candidate in candidates)
 
@@ -399,6 +417,7 @@ class Judge:
             "schedule": c.schedule,
             "recompute": c.recomputed,
             "stages": c.cut.stages,
+            "order": c.order,
             "memory": float(peak),
             "step_time": times.total,
             "bubble": times.bubble / times.pipeline,
@@ -410,6 +429,6 @@ class Judge:
 
 def simplicity(c: Candidate, peak: int) -> tuple[int, ...]:
     """Smaller is simpler: nothing recomputed, less ZeRO, fewer virtual stages, no context axis, no expert axis, a shorter
-    pipeline, less tensor parallelism."""
-    axes = (c.context, c.expert, c.pipeline, c.tensor, c.sequence_parallel)
+    pipeline, less tensor parallelism, ranks in the usual order."""
+    axes = (c.context, c.expert, c.pipeline, c.tensor, c.sequence_parallel, c.order != USUAL)
     return (c.recompute, bool(c.modes), c.zero, c.replicate, c.interleave, *axes, _PLAIN.index(c.schedule), peak)
