@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mlmdsl.grammar.spec import Frozen
-from mlmdsl.planner.plan import Plan, StageMemory
+from mlmdsl.planner.plan import Plan, PlanVariables, StageMemory
 from mlmdsl.runtime.measured import Heard, Measured
 
 TOLERANCE = 0.05  # of the peak of memory
@@ -86,16 +86,21 @@ def compare(plan: Plan, rank: int, measured: Measured) -> Verdict:
     )
 
 
+def group(v: PlanVariables, axis: str, rank: int) -> tuple[int, ...]:
+    """The ranks that `rank` makes collectives over `axis` with."""
+    return v.mesh(v.world_size).ranks(axis, rank)
+
+
 def _rows(plan: Plan, stage: int, rank: int, heard: Iterable[Heard]) -> tuple[Row, ...]:
-    mesh = plan.plan.mesh(plan.plan.world_size)
+    v = plan.plan
     names: dict[tuple[int, ...], str] = {}
     planned, found = Counter[Said](), Counter[Said]()
     for item in plan.collectives:
         if item.stage == stage and item.kind != "split":
-            ranks = mesh.ranks(item.axis, rank)
+            ranks = group(v, item.axis, rank)
             names.setdefault(ranks, item.axis)
             planned[item.kind, ranks, item.bytes] += item.count
-    column = mesh.ranks("pipeline", rank)
+    column = group(v, "pipeline", rank)
     for call in heard:  # weights that some stages share are summed over those: a part of the pipeline's ranks
         tied = call.kind == "all_reduce" and set(call.ranks) < set(column)
         found[call.kind, column if tied else call.ranks, call.bytes] += call.count
