@@ -13,6 +13,7 @@ from mlmdsl.codegen.names import PROGRAM_NAMES, variable
 from mlmdsl.codegen.stages import StageModule
 from mlmdsl.codegen.statements import Key, returning, write
 from mlmdsl.codegen.text import INDENT, WIDTH, Call, lay_out, literal, number, packed, plain, wrap
+from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import Objective, Spec, Train
 from mlmdsl.graph.graph import Graph
 from mlmdsl.graph.ops import CATALOGUE
@@ -98,9 +99,11 @@ def _shapes(plan: Plan, graph: Graph) -> str:
 def _grid(plan: PlanVariables) -> str:
     if plan.world_size == 1:
         return ""
+    axes = plan.order.split("_")
+    sizes = ", ".join(str(getattr(plan, axis)) for axis in axes)
     return (
-        f"Ranks: torch.arange({plan.world_size}).view({plan.pipeline}, {plan.data}, {plan.context}, {plan.tensor}):"
-        " pipeline, data, context, tensor. Collectives over data and pipeline are the runtime's."
+        f"Ranks: torch.arange({plan.world_size}).view({sizes}): {', '.join(axes)}."
+        " Collectives over data and pipeline are the runtime's."
     )
 
 
@@ -120,6 +123,7 @@ def _parallel(plan: PlanVariables) -> Call:
         **({"context": plan.context} if plan.context > 1 else {}),
         "tensor": plan.tensor,
         **({"expert": plan.expert} if plan.expert > 1 else {}),
+        **({"order": plan.order} if plan.order != USUAL else {}),
         **({"interleave": plan.interleave} if plan.interleave > 1 else {}),
         **({"schedule": plan.schedule} if several else {}),
         "stages": plan.stages,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax as s
@@ -13,9 +13,14 @@ from mlmdsl.units import Quantity
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zb_v", "dualpipe_v")
 RECOMPUTE = ("none", "selective", "full")
+Order = Literal["pipeline_data_context_tensor", "data_pipeline_context_tensor"]  # axes of the grid, the outermost first
+ORDERS: tuple[Order, ...] = get_args(Order)
+USUAL: Order = ORDERS[0]
+WORDS = (*SCHEDULES, *RECOMPUTE, *ORDERS)  # stand for themselves
 ZEROS = (0, 1, 2, 3)
 _DEGREES = ("tensor", "context", "pipeline", "interleave", "data", "replicate", "expert", "micro_batch")
-VARIABLES = (*_DEGREES, "sequence_parallel", "schedule", "zero", "recompute", "stages")
+_CHOICES = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "order": ORDERS}
+VARIABLES = (*_DEGREES, "sequence_parallel", "schedule", "zero", "recompute", "stages", "order")
 AXES = ("tensor", "context", "pipeline", "data", "replicate", "expert")
 
 # What a rule may speak of, with a value of its type to check the rule by
@@ -26,6 +31,7 @@ FACTS: dict[str, Any] = {
     "schedule": "1f1b",
     "recompute": "none",
     "stages": (1,),
+    "order": USUAL,
     "memory": Quantity(1.0, "bytes"),
     "step_time": Quantity(1.0, "seconds"),
     "bubble": 0.5,
@@ -36,11 +42,11 @@ FACTS: dict[str, Any] = {
 
 
 class RuleEvaluator(Evaluator):
-    """Evaluates rules over plan variables and facts; `tensor.crosses_nodes` reads `crosses` of the scope. Words of schedules
-    and recomputation (`full`, `gpipe`) are names for themselves."""
+    """Evaluates rules over plan variables and facts; `tensor.crosses_nodes` reads `crosses` of the scope. Words of
+    schedules, recomputation and orders (`full`, `gpipe`) are names for themselves."""
 
     def name(self, expr: s.Name) -> Any:
-        if expr.name not in self.scope and expr.name in (*SCHEDULES, *RECOMPUTE):
+        if expr.name not in self.scope and expr.name in WORDS:
             return expr.name
         return super().name(expr)
 
@@ -109,7 +115,7 @@ def pin_value(pin: s.Pin, diagnostics: Diagnostics) -> Any:
         items = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (0,)
         sound = all(isinstance(v, int) and v >= 1 for v in items)
         return items if sound else wrong("`stages` is a list of layers per stage", "write pin stages = [6, 6]")
-    words = SCHEDULES if name == "schedule" else RECOMPUTE
+    words = _CHOICES[name]
     value = "none" if value is None else value
     if isinstance(value, str) and value in words:
         return value

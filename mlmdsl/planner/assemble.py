@@ -65,6 +65,7 @@ def variables(c: Candidate) -> PlanVariables:
         micro_batch=c.micro_batch,
         recompute=c.recomputed,
         stages=c.cut.stages,
+        order=c.order,
     )
 
 

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd, prod
-from typing import Any
+from typing import Any, cast
 
 from mlmdsl.diagnostics import Diagnostics, Label
 from mlmdsl.grammar import syntax as s
-from mlmdsl.grammar.constraints import RECOMPUTE, SCHEDULES, VARIABLES, ZEROS, RuleEvaluator
+from mlmdsl.grammar.constraints import ORDERS, RECOMPUTE, SCHEDULES, VARIABLES, WORDS, ZEROS, Order, RuleEvaluator
 from mlmdsl.grammar.evaluate import POISON
 from mlmdsl.grammar.spec import Pin, Rule, Spec
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.walk import nodes_below
+from mlmdsl.planner.mesh import shares_out
 from mlmdsl.planner.schedule import cannot_run, executable, recomputes, virtual_stages, zeros
 
-_WORDS = frozenset({*SCHEDULES, *RECOMPUTE})
 _MESH = ("tensor", "context", "pipeline", "data")
 
 
@@ -199,6 +199,10 @@ def _experts(c: _Checker) -> None:
     elif "data" in c.pins and (replicas := c.pinned("data") * c.pinned("context")) % n:
         message = f"expert = {n} cannot be taken out of {replicas} replicas"
         c.report("MLM0427", message, pin, "expert has to divide data * context", c.others("data", "context"))
+    elif {"order", "context"} <= c.pins.keys() and not shares_out(cast(Order, c.pins["order"].value), c.pinned("context"), n):
+        message = f"expert = {n} takes uneven parts of context = {c.pinned('context')} where stages lie between"
+        help = "one of the two has to divide the other, or take the order away"
+        c.report("MLM0427", message, pin, help, c.others("context", "order"))
 
 
 def _sequence(c: _Checker) -> None:
@@ -301,7 +305,12 @@ def _leaves_a_value(c: _Checker, name: str, rules: list[Rule]) -> None:
 
 
 def _domain(c: _Checker, name: str) -> list[Any]:
-    words: dict[str, list[Any]] = {"schedule": [*SCHEDULES], "recompute": [*RECOMPUTE], "zero": [*ZEROS]}
+    words: dict[str, list[Any]] = {
+        "schedule": [*SCHEDULES],
+        "recompute": [*RECOMPUTE],
+        "zero": [*ZEROS],
+        "order": [*ORDERS],
+    }
     if name in words:
         return words[name]
     if name == "sequence_parallel":
@@ -317,11 +326,11 @@ def _holds(rule: Rule, values: Mapping[str, Any]) -> bool:
 
 
 def _names(expr: s.Node) -> Iterable[str]:
-    """Variables and facts of a condition; the words of schedules and recomputation are none."""
+    """Variables and facts of a condition; words that stand for themselves are none."""
     if isinstance(expr, s.Attribute):
         yield f".{expr.name}"
         return
-    if isinstance(expr, s.Name) and expr.name not in _WORDS:
+    if isinstance(expr, s.Name) and expr.name not in WORDS:
         yield expr.name
     for part in nodes_below(expr):
         yield from _names(part)

@@ -3,12 +3,13 @@ none does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from mlmdsl import words
 from mlmdsl.diagnostics import Diagnostic, Label, PlanError, Span
+from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import Pin, PlanConstraints, PlanValue, Spec
-from mlmdsl.planner.assemble import ledger, predicted, variables
+from mlmdsl.planner.assemble import ledger, links_of, predicted, variables
 from mlmdsl.planner.outcome import Found, Outcome, Tally
 from mlmdsl.planner.plan import Alternative, Plan, Rejection, SoftConstraint, StageMemory
 from mlmdsl.planner.pricing import Candidate, Place, Setting
@@ -54,8 +55,8 @@ def _wish(outcome: Outcome, index: int) -> SoftConstraint:
     return SoftConstraint(text=text, kept=not best.broken & bit, price_s=price)
 
 
-def notes(setting: Setting, plan: Plan) -> tuple[str, ...]:
-    return tuple(_notes(setting, plan))
+def notes(outcome: Outcome, plan: Plan) -> tuple[str, ...]:
+    return (*_notes(outcome.setting, plan), *_order(outcome.found[0]))
 
 
 def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
@@ -71,6 +72,26 @@ def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
     peaks = setting.device.peak_flops_per_second
     if plan.precision == "bf16" and setting.device.kind != "cpu" and peaks.get("bf16", 0.0) <= peaks.get("fp32", 0.0):
         yield f"{setting.device.name} has no bf16 matrix units: products run at the speed of fp32"
+
+
+def _order(best: Found) -> Iterator[str]:
+    """What stages next to each other gain, where they are."""
+    c, place = best.candidate, best.place
+    usual = Place(place.bench.over_experts(c.expert), c.pipeline, c.data)
+    near, far = (links_of(each).get("pipeline") for each in (place, usual))
+    if c.order == USUAL or near is None or far is None or near == far:
+        return
+    seconds = usual.times(c._replace(order=USUAL)).total
+    more = seconds / best.times.total - 1
+    others = "longer" if more > 0 else "less"
+    yield (
+        f"the stages of a pipeline share a node and send over {_named(near)}; in the usual order they would send over"
+        f" {_named(far)}, and a step of this plan take {words.percent(abs(more))} {others}"
+    )
+
+
+def _named(link: Mapping[str, float | str]) -> str:
+    return f"{link['link']} at {words.rate(float(link['bytes_per_second']))}"
 
 
 def rejections(outcome: Outcome) -> tuple[Rejection, ...]:

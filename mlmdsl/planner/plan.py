@@ -12,7 +12,9 @@ from typing import Literal, get_args
 import pydantic
 
 from mlmdsl.diagnostics import Diagnostic, PlanError
+from mlmdsl.grammar.constraints import USUAL, Order
 from mlmdsl.grammar.spec import Frozen, Spec
+from mlmdsl.planner.mesh import Mesh
 
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "recv", "split"]
 # As mesh.py has them
@@ -40,6 +42,7 @@ class PlanVariables(Frozen):
     micro_batch: int = 1
     recompute: Recompute | tuple[Recompute, ...] = "none"
     stages: tuple[int, ...]
+    order: Order = USUAL
 
     @property
     def world_size(self) -> int:
@@ -51,6 +54,8 @@ class PlanVariables(Frozen):
         sizes = (("tensor", self.tensor), ("context", self.context), ("pipeline", self.pipeline), ("data", self.data))
         degrees = [f"{name} {size}" for name, size in sizes if size > 1] or ["one device"]
         parts = [" x ".join(degrees)]
+        if self.order != USUAL:
+            parts.append(f"{self.order.partition('_')[0]} outermost")
         if self.tensor > 1 and self.sequence_parallel:
             parts.append("sequence parallel")
         if self.pipeline > 1:
@@ -60,6 +65,11 @@ class PlanVariables(Frozen):
         if self.data * self.context > 1:
             parts.append(f"ZeRO {self.zero}" + (f" x {self.replicate}" if self.replicate > 1 else ""))
         return ", ".join([*parts, f"micro-batch {self.micro_batch}", f"recompute {self.recomputed}"])
+
+    def mesh(self, devices_per_node: int) -> Mesh:
+        """The grid of ranks."""
+        degrees = (self.tensor, self.data, self.pipeline)
+        return Mesh(*degrees, devices_per_node, self.context, self.expert, self.replicate, self.order)
 
     @property
     def recomputed(self) -> str:

@@ -13,6 +13,7 @@ from functools import cached_property
 from math import gcd
 from typing import NamedTuple
 
+from mlmdsl.grammar.constraints import USUAL, Order
 from mlmdsl.grammar.spec import Device, Pool, Spec
 from mlmdsl.graph.flops import flops_per_token
 from mlmdsl.graph.graph import Graph
@@ -55,6 +56,7 @@ class Candidate(NamedTuple):
     expert: int = 1
     replicate: int = 1
     modes: tuple[int, ...] = ()  # of every layer, where they are not all recomputed alike; `recompute` is the largest of them
+    order: Order = USUAL
 
     @property
     def recomputed(self) -> Recompute | tuple[Recompute, ...]:
@@ -144,8 +146,17 @@ class Setting:
                     used.setdefault(key, set()).add(index)
         return frozenset(key for key, regions in used.items() if len(regions) > 1)
 
-    def mesh(self, tensor: int, data: int, pipeline: int, context: int = 1, expert: int = 1, replicate: int = 1) -> Mesh:
-        return Mesh(tensor, data, pipeline, self.network.devices_per_node, context, expert, replicate)
+    def mesh(
+        self,
+        tensor: int,
+        data: int,
+        pipeline: int,
+        context: int = 1,
+        expert: int = 1,
+        replicate: int = 1,
+        order: Order = USUAL,
+    ) -> Mesh:
+        return Mesh(tensor, data, pipeline, self.network.devices_per_node, context, expert, replicate, order)
 
     def shard(self, tensor: int, sequence_parallel: bool) -> Bench | Infeasible:
         """The sharding does not depend on the micro-batch: it is chosen for one sequence."""
@@ -196,7 +207,7 @@ class Bench:
     group: Group
     context_group: Group | None = None
     expert_group: Group | None = None
-    _experts: dict[int, Bench] = field(default_factory=dict[int, "Bench"])
+    _experts: dict[tuple[int, int], Bench] = field(default_factory=dict[tuple[int, int], "Bench"])
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
     _layout: Layout = field(default_factory=Layout)
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
@@ -213,16 +224,21 @@ class Bench:
         mesh = self.setting.mesh(self.sharding.tensor, 1, 1, context)
         return Bench(self.setting, found, self.group, group_of(mesh, "context", self.setting.network))
 
-    def over_experts(self, expert: int) -> Bench:
-        """The same with `expert` neighbours among the replicas that share one set of experts."""
+    def over_experts(self, expert: int, between: int = 1) -> Bench:
+        """The same with `expert` neighbours among the replicas that share one set of experts; `between`: stages that lie
+        between ranks of data and of context."""
+        context = self.sharding.context
+        key = (expert, between if expert > context else 1)
         if expert == 1:
             return self
-        if expert not in self._experts:
-            mesh = self.setting.mesh(self.sharding.tensor, expert, 1, self.sharding.context, expert)
+        if key not in self._experts:
+            mesh = self.setting.mesh(
+                self.sharding.tensor, expert, key[1], context, expert, order="data_pipeline_context_tensor"
+            )
             group = group_of(mesh, "expert", self.setting.network)
             found = replace(self.sharding, expert=expert)
-            self._experts[expert] = Bench(self.setting, found, self.group, self.context_group, group)
-        return self._experts[expert]
+            self._experts[key] = Bench(self.setting, found, self.group, self.context_group, group)
+        return self._experts[key]
 
     @cached_property
     def holdings(self) -> memory.Holdings:
@@ -355,6 +371,7 @@ class Place:
     bench: Bench
     pipeline: int
     data: int
+    order: Order = USUAL
     _cuts: dict[tuple[object, ...], Cut] = field(default_factory=dict[tuple[object, ...], Cut])
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
     _states: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
@@ -362,7 +379,8 @@ class Place:
 
     @cached_property
     def mesh(self) -> Mesh:
-        return self.bench.setting.mesh(self.bench.sharding.tensor, self.data, self.pipeline, self.context, self.expert)
+        sharding = self.bench.sharding
+        return self.bench.setting.mesh(sharding.tensor, self.data, self.pipeline, self.context, self.expert, order=self.order)
 
     @property
     def context(self) -> int:
@@ -385,7 +403,7 @@ class Place:
         """With as many copies of the sharded weights."""
         sharding = self.bench.sharding
         degrees = (sharding.tensor, self.data, self.pipeline, self.context, self.expert, replicate)
-        return self.mesh if replicate == 1 else self.bench.setting.mesh(*degrees)
+        return self.mesh if replicate == 1 else self.bench.setting.mesh(*degrees, self.order)
 
     def shards(self, c: Candidate) -> int:
         """Ranks that ZeRO shares a weight out over."""

@@ -68,7 +68,7 @@ class Verdict(Frozen):
 
 def compare(plan: Plan, rank: int, measured: Measured) -> Verdict:
     v = plan.plan
-    stage = rank // (v.world_size // v.pipeline)
+    stage = v.mesh(v.world_size).coordinates(rank)[0]
     ledger = plan.memory[stage]
     parts = _parts(ledger)
     return Verdict(
@@ -87,31 +87,8 @@ def compare(plan: Plan, rank: int, measured: Measured) -> Verdict:
 
 
 def group(v: PlanVariables, axis: str, rank: int) -> tuple[int, ...]:
-    """The ranks that `rank` makes collectives over `axis` with: the grid is (pipeline, data, context, tensor), tensor
-    innermost, and neighbours among the replicas share experts."""
-    inner, replicas = v.tensor, v.data * v.context
-    stage = inner * replicas
-    first, within = rank - rank % stage, rank % stage
-    replica, column = divmod(within, inner)
-    match axis:
-        case "tensor":
-            return tuple(range(rank - column, rank - column + inner))
-        case "context":
-            start = replica - replica % v.context
-            return tuple(first + r * inner + column for r in range(start, start + v.context))
-        case "data":
-            return tuple(first + r * inner + column for r in range(replica % v.context, replicas, v.context))
-        case "replicas":
-            return tuple(first + r * inner + column for r in range(replicas))
-        case "expert":
-            start = replica - replica % v.expert
-            return tuple(first + r * inner + column for r in range(start, start + v.expert))
-        case "copies":
-            return tuple(first + r * inner + column for r in range(replica % v.expert, replicas, v.expert))
-        case "pipeline":
-            return tuple(range(within, v.world_size, stage))
-        case _:
-            return tuple(range(v.world_size))
+    """The ranks that `rank` makes collectives over `axis` with."""
+    return v.mesh(v.world_size).ranks(axis, rank)
 
 
 def _rows(plan: Plan, stage: int, rank: int, heard: Iterable[Heard]) -> tuple[Row, ...]:

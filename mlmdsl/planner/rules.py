@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar import syntax as s
-from mlmdsl.grammar.constraints import RECOMPUTE, SCHEDULES, RuleEvaluator
+from mlmdsl.grammar.constraints import WORDS, RuleEvaluator
 from mlmdsl.grammar.evaluate import ARITHMETIC, COMPARE, number_of
 from mlmdsl.grammar.spec import Device, Rule
 from mlmdsl.units import Quantity
@@ -22,7 +22,6 @@ Facts = Mapping[
     str, Any
 ]  # plan variables, `memory` (bytes), `step_time` (seconds), `bubble`, `mfu`, `cost`, "tensor.crosses_nodes"
 Term = Callable[[Facts], Any]
-_WORDS = (*SCHEDULES, *RECOMPUTE)  # stand for themselves
 
 _OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
     **ARITHMETIC,
@@ -84,7 +83,7 @@ def names_in(expr: s.Expr) -> set[str]:
 
 def _term(expr: s.Expr, evaluator: RuleEvaluator) -> Term:
     """A closure; constant parts are evaluated now."""
-    varying = {name for name in names_in(expr) if not name.startswith("device.") and name not in _WORDS}
+    varying = {name for name in names_in(expr) if not name.startswith("device.") and name not in WORDS}
     if not varying:
         value = _plain(evaluator.value(expr))
         return lambda facts: value

@@ -18,6 +18,7 @@ from itertools import cycle
 from math import inf
 from typing import Any, NamedTuple
 
+from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
@@ -64,7 +65,7 @@ def _searched(spec: Spec, graph: Graph) -> Plan:
         rejected=rejected,
     )
     plan = assemble.plan_of(best.place, best.candidate, report)
-    notes = explain.notes(outcome.setting, plan)
+    notes = explain.notes(outcome, plan)
     return plan.model_copy(update={"alternatives": alternatives, "soft": wishes, "notes": notes})
 
 
@@ -282,7 +283,7 @@ class Judge:
         chosen = (micro_batch, schedule, branch.interleave, branch.mode)
         around = (cut, place.context, place.expert)
         for zero, replicate in self._shares(branch):
-            candidate = Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes)
+            candidate = Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes, place.order)
             key = (place, *chosen)
             held = self._held.get(key)
             if held is None:
@@ -338,7 +339,7 @@ class Judge:
             f"{axis}.crosses_nodes": mesh.crosses_nodes(axis) for axis in ("tensor", "context", "pipeline", "data", "expert")
         }
         degrees = {name: mesh.size(name) for name in ("tensor", "context", "pipeline", "data", "expert")}
-        return {**degrees, "sequence_parallel": sharding.sequence_parallel, **crosses}
+        return {**degrees, "order": place.order, "sequence_parallel": sharding.sequence_parallel, **crosses}
 
     def facts(self, c: Candidate, place: Place, times: Times, peak: int) -> dict[str, Any]:
         """What rules may speak of, as plain numbers."""
@@ -364,6 +365,6 @@ class Judge:
 
 def simplicity(c: Candidate, peak: int) -> tuple[int, ...]:
     """Smaller is simpler: nothing recomputed, less ZeRO, fewer virtual stages, no context axis, no expert axis, a shorter
-    pipeline, less tensor parallelism."""
-    axes = (c.context, c.expert, c.pipeline, c.tensor, c.sequence_parallel)
+    pipeline, less tensor parallelism, ranks in the usual order."""
+    axes = (c.context, c.expert, c.pipeline, c.tensor, c.sequence_parallel, c.order != USUAL)
     return (c.recompute, bool(c.modes), c.zero, c.replicate, c.interleave, *axes, _PLAIN.index(c.schedule), peak)

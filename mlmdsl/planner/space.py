@@ -1,19 +1,22 @@
 """What is legal: the meshes of a cluster, and what may run on each, within the pins. What is not is tallied, a mesh or a choice
 at a time.
 
-tensor x sequence_parallel x context x pipeline x data x expert x micro_batch x recompute x schedule x interleave x ZeRO, but
-for degrees of interleaving that differ little (`Space._interleaves`), and for degrees of context that leave a rank little of a
-sequence (`Space._contexts`). "Legal" is what divides and what torch's schedules can run; everything else has its price.
+tensor x sequence_parallel x context x pipeline x data x order x expert x micro_batch x recompute x schedule x interleave x
+ZeRO, but for degrees of interleaving that differ little (`Space._interleaves`), for degrees of context that leave a rank little
+of a sequence (`Space._contexts`), and for orders of ranks that bring no stages together (`Space._orders`). "Legal" is what
+divides and what torch's schedules can run; everything else has its price.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from math import gcd
 from typing import Any, NamedTuple, cast
 
-from mlmdsl.grammar.constraints import ZEROS
+from mlmdsl.grammar.constraints import ORDERS, USUAL, ZEROS, Order
+from mlmdsl.planner.mesh import shares_out
 from mlmdsl.planner.outcome import Outcome, Tally
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Schedule
@@ -92,8 +95,12 @@ class Space:
             message = f"a batch of {batch} cannot be split over data = {data}"
             self._reject("batch", float(data), message)
             return
-        for expert in self._experts(data * bench.sharding.context):
-            place = Place(bench.over_experts(expert), pipeline, data)
+        for expert, order in product(self._experts(data * bench.sharding.context), self._orders(bench, pipeline, data)):
+            if not shares_out(order, bench.sharding.context, expert):
+                message = f"expert = {expert} takes uneven parts of context = {bench.sharding.context} where order = {order}"
+                self._reject("expert", float(expert), message)
+                continue
+            place = Place(bench.over_experts(expert, 1 if order == USUAL else pipeline), pipeline, data, order)
             if self.shares(place):
                 refused = self.runs(place).refused
                 if refused.count:
@@ -104,6 +111,18 @@ class Space:
     def _experts(self, replicas: int) -> list[int]:
         """Degrees that divide the replicas and the experts of every layer."""
         return self.within("expert", divisors(gcd(replicas, self.setting.experts)) if self.setting.experts else (1,))
+
+    def _orders(self, bench: Bench, pipeline: int, data: int) -> tuple[Order, ...]:
+        """Stages inside ranks of data where that brings them together on one node. Elsewhere they send over the same links in
+        both orders, and replicas are nowhere nearer than in the usual one, which also keeps the ranks of a stage together
+        where pools differ. A pin may ask for either."""
+        if "order" in self.pins:
+            return (self.pins["order"],)
+        if pipeline == 1 or data == 1 or len(self.setting.spec.cluster.pools) > 1:
+            return (USUAL,)
+        degrees = (bench.sharding.tensor, data, pipeline, bench.sharding.context)
+        crosses = (self.setting.mesh(*degrees, order=order).crosses_nodes("pipeline") for order in ORDERS)
+        return ORDERS if tuple(crosses) == (True, False) else (USUAL,)
 
     def _reject(self, reason: str, distance: float, words: str) -> None:
         self.outcome.candidates += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlmdsl import words
+from mlmdsl.planner.mesh import Mesh
 from mlmdsl.planner.plan import Alternative, Plan, PlanVariables, SoftConstraint, StageMemory
 
 _BOLD, _DIM, _OFF = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -80,7 +81,8 @@ def _mesh(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     p = plan.plan
     if p.world_size == 1:
         return
-    cell = max(len(_ranks(p, p.pipeline - 1, p.data - 1)), len(f"data {p.data - 1}")) + 2
+    mesh = p.mesh(plan.cluster.devices_per_node)
+    cell = max(len(_ranks(mesh, p.pipeline - 1, p.data - 1)), len(f"data {p.data - 1}")) + 2
     layers = max(len(_layers(p, stage)) for stage in range(p.pipeline)) + 2
     columns = _elided(p.data, max(3, (width - 17 - layers) // cell))
     within = f", {p.context} parts of a sequence one after another" if p.context > 1 else ""
@@ -93,7 +95,7 @@ def _mesh(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
         if stage is None:
             yield "        ..."
             continue
-        cells = "".join(("..." if c is None else _ranks(p, stage, c)).rjust(cell) for c in columns)
+        cells = "".join(("..." if c is None else _ranks(mesh, stage, c)).rjust(cell) for c in columns)
         yield f"        stage {stage:<3}{cells}  {ink.dim(_layers(p, stage))}"
 
 
@@ -104,9 +106,8 @@ def _elided(count: int, most: int) -> list[int | None]:
     return [*range(most - 2), None, count - 1]
 
 
-def _ranks(plan: PlanVariables, stage: int, data: int) -> str:
-    inner = plan.context * plan.tensor
-    first = (stage * plan.data + data) * inner
+def _ranks(mesh: Mesh, stage: int, data: int) -> str:
+    inner, first = mesh.context * mesh.tensor, mesh.rank(stage, data)
     return str(first) if inner == 1 else f"{first}-{first + inner - 1}"
 
 

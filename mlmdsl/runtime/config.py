@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 QUERY_BLOCK = 256  # queries whose scores are in memory at one time where attention is computed without a fused kernel
 
@@ -25,7 +26,7 @@ def cut_over_copies(shape: Sequence[int], copies: int) -> bool:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The plan's variables as executed. Ranks lie in the grid (pipeline, data, context, tensor), tensor innermost.
+    """The plan's variables as executed. Ranks lie in a grid whose axes `order` names, the outermost first.
 
     `stages` gives layers per virtual stage in model order, pipeline * interleave of them. Ranks of data and context hold the
     same weights: zero 0: gradients all-reduced over them; 1: optimizer state sharded; 2: gradients sharded too; 3: weights too
@@ -45,10 +46,27 @@ class Parallel:
     replicate: int = 1
     micro_batch: int = 1
     recompute: str | tuple[str, ...] = "none"  # none, selective, full; or one of them for each layer
+    order: str = "pipeline_data_context_tensor"  # or data_pipeline_context_tensor
 
     @property
     def world_size(self) -> int:
         return self.pipeline * self.data * self.context * self.tensor
+
+    @cached_property
+    def grid(self) -> list[list[list[int]]]:
+        """Ranks by pipeline rank, tensor rank and place among the replicas, which are the ranks of data with those of context
+        next to each other."""
+        stride: dict[str, int] = {}
+        size = 1
+        for axis in reversed(self.order.split("_")):
+            stride[axis], size = size, size * getattr(self, axis)
+
+        def along(axis: str) -> list[int]:
+            return [place * stride[axis] for place in range(getattr(self, axis))]
+
+        replicas = [data + context for data in along("data") for context in along("context")]
+        columns = [[tensor + replica for replica in replicas] for tensor in along("tensor")]
+        return [[[stage + rank for rank in column] for column in columns] for stage in along("pipeline")]
 
     def pipeline_rank(self, stage: int) -> int:
         """Where virtual stage `stage` runs: round and round, or in a V, whose second half comes back over the ranks (Qi et al.

@@ -1,4 +1,4 @@
-"""The grid of ranks: torch.arange(world).view(pipeline, data, context, tensor), tensor innermost."""
+"""The grid of ranks, as `Parallel.grid` lays it out."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
     """The grid over the default process group, which has parallel.world_size ranks."""
     if parallel.world_size == 1:
         return single(device)
-    ranks = torch.arange(parallel.world_size).view(parallel.pipeline, -1, parallel.tensor)
-    grid = ranks.permute(0, 2, 1).tolist()  # no view: torch 2.11 goes by strides, and those of dims of size 1 mislead it
-    devices = DeviceMesh(device.type, grid, mesh_dim_names=("pipeline", "tensor", "replicas"))
+    # lists, no views: torch 2.11 goes by strides, and those of dims of size 1 mislead it
+    grid = torch.tensor(parallel.grid)
+    devices = DeviceMesh(device.type, parallel.grid, mesh_dim_names=("pipeline", "tensor", "replicas"))
 
     def axis(name: str, size: int) -> Axis:
         return Axis(name, size, devices.get_local_rank(name), devices.get_group(name).group_name)
@@ -109,13 +109,12 @@ def create(parallel: Parallel, device: torch.device) -> Mesh:
     hybrid = None
     if parallel.zero and parallel.replicate > 1:
         names = ("pipeline", "tensor", "replicate", "shards")
-        hybrid = DeviceMesh(
-            device.type, ranks.permute(0, 2, 1).unflatten(-1, (parallel.replicate, -1)).tolist(), mesh_dim_names=names
-        )
+        copied = grid.unflatten(-1, (parallel.replicate, -1))
+        hybrid = DeviceMesh(device.type, copied.tolist(), mesh_dim_names=names)
     sharers, expert = None, Axis("expert")
     if parallel.expert > 1:
         names = ("pipeline", "tensor", "copies", "expert")
-        shared = ranks.permute(0, 2, 1).unflatten(-1, (-1, parallel.expert))
+        shared = grid.unflatten(-1, (-1, parallel.expert))
         sharers = DeviceMesh(device.type, shared.tolist(), mesh_dim_names=names)
         expert = Axis("expert", parallel.expert, sharers.get_local_rank("expert"), sharers.get_group("expert").group_name)
     data, context = divmod(devices.get_local_rank("replicas"), parallel.context)
@@ -137,8 +136,7 @@ def _context_group(parallel: Parallel) -> str:
     mine = ""
     if parallel.context == 1:
         return mine
-    ranks = torch.arange(parallel.world_size).view(-1, parallel.context, parallel.tensor).transpose(1, 2).flatten(0, 1)
-    for members in ranks.tolist():
+    for members in torch.tensor(parallel.grid).view(-1, parallel.context).tolist():
         group = dist.new_group(members)
         if dist.get_rank() in members:
             mine = group.group_name

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -126,10 +127,9 @@ class State(ABC):
     def _group_of(self, pipeline_ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """The group of these ranks of this rank's own pipeline, out of those that all pipelines make."""
         mine = None
-        size = self.mesh.replicas.size * self.parallel.tensor
-        for offset in range(size):
-            ranks = [rank * size + offset for rank in pipeline_ranks]
-            group = dist.new_group(ranks)
+        stages = (chain.from_iterable(self.parallel.grid[rank]) for rank in pipeline_ranks)
+        for ranks in zip(*stages, strict=True):
+            group = dist.new_group(list(ranks))
             if dist.get_rank() in ranks:
                 mine = group
         return mine

@@ -284,8 +284,7 @@ def _due(step: int, every: int | None, steps: int, *, first: bool) -> bool:
 
 def _by_stage(memory: Sequence[int], parallel: Parallel) -> list[int]:
     """Peak memory of the fullest rank of each pipeline stage."""
-    ranks = len(memory) // parallel.pipeline
-    return [max(memory[i * ranks : (i + 1) * ranks]) for i in range(parallel.pipeline)]
+    return [max(memory[rank] for column in stage for rank in column) for stage in parallel.grid]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

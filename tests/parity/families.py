@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from mlmdsl.diagnostics import PlanError, SpecError
+from mlmdsl.grammar.constraints import ORDERS
 from mlmdsl.planner.plan import PlanVariables
 from tests.parity.curve import compare, train_curve
 from tests.parity.lattice import TOLERANCE, one_process
@@ -35,6 +36,7 @@ PLANS = (
 )
 
 
+INSIDE = ORDERS[1]
 EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "limited")
 EXPERT_PLANS = (
     PlanVariables(data=2, expert=2, zero=3, micro_batch=2, recompute="full", stages=(2,)),
@@ -48,6 +50,8 @@ EXPERT_PLANS = (
     PlanVariables(pipeline=2, data=2, expert=2, interleave=2, schedule="zb_v", micro_batch=1, stages=(1, 1, 1, 1)),
     PlanVariables(context=2, data=2, expert=4, zero=1, micro_batch=2, recompute="selective", stages=(2,)),
     PlanVariables(tensor=2, sequence_parallel=True, data=4, expert=2, zero=3, micro_batch=1, recompute="full", stages=(2,)),
+    PlanVariables(pipeline=2, data=2, expert=2, zero=3, micro_batch=2, stages=(1, 1), order=INSIDE),
+    PlanVariables(pipeline=2, context=2, data=2, expert=4, zero=1, micro_batch=1, stages=(1, 1), order=INSIDE),
 )
 
 

@@ -2,7 +2,8 @@
 
 Every mesh of {tensor 1, 2, 4} x {pipeline 1, 2, 4} x {data 1, 2, 4} with up to eight ranks, with every ZeRO stage where the
 data axis has ranks to divide by, every schedule where there is a pipeline, and every kind of recomputation. What remains goes
-round: even and uneven stages, micro-batch sizes (so: how many are accumulated), sequence parallelism.
+round: even and uneven stages, micro-batch sizes (so: how many are accumulated), sequence parallelism, stages inside ranks of
+data.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count, product
 from typing import get_args
 
-from mlmdsl.grammar.constraints import ZEROS
+from mlmdsl.grammar.constraints import ORDERS, USUAL, ZEROS
 from mlmdsl.planner.plan import PlanVariables, Recompute, Schedule
 from mlmdsl.planner.schedule import V_SHAPED, executable, recomputes, zeros
 from tests.parity.models import BATCH
@@ -41,7 +42,8 @@ class Case:
         ways = v.recompute if isinstance(v.recompute, str) else ",".join(v.recompute)
         recompute = f" recompute {ways}" if ways != "none" else ""
         expert = f" e{v.expert}" if v.expert > 1 else ""
-        mesh = f"t{v.tensor}{sequence}{context} p{v.pipeline} d{v.data}{expert}"
+        inside = " inside" if v.order != USUAL else ""
+        mesh = f"t{v.tensor}{sequence}{context} p{v.pipeline}{inside} d{v.data}{expert}"
         zero = f"zero{v.zero}" + (f" x{v.replicate}" if v.replicate > 1 else "")
         return f"{self.model} {mesh} {zero} micro{v.micro_batch}{schedule}{recompute}"
 
@@ -74,6 +76,7 @@ def _case(
         micro_batch=sizes[-1 - turn % min(2, len(sizes))] if sizes else 1,
         recompute=recompute,
         stages=stages(pipeline * interleave, uneven=turn % 2 == 0),
+        order=ORDERS[turn // 2 % 2] if pipeline > 1 < data else USUAL,
     )
     illegal = "" if sizes else f"{schedule} over {pipeline} stages needs more micro-batches than the {rows} rows of a data rank"
     return Case(model, variables, illegal)

@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 
-from mlmdsl.grammar.constraints import ZEROS
+from mlmdsl.grammar.constraints import ORDERS, ZEROS
 from mlmdsl.planner.plan import PlanVariables
 from mlmdsl.planner.schedule import V_SHAPED
 from tests.parity import reference
@@ -45,7 +45,17 @@ PLANS = (
     ("gpt", dict(pipeline=2, interleave=2, schedule="zb_v", tensor=2, data=2, zero=1, micro_batch=1, stages=(1, 1, 1, 1))),
     ("llama", dict(pipeline=2, interleave=2, schedule="dualpipe_v", data=2, micro_batch=1, stages=(1, 1, 1, 1))),
 )
+INSIDE = (  # the stages of a pipeline lie inside ranks of data
+    ("gpt", dict(pipeline=2, data=2, tensor=2, zero=1, sequence_parallel=True, micro_batch=2, stages=(1, 3))),
+    ("gpt", dict(pipeline=2, data=2, tensor=2, zero=3, micro_batch=2, recompute="selective", stages=(3, 1))),
+    ("llama", dict(pipeline=2, data=2, zero=0, micro_batch=2, stages=(2, 2))),
+    ("llama", dict(pipeline=2, data=4, zero=3, replicate=2, micro_batch=1, stages=(3, 1))),
+    ("llama", dict(pipeline=2, data=2, context=2, zero=3, micro_batch=1, stages=(1, 3))),
+    ("gpt", dict(pipeline=2, data=2, context=2, zero=1, replicate=2, micro_batch=1, stages=(2, 2))),
+    ("gpt", dict(pipeline=2, interleave=2, schedule="zb_v", data=2, zero=1, micro_batch=1, stages=(1, 1, 1, 1))),
+)
 CASES = tuple(Case(model, PlanVariables(**variables)) for model, variables in PLANS)
+CASES += tuple(Case(model, PlanVariables(**variables, order=ORDERS[1])) for model, variables in INSIDE)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -102,3 +112,4 @@ def test_the_lattice_covers_what_it_says():
         assert {(v.zero, v.recompute, v.schedule) for v in legal} >= set(product((0, 1), ("none",), V_SHAPED))
         assert {len(set(v.stages)) > 1 for v in legal if v.pipeline > 1} == {True, False}
         assert {v.sequence_parallel for v in legal if v.tensor > 1} == {True, False}
+        assert {(v.order, v.zero) for v in legal if v.pipeline > 1 < v.data} == set(product(ORDERS, ZEROS))

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from mlmdsl.cli import main
+from mlmdsl.grammar.constraints import ORDERS
 from mlmdsl.planner.plan import PlanVariables
 from mlmdsl.planner.promise import Verdict, compare, group
 from mlmdsl.report.verdict import render_verdict
 from mlmdsl.runtime.verify import measure
 from tests.parity.models import GPT, SETTINGS
 from tests.planner.test_traffic import compiled
+
+INSIDE = ORDERS[1]
 
 # ranks, and whether the ledger is within its tolerance
 CASES: list[tuple[str, dict[str, Any], tuple[int, ...], bool]] = [
@@ -35,6 +38,10 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...], bool]] = [
     ("gpt", dict(tensor=2, data=2, zero=3, sequence_parallel=True, recompute="full"), (3,), False),
     ("mixtral", dict(data=4, expert=2), (3,), False),
     ("mixtral", dict(tensor=2, sequence_parallel=True, data=4, expert=2, zero=1), (7,), False),
+    ("llama", dict(tensor=2, sequence_parallel=True, pipeline=2, data=2, schedule="1f1b", order=INSIDE), (2, 5), True),
+    ("llama", dict(context=2, pipeline=2, data=2, schedule="1f1b", zero=0, order=INSIDE), (6,), True),
+    ("mixtral", dict(pipeline=2, data=2, expert=2, zero=1, schedule="1f1b", order=INSIDE), (2,), False),
+    ("gpt", dict(pipeline=2, data=4, zero=1, replicate=2, schedule="gpipe", order=INSIDE), (5,), False),
 ]
 
 
@@ -68,6 +75,16 @@ def test_groups_of_a_rank() -> None:
     assert group(grid, "copies", 21) == (21, 29)
     assert group(grid, "pipeline", 21) == (5, 21)
     assert group(grid, "world", 21) == tuple(range(32))
+
+
+def test_groups_of_a_rank_where_stages_lie_inside() -> None:
+    grid = PlanVariables(tensor=2, context=2, pipeline=2, data=4, expert=4, replicate=2, stages=(1, 1), order=INSIDE)
+    assert group(grid, "context", 21) == (21, 23)
+    assert group(grid, "data", 21) == (5, 13, 21, 29)
+    assert group(grid, "replicas", 21) == (5, 7, 13, 15, 21, 23, 29, 31)
+    assert group(grid, "expert", 21) == group(grid, "shards", 21) == (21, 23, 29, 31)
+    assert group(grid, "copies", 21) == group(grid, "replicate", 21) == (5, 21)
+    assert group(grid, "pipeline", 21) == (17, 21)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
