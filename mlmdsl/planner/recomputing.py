@@ -75,12 +75,13 @@ def fewest(place: Place, c: Candidate, mild: int, limit_bytes: float) -> Iterato
 
 def _modes(place: Place, c: Candidate, mild: int, limit_bytes: float, order: Order) -> tuple[int, ...]:
     """Of every layer; () where a rank does not fit."""
-    counts: dict[int, int] = {}
+    counts, guess = dict[int, int](), 0
     for rank, stages in enumerate(c.cut.placed):
-        found = _Rank(place, c, rank, stages, mild, limit_bytes).fewest(order)
+        found = _Rank(place, c, rank, stages, mild, limit_bytes).fewest(order, guess)
         if found is None:
             return ()
         counts |= zip(stages, found, strict=True)
+        guess = sum(found)  # neighbours need about as many
     each = ((counts[stage], size) for stage, size in enumerate(c.cut.stages))
     return tuple(mode for n, size in each for mode in (*(c.recompute,) * n, *(mild,) * (size - n)))
 
@@ -107,7 +108,7 @@ class _Rank:
         self.left = limit_bytes - sum(place.state(c, self.parts)) - place.context_bytes - place.more_context_bytes(c)
         self.kinds = [kind for kind, count in place.bench.setting.chain.layers for _ in range(count)]
 
-    def fewest(self, order: Order) -> list[int] | None:
+    def fewest(self, order: Order, guess: int) -> list[int] | None:
         """Of each stage how many layers."""
         c, place = self.c, self.place
         micro_batches = place.micro_batches(c.micro_batch)
@@ -117,11 +118,8 @@ class _Rank:
         def chosen(n: int) -> list[int]:
             return [picks[:n].count(stage) for stage in range(len(self.sizes))]
 
-        if self.fits(chosen(0)):
-            return chosen(0)
-        if not self.fits(chosen(len(picks))):
-            return None
-        return chosen(1 + bisect_left(range(1, len(picks)), True, key=lambda n: self.fits(chosen(n))))
+        n = least_that(lambda n: self.fits(chosen(n)), len(picks), guess)
+        return chosen(n) if n <= len(picks) else None
 
     def fits(self, chosen: Sequence[int]) -> bool:
         hows = [self.how(stage, n) for stage, n in enumerate(chosen)]
@@ -134,3 +132,17 @@ class _Rank:
             return dear if n else self.mild
         kinds = self.kinds[self.starts[stage] : self.starts[stage] + size]
         return blend(kinds, (dear,) * n + (self.mild,) * (size - n))
+
+
+def least_that(holds: Callable[[int], bool], most: int, guess: int) -> int:
+    """The least of 0 .. most for which `holds` does, as it does for all above it; most + 1 if for none. Looked for from a guess
+    on, in steps that double."""
+    low, high, step = -1, most + 1, 1  # holds neither at low nor below, and at high and above
+    at = min(guess, most)
+    while low < at < high:
+        if holds(at):
+            high, at = at, at - step
+        else:
+            low, at = at, at + step
+        step *= 2
+    return low + 1 + bisect_left(range(low + 1, high), True, key=holds)
