@@ -62,7 +62,7 @@ def _described(c: Any) -> str:
     return PlanVariables(
         tensor=c.tensor, sequence_parallel=c.sequence_parallel, pipeline=c.pipeline, data=c.data, micro_batch=c.micro_batch,
         schedule=c.schedule, interleave=c.interleave, recompute=("none", "selective", "full")[c.recompute], zero=c.zero,
-        replicate=c.replicate, stages=c.cut.stages,
+        replicate=c.replicate, stages=c.cut.stages, order=c.order,
     ).described  # fmt: skip
 
 
