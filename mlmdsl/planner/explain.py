@@ -81,12 +81,11 @@ def _order(best: Found) -> Iterator[str]:
     near, far = (links_of(each).get("pipeline") for each in (place, usual))
     if c.order == USUAL or near is None or far is None or near == far:
         return
-    seconds = usual.times(c._replace(order=USUAL)).total
-    more = seconds / best.times.total - 1
-    others = "longer" if more > 0 else "less"
+    more = usual.times(c._replace(order=USUAL)).total / best.times.total - 1
+    took = f", and a step of this plan take {words.percent(more)} longer" if more > 0 else ""
     yield (
-        f"the stages of a pipeline share a node and send over {_named(near)}; in the usual order they would send over"
-        f" {_named(far)}, and a step of this plan take {words.percent(abs(more))} {others}"
+        f"the stages of a pipeline share a node and send over {_named(near)}; in the usual order of ranks they would send over"
+        f" {_named(far)}{took}"
     )
 
 

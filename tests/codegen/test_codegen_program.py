@@ -15,6 +15,7 @@ import pytest
 from mlmdsl.codegen.emit import emit
 from mlmdsl.codegen.text import WIDTH
 from mlmdsl.diagnostics import Diagnostics
+from mlmdsl.grammar.constraints import ORDERS
 from mlmdsl.grammar.resolve import resolve
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
@@ -130,6 +131,15 @@ def test_one_rank_on_the_tensor_axis_leaves_no_trace_of_it(name: str):
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not {"tp", "Axis"} & names and "tp" not in attributes
+
+
+def test_the_order_of_ranks_stands_in_the_program():
+    graph = graph_of(TINY_GPT)
+    usual = PlanVariables(pipeline=2, data=4, context=1, stages=(2, 2), micro_batch=2)
+    texts = [emit(spec(), graph, plan(graph, usual.model_copy(update={"order": order}))).text for order in ORDERS]
+    assert "Ranks: torch.arange(8).view(2, 4, 1, 1): pipeline, data, context, tensor." in texts[0]
+    assert "Ranks: torch.arange(8).view(4, 2, 1, 1): data, pipeline, context, tensor." in texts[1]
+    assert "order=" not in texts[0] and 'order="data_pipeline_context_tensor"' in texts[1]
 
 
 def test_nothing_is_imported_in_vain():

@@ -19,7 +19,7 @@ import pytest
 from mlmdsl.cli import main
 from mlmdsl.diagnostics import Diagnostic, Diagnostics
 from mlmdsl.grammar import syntax
-from mlmdsl.grammar.constraints import AXES, FACTS, RECOMPUTE, SCHEDULES, VARIABLES
+from mlmdsl.grammar.constraints import AXES, FACTS, ORDERS, RECOMPUTE, SCHEDULES, VARIABLES
 from mlmdsl.grammar.evaluate import Evaluator
 from mlmdsl.grammar.format import format_text
 from mlmdsl.grammar.modules import DEVICES, read_file, std_blocks
@@ -379,6 +379,7 @@ def test_variables_of_a_plan() -> None:
     rows = {marked(row[0])[0]: row[1] for row in table("variable")}
     assert sorted(rows) == sorted(VARIABLES)
     assert words(rows["schedule"]) == list(SCHEDULES) and words(rows["recompute"]) == list(RECOMPUTE)
+    assert words(rows["order"]) == list(ORDERS)
     samples = {"integer": ["4"], "truth value": ["true"], "list": ["[6, 6]"]}
     others = {"integer": "true", "truth value": "1", "list": "3"}
     for name, kind in rows.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mlmdsl.compile import compile_spec
+from mlmdsl.grammar.constraints import ORDERS, USUAL, Order
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.outcome import Outcome
@@ -84,7 +85,15 @@ def legal(spec: Spec, graph: Graph) -> Iterator[tuple[Place, Candidate]]:
             for pipeline in range(1, layers + 1):
                 data = world // tensor // pipeline
                 if tensor * pipeline * data == world and batch % data == 0:
-                    yield from _on(Place(bench, pipeline, data), batch // data)
+                    for order in orders(spec, tensor * pipeline, pipeline > 1 < data):
+                        yield from _on(Place(bench, pipeline, data, order), batch // data)
+
+
+def orders(spec: Spec, ranks: int, several: bool) -> tuple[Order, ...]:
+    """Stages inside ranks of data where a node has room for the `ranks` of one pipeline, and there are several nodes."""
+    (pool,) = spec.cluster.pools
+    inside = several and pool.nodes > 1 and pool.devices_per_node % ranks == 0
+    return ORDERS if inside else (USUAL,)
 
 
 def _on(place: Place, rows: int) -> Iterator[tuple[Place, Candidate]]:
@@ -97,15 +106,17 @@ def _on(place: Place, rows: int) -> Iterator[tuple[Place, Candidate]]:
                     sharding = place.bench.sharding
                     cut = place.cut(micro_batch, mode, schedule, interleave)
                     mesh = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
-                    first = Candidate(*mesh, micro_batch, schedule, interleave, mode, zero, cut)
+                    first = Candidate(*mesh, micro_batch, schedule, interleave, mode, zero, cut, order=place.order)
                     for replicate in (1, *copies(place)) if zero > 1 else (1,):
                         yield place, first._replace(replicate=replicate)
 
 
 def copies(place: Place) -> list[int]:
     """One copy of the sharded weights on each of several nodes, where every node has the same whole number of replicas."""
-    node, ranks = place.mesh.devices_per_node, place.mesh.tensor * place.data
-    return [ranks // node] if ranks > node > place.mesh.tensor and ranks % node == 0 == node % place.mesh.tensor else []
+    between = place.pipeline if place.order != USUAL else 1
+    node, each = place.mesh.devices_per_node, place.mesh.tensor * between
+    ranks = each * place.data
+    return [ranks // node] if ranks > node > each and ranks % node == 0 == node % each else []
 
 
 def _schedules(place: Place, m: int) -> Iterator[tuple[Schedule, int]]:

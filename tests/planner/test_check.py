@@ -6,6 +6,7 @@ import pytest
 
 from mlmdsl.compile import compile_spec
 from mlmdsl.diagnostics import Diagnostic, MlmError, SpecError
+from mlmdsl.grammar.constraints import ORDERS
 from tests.parity.models import SETTINGS, small_model
 from tests.planner.small import text_of
 
@@ -174,6 +175,21 @@ def test_experts_are_shared_out_evenly(pins: list[str], message: str, help: str)
         compile_spec(small_model("mixtral") + SETTINGS, path="/specs/x.mlm", overrides=overrides, pins=pins, until="plan")
     (found,) = refused.value.diagnostics
     assert (found.code, found.message, found.help) == ("MLM0427", message, help)
+
+
+def test_experts_are_shared_over_whole_sequences_where_stages_lie_between() -> None:
+    """Two of six replicas of three context ranks: said at the pins, or by the search where the degree is free."""
+    pins = ["data=2", "context=3", "pipeline=1", f"order={ORDERS[1]}"]
+    text, overrides = small_model("mixtral") + SETTINGS, ("cluster.devices_per_node=6", "train.seq_len=48 tok")
+    with pytest.raises(SpecError) as refused:
+        compile_spec(text, path="/specs/x.mlm", overrides=overrides, pins=[*pins, "expert=2"], until="plan")
+    (found,) = refused.value.diagnostics
+    assert (found.code, found.message) == (
+        "MLM0427", "expert = 2 takes uneven parts of context = 3 where stages lie between",
+    )  # fmt: skip
+    plan = compile_spec(text, path="/specs/x.mlm", overrides=overrides, pins=pins, until="plan").plan
+    assert plan is not None and plan.plan.expert == 1
+    assert [r.count for r in plan.search.rejected if "expert = 2 takes uneven parts of context = 3" in r.closest] == [1]
 
 
 def test_experts_may_be_shared_over_parts_of_a_sequence() -> None:

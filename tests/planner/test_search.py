@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from mlmdsl.grammar.constraints import ORDERS, USUAL
 from mlmdsl.planner.plan import Plan, PlanVariables
 from mlmdsl.planner.pricing import Setting
 from mlmdsl.planner.search import explore, search, single_device
 from mlmdsl.planner.verify_layout import verify_layout
+from mlmdsl.report.terminal import render_plan
 from tests.planner.small import ALIKE, exhausted, fits, legal, planned, problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +67,7 @@ def _described(c: Any) -> str:
     return PlanVariables(
         tensor=c.tensor, sequence_parallel=c.sequence_parallel, pipeline=c.pipeline, data=c.data, micro_batch=c.micro_batch,
         schedule=c.schedule, interleave=c.interleave, recompute=("none", "selective", "full")[c.recompute], zero=c.zero,
-        replicate=c.replicate, stages=c.cut.stages,
+        replicate=c.replicate, stages=c.cut.stages, order=c.order,
     ).described  # fmt: skip
 
 
@@ -253,6 +256,63 @@ def test_copies_of_shards_spare_slow_links() -> None:
     assert several.plan.replicate == 4 and shortest(several) < 0.95 * shortest(alone)
     assert planned(*pins, "pin replicate = 2", **size).plan.replicate == 2
     assert planned(*pins, "avoid replicate.crosses_nodes", **size).soft[0].price_s is not None
+
+
+# ---- the order of ranks ---------------------------------------------------------------------------------------------
+
+_MANY = dict(nodes=2, per_node=4, batch=256, memory="4 GiB")  # activations over a slow network, for few gradients
+
+
+def test_stages_share_a_node_where_they_send_much() -> None:
+    """Two stages, four replicas: between nodes either activations of every micro-batch travel, or gradients once."""
+    inside, usual = (planned("pin pipeline = 2", f"pin order = {order}", **_MANY) for order in reversed(ORDERS))
+    chosen = planned("pin pipeline = 2", **_MANY)
+    assert chosen.plan == inside.plan and chosen.plan.order == "data_pipeline_context_tensor"
+    assert shortest(chosen) < 0.92 * shortest(usual)
+    assert (
+        inside.cluster.links["pipeline"] == usual.cluster.links["data"] and inside.cluster.links["pipeline"]["link"] == "nvlink"
+    )
+    assert inside.cluster.links["data"] == usual.cluster.links["pipeline"]
+    assert inside.predicted.breakdown_s["pipeline"] < 0.25 * usual.predicted.breakdown_s["pipeline"]
+    preview = render_plan(chosen)
+    assert "pipeline 2 x data 4, data outermost, interleaved_1f1b" in preview
+    assert re.search(r"stage 0 +0 +2 +4 +6 .*\n.*stage 1 +1 +3 +5 +7 ", preview)
+    said = " ".join(chosen.notes)
+    assert "share a node and send over nvlink at 100 GB/s; in the usual order of ranks" in said
+    longer = re.search(r"over infiniband at 10 GB/s, and a step of this plan take ([0-9.]+) % longer", said)
+    same = planned(pins=[*_pins(chosen.plan), f"order={USUAL}"], **_MANY)
+    assert longer and float(longer[1]) == pytest.approx(100 * (shortest(same) / shortest(chosen) - 1), abs=0.6)
+    assert "outermost" not in usual.plan.described and not any("order of ranks" in note for note in usual.notes)
+
+
+def test_replicas_share_a_node_where_gradients_weigh_more() -> None:
+    """The same cluster with few rows."""
+    chosen = planned("pin pipeline = 2", **_MANY | {"batch": 8})
+    inside = planned("pin pipeline = 2", f"pin order = {ORDERS[1]}", **_MANY | {"batch": 8})
+    assert chosen.plan.order == USUAL and shortest(chosen) < shortest(inside)
+
+
+@pytest.mark.parametrize("size", [dict(nodes=4, per_node=2), dict(nodes=3, per_node=4, batch=12), dict(nodes=2, per_node=6)])
+def test_orders_that_are_left_out_gain_nothing(size: dict[str, Any]) -> None:
+    """With the same degrees, copies and schedule."""
+    spec, graph = problem(memory="4 GiB", **size)
+    inside = {(c.tensor, c.pipeline) for _, c in legal(spec, graph) if c.order != USUAL}
+    counted = 0
+    for place, c in legal(spec, graph):
+        if c.pipeline > 1 and (c.tensor, c.pipeline) not in inside:
+            other = replace(place, order=ORDERS[1], _exchanges={})
+            assert other.times(c._replace(order=ORDERS[1])).total >= place.times(c).total * (1 - 1e-9)
+            counted += 1
+    assert counted > 100
+
+
+def test_either_order_may_be_pinned() -> None:
+    for pins in (("pin pipeline = 1",), ("pin pipeline = 4",), ("pin pipeline = 2", "pin tensor = 4")):
+        plan = planned(*pins, f"pin order = {ORDERS[1]}", memory="4 GiB")
+        assert plan.plan.order == ORDERS[1] and all(a.plan.order == ORDERS[1] for a in plan.alternatives)
+    assert planned("pin pipeline = 2", f"forbid order == {ORDERS[1]}", **_MANY).plan.order == USUAL
+    (wish,) = planned("pin pipeline = 2", "avoid pipeline.crosses_nodes", **_MANY).soft
+    assert (wish.kept, wish.price_s) == (True, 0.0)
 
 
 _WISHES = ("prefer zero == 3", "avoid tensor.crosses_nodes")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 
+from mlmdsl.grammar.constraints import Order
 from mlmdsl.planner.plan import (
     Alternative,
     ClusterFacts,
@@ -126,6 +128,20 @@ def test_colour_is_decoration_only() -> None:
     coloured = render_plan(plan, color=True)
     assert "\x1b[" in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == render_plan(plan)
+
+
+def test_cells_hold_their_ranks_in_either_order() -> None:
+    plan = large_plan()
+    small = PlanVariables(tensor=2, pipeline=2, data=4, context=2, stages=(63, 63), order="data_pipeline_context_tensor")
+    drawn = {}
+    for order in get_args(Order):
+        text = render_plan(
+            plan.model_copy(update={"plan": small.model_copy(update={"order": order}), "memory": plan.memory[:2]})
+        )
+        drawn[order] = [re.findall(r"[0-9]+-[0-9]+", line)[:4] for line in text.splitlines() if "layers" in line]
+    assert drawn["pipeline_data_context_tensor"] == [["0-3", "4-7", "8-11", "12-15"], ["16-19", "20-23", "24-27", "28-31"]]
+    assert drawn["data_pipeline_context_tensor"] == [["0-3", "8-11", "16-19", "24-27"], ["4-7", "12-15", "20-23", "28-31"]]
+    assert small.described.startswith("tensor 2 x context 2 x pipeline 2 x data 4, data outermost, 1f1b, ")
 
 
 def test_one_device_has_no_mesh_and_no_links() -> None:

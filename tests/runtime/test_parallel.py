@@ -7,18 +7,23 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlmdsl.grammar.constraints import ORDERS, Order
+from mlmdsl.planner.plan import PlanVariables
 from mlmdsl.runtime.config import AdamW, Parallel, Schedule
 from mlmdsl.runtime.initial import normal, ones, zeros
-from mlmdsl.runtime.mesh import Axis, Mesh, single
+from mlmdsl.runtime.mesh import Axis, Mesh, create, single
 from mlmdsl.runtime.optimizer import Optimizer, learning_rate
 from mlmdsl.runtime.parallel import Scope, place, public_name, weight, weights_of
 from mlmdsl.runtime.recompute import recomputed
 from mlmdsl.runtime.state import Sharded
+from mlmdsl.runtime.train import _by_stage
 from tests.parity.curve import collected, make_trainer, training
 from tests.parity.ranks import run_ranks
 from tests.runtime.handwritten import program
@@ -233,6 +238,35 @@ def test_sharded_state_is_a_share_of_the_whole():
     for zero in (1, 2, 3):
         shares = run_ranks(memory, 2, Parallel(data=2, zero=zero, stages=(4,)))
         assert tuple(map(sum, zip(*shares, strict=True))) == whole
+
+
+def seen(rank: int, parallel: Parallel) -> dict[str, tuple[int, ...]]:
+    """The ranks of this rank's groups; its own place in each is by their order."""
+    mesh = create(parallel, CPU)
+    assert mesh.devices is not None and mesh.hybrid is not None and mesh.sharers is not None
+    names = {"tensor": mesh.tensor, "pipeline": mesh.pipeline, "replicas": mesh.replicas, "context": mesh.context}
+    names |= {"expert": mesh.expert, "copies": mesh.copies, "shards": mesh.shards}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, axis in names.items():
+        members = dist.get_process_group_ranks(_resolve_process_group(axis.group_name))
+        assert members.index(rank) == axis.rank and len(members) == axis.size
+        found[name] = tuple(members)
+    return found | {"replicate": tuple(dist.get_process_group_ranks(mesh.hybrid.get_group("replicate")))}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_groups_of_ranks_are_the_planners(order: Order):
+    degrees = dict(pipeline=2, data=2, context=2, expert=4, replicate=2)
+    parallel = Parallel(**degrees, zero=1, order=order, stages=(2, 2))
+    plan = PlanVariables(**degrees, order=order, stages=(2, 2)).mesh(8)
+    for rank, found in enumerate(run_ranks(seen, 8, parallel)):
+        assert found == {axis: plan.ranks(axis, rank) for axis in found}
+
+
+def test_memory_is_told_by_stage_in_either_order():
+    memory = [rank * 10 for rank in range(8)]
+    inside, usual = (Parallel(pipeline=2, data=2, tensor=2, stages=(2, 2), order=order) for order in reversed(ORDERS))
+    assert _by_stage(memory, usual) == [30, 70] and _by_stage(memory, inside) == [50, 70]
 
 
 def test_a_single_mesh_needs_no_process_group():
