@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlmdsl.grammar.spec import Cluster, Link
+from mlmdsl.grammar.spec import Link
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Degrees over a cluster whose nodes have `devices_per_node` devices (the fewest, where pools differ)."""
+    """Degrees over a cluster whose nodes have `devices_per_node` devices (where pools differ, as pools.py counts them)."""
 
     tensor: int
     data: int
@@ -114,9 +114,3 @@ class Network:
     def link(self, mesh: Mesh, axis: str) -> Link:
         """The slowest link that groups of the axis cross."""
         return self.inter if mesh.crosses_nodes(axis) else self.intra
-
-
-def network_of(cluster: Cluster) -> Network:
-    """The slowest of each level where pools differ."""
-    intra = min((p.intra for p in cluster.pools), key=lambda link: link.bytes_per_second)
-    return Network(intra, cluster.inter or intra, min(p.devices_per_node for p in cluster.pools))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 from mlmdsl.grammar.constraints import ZEROS
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
-from mlmdsl.planner import assemble, explain, recomputing
+from mlmdsl.planner import assemble, explain, recomputing, refitting
 from mlmdsl.planner.outcome import Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
@@ -105,6 +105,9 @@ def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
     for group in space.closest_to_fit():
         judge.measure(group, space.shares(group.place, group.schedule))
     outcome.settle()
+    if judge.uneven and "stages" not in space.pins:
+        refitting.refine(outcome, judge.uneven, judge.add)
+        outcome.settle()
     if outcome.found and "recompute" not in space.pins and limits.minimize != "memory":
         recomputing.refine(outcome, judge.limit_bytes, judge.add)
         outcome.settle()
@@ -169,7 +172,7 @@ class Space:
                 continue
             least = 0  # grows with the micro-batch: what is too much for one need not be told for a larger one
             for micro_batch in self.within("micro_batch", divisors(batch // data)):
-                if least <= self.setting.capacity_bytes:
+                if least <= place.most_bytes:
                     least = min(place.least_bytes(micro_batch, *choice) for choice in choices)
                 for schedule, interleave in self._schedules(pipeline, batch // data // micro_batch):
                     yield from self._cuts(place, micro_batch, schedule, interleave, least)
@@ -223,9 +226,9 @@ class Space:
         choices = self.shares(place, schedule)
         for mode in map(MODES.index, modes):
             chosen = (micro_batch, mode, schedule, interleave)
-            over = least - self.setting.capacity_bytes
+            over = least - place.most_bytes
             if over <= 0:
-                over = min(place.least_under(*chosen, *choice) for choice in choices) - self.setting.capacity_bytes
+                over = min(place.least_under(*chosen, *choice) for choice in choices) - place.most_bytes
             if over > 0:
                 self._put_aside(over, place, chosen, len(choices))
             else:
@@ -263,7 +266,7 @@ class Space:
         while waiting and waiting[0][0] < tally.distance:
             over, number, place, chosen = waiting[0]
             choices = self.shares(place, chosen[2])
-            exact = min(place.least_under(*chosen, *choice) for choice in choices) - self.setting.capacity_bytes
+            exact = min(place.least_under(*chosen, *choice) for choice in choices) - place.most_bytes
             if exact > over:
                 heapreplace(waiting, (exact, number, place, chosen))
             else:
@@ -308,14 +311,16 @@ class Judge:
     minimize: str
     rules: tuple[CompiledRule, ...]
     outcome: Outcome
+    uneven: list[tuple[Place, Candidate]] = field(default_factory=list[tuple[Place, Candidate]])  # that do not fit as cut
 
     def price(self, group: Group, shares: tuple[tuple[int, int], ...]) -> None:
         """What does not fit needs no price."""
         self.outcome.candidates += len(shares)
-        for candidate, peak in self._peaks(group, shares):
-            if peak > self.setting.capacity_bytes:
-                tally = self.outcome.reject("memory")
-                tally.add(peak - self.setting.capacity_bytes, candidate, group.place)
+        for candidate, peak, over in self._peaks(group, shares):
+            if over > 0:
+                self.outcome.reject("memory").add(over, candidate, group.place)
+                if not group.place.alike:
+                    self.uneven.append((group.place, candidate))
             else:
                 exact = self._asks_for_times
                 times = group.place.times(candidate) if exact else group.place.times(candidate, pipeline_bound)
@@ -323,18 +328,20 @@ class Judge:
 
     def measure(self, group: Group, shares: tuple[tuple[int, int], ...]) -> None:
         """How far from fitting are candidates that are known not to fit, and counted."""
-        for candidate, peak in self._peaks(group, shares):
-            self.outcome.reject("memory").closer(peak - self.setting.capacity_bytes, candidate, group.place)
+        for candidate, _, over in self._peaks(group, shares):
+            self.outcome.reject("memory").closer(over, candidate, group.place)
 
-    def _peaks(self, group: Group, shares: tuple[tuple[int, int], ...]) -> Iterator[tuple[Candidate, int]]:
-        """Bytes of the fullest rank."""
+    def _peaks(self, group: Group, shares: tuple[tuple[int, int], ...]) -> Iterator[tuple[Candidate, int, int]]:
+        """Bytes of the fullest rank, and what the one that lacks most lacks of what a plan may use of its device."""
         place, sharding = group.place, group.place.bench.sharding
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
         chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
         around = (group.cut, place.context, place.expert)
         candidates = [Candidate(*fixed, *chosen, zero, *around, replicate, group.modes) for zero, replicate in shares]
         held = place.held_bytes(candidates[0])
-        yield from ((candidate, place.peak_bytes(candidate, held)) for candidate in candidates)
+        for candidate in candidates:
+            peak = place.peak_bytes(candidate, held)
+            yield candidate, peak, place.over_bytes(candidate, held, peak)
 
     def add(self, candidate: Candidate, place: Place) -> None:
         """One that fits."""
@@ -350,7 +357,7 @@ class Judge:
         def kept(size: float) -> bool:
             return all(rule.kept({"memory": size}) for rule in rules)
 
-        low, high = 0.0, float(self.setting.capacity_bytes)
+        low, high = 0.0, float(self.setting.most_bytes)
         if kept(high):
             return high
         while high - low > 1:
@@ -402,7 +409,7 @@ class Judge:
             "memory": float(peak),
             "step_time": times.total,
             "bubble": times.bubble / times.pipeline,
-            "mfu": self.setting.step_flops / (times.total * spec.cluster.world_size * self.setting.kernels.peak),
+            "mfu": self.setting.step_flops / (times.total * spec.cluster.world_size * self.setting.peak),
             "cost": hours * spec.cluster.world_size * (spec.cluster.usd_per_device_hour or 0.0),
             **crosses,
         }
