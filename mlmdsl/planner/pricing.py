@@ -195,6 +195,7 @@ class Bench:
     context_group: Group | None = None
     expert_group: Group | None = None
     lies_on: Site | None = None  # None: the setting's
+    _speeds: dict[tuple[int, int], Speed] = field(default_factory=dict[tuple[int, int], Speed])
     _experts: dict[int, Bench] = field(default_factory=dict[int, "Bench"])
     _sites: dict[Site, Bench] = field(default_factory=dict[Site, "Bench"])
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
@@ -264,10 +265,13 @@ class Bench:
 
     def speed(self, micro_batch: int, mode: int) -> Speed:
         """Of one micro-batch, forward and backward."""
-        chain = self.setting.chain
+        key, chain = (micro_batch, mode), self.setting.chain
+        if key in self._speeds:
+            return self._speeds[key]
         whole = [forward + backward for forward, backward, _ in self._region_seconds(micro_batch, mode)]
         kinds = tuple(sum(whole[i] for i in kind) for kind in chain.kinds)
-        return Speed(kinds, sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last))
+        found = self._speeds[key] = Speed(kinds, sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last))
+        return found
 
     def least_activations(self, micro_batch: int) -> tuple[tuple[Least, ...], int]:
         """By way of recomputing, and what the loss keeps."""
@@ -579,10 +583,9 @@ class Place:
         over = (rest + sum(self.state(c, parts)) - self.benches[rank].site.capacity_bytes for (rank, parts), rest in ranks)
         return max(over) + self.more_context_bytes(c)
 
-    def fits(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> bool:
-        """Whether these would fit on a rank in the place of what it has."""
-        needed = sum(self.held(c, rank, parts)) + sum(self.state(c, parts)) + self.context_bytes + self.more_context_bytes(c)
-        return needed <= self.benches[rank].site.capacity_bytes
+    def left_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> int:
+        """What a rank has for state, if it held these."""
+        return self.benches[rank].site.capacity_bytes - sum(self.held(c, rank, parts)) - self.context_bytes
 
     # ---- time -------------------------------------------------------------------------------------------------------
 

@@ -32,12 +32,14 @@ class Speed(NamedTuple):
     last: float
 
 
-def proportion(chain: Chain, speeds: Sequence[Speed], room: Room | None = None) -> tuple[int, ...] | None:
-    """Layers of each virtual stage, one at least; None where there is no room for them. A part has to leave room for every
-    smaller one."""
+def proportion(
+    chain: Chain, speeds: Sequence[Speed], most: Sequence[int] | None = None, room: Room | None = None
+) -> tuple[int, ...] | None:
+    """Layers of each virtual stage, one at least; None where there is no room for them. `most`: of alike layers that a stage
+    has room for; `room`: of layers of several kinds. Where a part has room, so has every smaller one."""
     assert 1 <= len(speeds) <= chain.count
     if len(chain.kinds) == 1:
-        return _of_one_kind(chain, speeds, room)
+        return _of_one_kind(chain.count, speeds, most or (chain.count,) * len(speeds))
     return _Several(chain, speeds, room).found()
 
 
@@ -57,19 +59,18 @@ def least_seconds(chain: Chain, speeds: Sequence[Speed]) -> float:
 # ---- layers that cost alike -----------------------------------------------------------------------------------------
 
 
-def _of_one_kind(chain: Chain, speeds: Sequence[Speed], room: Room | None) -> tuple[int, ...] | None:
+def _of_one_kind(layers: int, speeds: Sequence[Speed], most: Sequence[int]) -> tuple[int, ...] | None:
     """The next layer goes where the stage then takes the least; of several such stages to the last, which holds the fewest
     micro-batches. As long as layers are left, some stage has fewer than in any given distribution and can take one more for no
     more than the slowest takes there: no distribution has a faster slowest stage, or then a faster second one."""
     last = len(speeds) - 1
-    most = [_most(chain, stage, last, room) for stage in range(last + 1)]
-    if min(most) < 1 or sum(most) < chain.count:
+    if min(most) < 1 or sum(most) < layers:
         return None
     ends = [speed.first * (stage == 0) + speed.last * (stage == last) for stage, speed in enumerate(speeds)]
     counts = [1] * len(speeds)
     waiting = [(ends[s] + 2 * speed.layers[0], -s) for s, speed in enumerate(speeds) if most[s] > 1]
     heapify(waiting)
-    for _ in range(chain.count - len(speeds)):
+    for _ in range(layers - len(speeds)):
         stage = -waiting[0][1]
         counts[stage] += 1
         if counts[stage] < most[stage]:
@@ -77,14 +78,6 @@ def _of_one_kind(chain: Chain, speeds: Sequence[Speed], room: Room | None) -> tu
         else:
             heappop(waiting)
     return tuple(counts)
-
-
-def _most(chain: Chain, stage: int, last: int, room: Room | None) -> int:
-    """Layers that a stage has room for."""
-    layers = chain.count - last
-    if room is None:
-        return layers
-    return bisect_right(range(1, layers + 1), 0, key=lambda n: not room(stage, chain.part((n,), stage == 0, stage == last)))
 
 
 # ---- layers of several kinds ----------------------------------------------------------------------------------------

@@ -32,10 +32,22 @@ def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh) -> None:
     for bound, number, mild in sorted(promising):
         if bound >= best:
             break
-        found = outcome.found[number]
-        for candidate in fewest(found.place, found.candidate, mild, limit_bytes):
-            weigh(candidate, found.place)
-            best = min(best, outcome.found[-1].order()[0])
+        best = _weighed(outcome, outcome.found[number], mild, best, limit_bytes, weigh)
+
+
+def milder(outcome: Outcome, found: Found, best: float, limit_bytes: float, weigh: Weigh) -> float:
+    """Hands what may be made of one plan to `weigh`; the least objective then."""
+    for mild in range(found.candidate.recompute):
+        if _least(found, mild) < best:
+            best = _weighed(outcome, found, mild, best, limit_bytes, weigh)
+    return best
+
+
+def _weighed(outcome: Outcome, found: Found, mild: int, best: float, limit_bytes: float, weigh: Weigh) -> float:
+    for candidate in fewest(found.place, found.candidate, mild, limit_bytes):
+        weigh(candidate, found.place)
+        best = min(best, outcome.found[-1].order()[0])
+    return best
 
 
 def _least(found: Found, mild: int) -> float:

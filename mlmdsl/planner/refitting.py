@@ -7,9 +7,10 @@ of plans that are not proved slower than the best one so far.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
-from mlmdsl.planner import schedule
+from mlmdsl.planner import recomputing, schedule
 from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.proportion import least_seconds, proportion
@@ -17,18 +18,29 @@ from mlmdsl.planner.recomputing import Weigh
 from mlmdsl.planner.stages import Part
 
 
-def refine(outcome: Outcome, unfit: Sequence[tuple[Place, Candidate]], weigh: Weigh) -> None:
-    """Hands plans that fit and may be faster than the best one to `weigh`."""
+def refine(outcome: Outcome, unfit: Sequence[tuple[Place, Candidate]], limit_bytes: float | None, weigh: Weigh) -> None:
+    """Hands plans that fit and may be faster than the best one to `weigh`; with `limit_bytes` also such as recompute fewer of
+    their layers. Of `unfit` those that differ in ZeRO alone stand together."""
     best = outcome.found[0].order()[0] if outcome.found else float("inf")
-    promising = sorted((bound(place, c), number) for number, (place, c) in enumerate(unfit))
+    alike = [list(group) for _, group in groupby(unfit, key=lambda each: _but_for_zero(*each))]
+    promising = sorted((bound(*group[0]), number) for number, group in enumerate(alike))
     for least, number in promising:
         if least >= best:
             break
-        place, candidate = unfit[number]
-        found = refitted(place, candidate)
-        if found is not None:
+        place, candidate = alike[number][0]
+        for found in Fitting(place, candidate).each([c for _, c in alike[number]]):
+            if slowest(place, found) >= best:
+                continue
             weigh(found, place)
-            best = min(best, outcome.found[-1].order()[0])
+            made = outcome.found[-1]
+            if made.candidate is found:  # or a rule stands against it
+                best = min(best, made.order()[0])
+                if limit_bytes is not None:
+                    best = recomputing.milder(outcome, made, best, limit_bytes, weigh)
+
+
+def _but_for_zero(place: Place, c: Candidate) -> tuple[object, ...]:
+    return id(place), c.micro_batch, c.schedule, c.interleave, c.recompute
 
 
 def bound(place: Place, c: Candidate) -> float:
@@ -37,25 +49,75 @@ def bound(place: Place, c: Candidate) -> float:
     m = place.micro_batches(c.micro_batch)
     speeds = [bench.speed(c.micro_batch, c.recompute) for bench in place.benches]
     least = least_seconds(place.bench.setting.chain, speeds)
-    if c.interleave == 1:
-        parts = enumerate(c.cut.parts)
-        each = (place.benches[rank].part(part, c.micro_batch, c.recompute, True) for rank, part in parts)
-        least = max(least, max(cost.forward + cost.backward for cost in each))
-    return m * least
+    return max(m * least, slowest(place, c) if c.interleave == 1 else 0.0)
 
 
-def refitted(place: Place, c: Candidate) -> Candidate | None:
+def slowest(place: Place, c: Candidate) -> float:
+    """Seconds that the slowest rank takes for its passes, sends left aside."""
+    each = [0.0] * place.pipeline
+    for rank, stages in enumerate(c.cut.placed):
+        for stage in stages:
+            cost = place.benches[rank].part(c.cut.parts[stage], c.micro_batch, c.recompute, place.pipeline > 1)
+            each[rank] += cost.forward + cost.backward
+    return place.micro_batches(c.micro_batch) * max(each)
+
+
+class Fitting:
     """The slowest stage as fast as memory allows. Several stages of a rank share its memory evenly: none is larger than if all
     of them were as large."""
-    chain, last = place.bench.setting.chain, len(c.cut.stages) - 1
 
-    def room(stage: int, part: Part) -> bool:
-        rank = schedule.pipeline_rank(c.schedule, place.pipeline, stage)
-        return place.fits(c, rank, tuple(chain.part(part.layers, s == 0, s == last) for s in c.cut.placed[rank]))
+    def __init__(self, place: Place, c: Candidate):
+        self.place, self.c, self.chain = place, c, place.bench.setting.chain
+        self.speeds = place.speeds(c.micro_batch, c.recompute, c.schedule, c.interleave)
+        self.last = len(c.cut.stages) - 1
+        self._held: dict[tuple[int, tuple[int, ...]], tuple[tuple[Part, ...], int]] = {}
 
-    found = proportion(chain, place.speeds(c.micro_batch, c.recompute, c.schedule, c.interleave), room)
-    if found is None or found == c.cut.stages:
-        return None
-    again = c._replace(cut=place.given(found, c.schedule))
-    held = place.held_bytes(again)
-    return again if place.over_bytes(again, held, place.peak_bytes(again, held)) <= 0 else None
+    def each(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        """Of candidates that differ in ZeRO alone, those that fit in another distribution."""
+        for c in candidates:
+            found = self._fitted(c)
+            if found is not None:
+                yield found
+
+    def _fitted(self, c: Candidate) -> Candidate | None:
+        place = self.place
+        if len(self.chain.kinds) == 1:
+            found = proportion(self.chain, self.speeds, self._limits(c))
+        else:
+            found = proportion(self.chain, self.speeds, room=lambda stage, part: self._left(c, self._rank(stage), part.layers) >= 0)
+        if found is None or found == c.cut.stages:
+            return None
+        again = c._replace(cut=place.given(found, c.schedule))
+        held = place.held_bytes(again)
+        return again if place.over_bytes(again, held, place.peak_bytes(again, held)) <= 0 else None
+
+    def _rank(self, stage: int) -> int:
+        return schedule.pipeline_rank(self.c.schedule, self.place.pipeline, stage)
+
+    def _left(self, c: Candidate, rank: int, layers: tuple[int, ...]) -> int:
+        """Bytes that a rank has left where all of its stages are as large."""
+        key = (rank, layers)
+        if key not in self._held:
+            parts = tuple(self.chain.part(layers, stage == 0, stage == self.last) for stage in self.c.cut.placed[rank])
+            self._held[key] = parts, self.place.left_bytes(self.c, rank, parts)
+        parts, left = self._held[key]
+        return left - sum(self.place.state(c, parts)) - self.place.more_context_bytes(c)
+
+    def _limits(self, c: Candidate) -> tuple[int, ...]:
+        """Layers that each virtual stage has room for."""
+        if any(self._left(c, rank, (1,)) < 0 for rank in range(self.place.pipeline)):
+            return (0,) * (self.last + 1)
+        ranks = [self._most(c, rank) for rank in range(self.place.pipeline)]
+        return tuple(ranks[self._rank(stage)] for stage in range(self.last + 1))
+
+    def _most(self, c: Candidate, rank: int) -> int:
+        """Bytes grow about evenly with layers: what is left at both ends says where it is used up."""
+        low, high = 1, self.chain.count - self.last
+        over = self._left(c, rank, (low,))
+        if (under := self._left(c, rank, (high,))) >= 0:
+            return high
+        while high - low > 1:
+            middle = min(max(low + over * (high - low) // (over - under), low + 1), high - 1)
+            left = self._left(c, rank, (middle,))
+            low, over, high, under = (middle, left, high, under) if left >= 0 else (low, over, middle, left)
+        return low

@@ -105,11 +105,12 @@ def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
     for group in space.closest_to_fit():
         judge.measure(group, space.shares(group.place, group.schedule))
     outcome.settle()
-    if judge.uneven and "stages" not in space.pins:
-        refitting.refine(outcome, judge.uneven, judge.add)
-        outcome.settle()
-    if outcome.found and "recompute" not in space.pins and limits.minimize != "memory":
+    partly = "recompute" not in space.pins and limits.minimize != "memory"
+    if outcome.found and partly:
         recomputing.refine(outcome, judge.limit_bytes, judge.add)
+        outcome.settle()
+    if judge.uneven and "stages" not in space.pins:
+        refitting.refine(outcome, judge.uneven, judge.limit_bytes if partly else None, judge.add)
         outcome.settle()
     return outcome
 
