@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from mlmdsl import words
 from mlmdsl.diagnostics import Diagnostic, Label, PlanError, Span
 from mlmdsl.grammar.spec import Pin, PlanConstraints, PlanValue, Spec
+from mlmdsl.planner import memory
 from mlmdsl.planner.assemble import ledger, predicted, variables
 from mlmdsl.planner.outcome import Found, Outcome, Tally
 from mlmdsl.planner.plan import Alternative, Plan, Rejection, SoftConstraint, StageMemory
+from mlmdsl.planner.pools import size_of
 from mlmdsl.planner.pricing import Candidate, Place, Setting
 
 _RUNNERS_UP = 5
@@ -61,18 +63,29 @@ def notes(setting: Setting, plan: Plan) -> tuple[str, ...]:
 
 
 def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
-    capacity, peak = setting.capacity_bytes, max(plan.predicted.peak_memory_bytes)
-    devices = {pool.device.name for pool in setting.spec.cluster.pools}
-    if len(devices) > 1:
-        yield f"every rank is planned as the weakest of the cluster's devices: {setting.device.name}"
-    if peak > _TIGHT * capacity:
-        yield f"memory is tight: {words.gib(capacity - peak)} would be left of what a plan may use"
+    if not setting.alike:
+        yield from _on_pools(plan)
+    usable = [memory.usable_bytes(plan.cluster.memory_of(stage.stage)) for stage in plan.memory]
+    left, capacity = min((room - stage.total_bytes, room) for room, stage in zip(usable, plan.memory, strict=True))
+    if left < (1 - _TIGHT) * capacity:
+        yield f"memory is tight: {words.gib(left)} would be left of what a plan may use"
     if plan.predicted.bubble_fraction > _LARGE_BUBBLE:
         share = words.percent(plan.predicted.bubble_fraction)
         yield f"the pipeline's ranks idle {share} of their time: a larger batch has more micro-batches to fill it"
     peaks = setting.device.peak_flops_per_second
     if plan.precision == "bf16" and setting.device.kind != "cpu" and peaks.get("bf16", 0.0) <= peaks.get("fp32", 0.0):
         yield f"{setting.device.name} has no bf16 matrix units: products run at the speed of fp32"
+
+
+def _on_pools(plan: Plan) -> Iterator[str]:
+    """Which stages do not have a pool to themselves."""
+    cluster = plan.cluster
+    straddling = [stage for stage in range(plan.plan.pipeline) if len(cluster.pools_of(stage)) > 1]
+    if straddling:
+        names = " and ".join(pool.name for pool in cluster.pools_of(straddling[0]))
+        which = "every rank" if plan.plan.pipeline == 1 else f"stage {straddling[0]}"
+        yield f"{which} is planned as the weakest of what it lies on, pools {names}: slowest kernels, least memory"
+    yield "the peak that MFU is a share of is the sum of all pools' peaks"
 
 
 def rejections(outcome: Outcome) -> tuple[Rejection, ...]:
@@ -92,17 +105,20 @@ def closest(outcome: Outcome, key: tuple[str, str], tally: Tally) -> str:
         return tally.words
     described = variables(tally.closest).described
     if key[0] == "memory":
-        return f"{described} needs {_shortage(outcome.setting, tally.place, tally.closest)}"
+        return f"{described} needs {_shortage(tally.place, tally.closest)}"
     times = tally.place.times(tally.closest)
     return f"{described} breaks it, at {words.seconds(times.total)} a step"
 
 
-def _shortage(setting: Setting, place: Place, candidate: Candidate) -> str:
+def _shortage(place: Place, candidate: Candidate) -> str:
     """`3.1 GiB more than the 76.6 GiB that a plan may use (activations are 40 GiB of it)`."""
-    fullest = max(ledger(place, candidate), key=lambda stage: stage.total_bytes)
+    stages = zip(ledger(place, candidate), place.benches, strict=True)
+    fullest, bench = max(stages, key=lambda each: each[0].total_bytes - each[1].site.capacity_bytes)
     name, size = _largest(fullest)
-    over = words.gib(fullest.total_bytes - setting.capacity_bytes)
-    return f"{over} more than the {words.gib(setting.capacity_bytes)} that a plan may use ({name} {words.gib(size)})"
+    usable = bench.site.capacity_bytes
+    where = "" if place.bench.setting.alike else f" of stage {fullest.stage}'s {bench.site.device.name}"
+    over = words.gib(fullest.total_bytes - usable)
+    return f"{over} more than the {words.gib(usable)} that a plan may use{where} ({name} {words.gib(size)})"
 
 
 def _largest(stage: StageMemory) -> tuple[str, int]:
@@ -147,7 +163,7 @@ def _memory(outcome: Outcome, explore: Explore) -> Diagnostic:
     tally = outcome.rejected["memory", ""]
     spec = outcome.setting.spec
     nearest = closest(outcome, ("memory", ""), tally)
-    devices = f"{spec.cluster.world_size:,} x {outcome.setting.device.name}"
+    devices = " + ".join(f"{size_of(pool):,} x {pool.device.name}" for pool in spec.cluster.pools)
     message = f"none of {outcome.candidates:,} plans for {outcome.setting.graph.model} fits the memory of {devices}"
     help = _pins_that_help(outcome, explore) or _more_nodes(outcome, explore)
     help = _joined(f"the closest: {nearest}", help)

@@ -18,6 +18,7 @@ from mlmdsl.planner.communication import Group, group_of
 from mlmdsl.planner.compute import Kernels, slowest_of
 from mlmdsl.planner.memory import capacity_bytes
 from mlmdsl.planner.mesh import Mesh, Network
+from mlmdsl.planner.plan import PoolFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,26 @@ def mean_peak(cluster: Cluster, precision: str) -> float:
     if len(set(peaks)) == 1:
         return peaks[0]
     return sum(size_of(pool) * peak for pool, peak in zip(cluster.pools, peaks, strict=True)) / cluster.world_size
+
+
+def pool_facts(cluster: Cluster, stages: int, ranks: int, precision: str) -> tuple[PoolFacts, ...]:
+    """What lies where, with as many stages of `ranks` ranks each; nothing to say of a single pool."""
+    if len(cluster.pools) == 1:
+        return ()
+    lying = pools_of(cluster, stages, ranks)
+    return tuple(
+        PoolFacts(
+            name=pool.name,
+            device=pool.device.name,
+            device_memory_bytes=pool.device.memory_bytes,
+            peak_flops_per_second=Kernels(pool.device, precision).peak,
+            nodes=pool.nodes,
+            devices_per_node=pool.devices_per_node,
+            first_rank=first,
+            stages=tuple(stage for stage, pools in enumerate(lying) if i in pools),
+        )
+        for i, (pool, first) in enumerate(zip(cluster.pools, firsts(cluster), strict=False))
+    )
 
 
 class Sites:
