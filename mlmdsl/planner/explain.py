@@ -18,6 +18,8 @@ from mlmdsl.planner.pricing import Candidate, Place, Setting
 _RUNNERS_UP = 5
 _TIGHT = 0.97  # of what a plan may use
 _LARGE_BUBBLE = 0.2
+_NOTABLE = 0.01  # of a step
+_MESH = ("tensor", "sequence_parallel", "context", "expert", "pipeline", "data", "micro_batch", "schedule", "interleave")
 
 Explore = Callable[[Setting, PlanConstraints], Outcome]
 
@@ -58,13 +60,11 @@ def _wish(outcome: Outcome, index: int) -> SoftConstraint:
     return SoftConstraint(text=text, kept=not best.broken & bit, price_s=price)
 
 
-def notes(setting: Setting, plan: Plan) -> tuple[str, ...]:
-    return tuple(_notes(setting, plan))
+def notes(setting: Setting, plan: Plan, explore: Explore) -> tuple[str, ...]:
+    return (*_on_pools(setting, plan, explore), *_notes(setting, plan))
 
 
 def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
-    if not setting.alike:
-        yield from _on_pools(plan)
     usable = [memory.usable_bytes(plan.cluster.memory_of(stage.stage)) for stage in plan.memory]
     left, capacity = min((room - stage.total_bytes, room) for room, stage in zip(usable, plan.memory, strict=True))
     if left < (1 - _TIGHT) * capacity:
@@ -77,8 +77,10 @@ def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
         yield f"{setting.device.name} has no bf16 matrix units: products run at the speed of fp32"
 
 
-def _on_pools(plan: Plan) -> Iterator[str]:
-    """Which stages do not have a pool to themselves."""
+def _on_pools(setting: Setting, plan: Plan, explore: Explore) -> Iterator[str]:
+    """Which stages do not have a pool to themselves, and whether the pools would better stand the other way round."""
+    if setting.alike:
+        return
     cluster = plan.cluster
     straddling = [stage for stage in range(plan.plan.pipeline) if len(cluster.pools_of(stage)) > 1]
     if straddling:
@@ -86,6 +88,20 @@ def _on_pools(plan: Plan) -> Iterator[str]:
         which = "every rank" if plan.plan.pipeline == 1 else f"stage {straddling[0]}"
         yield f"{which} is planned as the weakest of what it lies on, pools {names}: slowest kernels, least memory"
     yield "the peak that MFU is a share of is the sum of all pools' peaks"
+    reverse = _in_reverse_order(setting, plan, explore) if plan.plan.pipeline > 1 else plan.predicted.step_time_s
+    if reverse < (1 - _NOTABLE) * plan.predicted.step_time_s:
+        yield f"with the cluster's pools in reverse order the same mesh would take {words.seconds(reverse)} a step"
+
+
+def _in_reverse_order(setting: Setting, plan: Plan, explore: Explore) -> float:
+    """Seconds of a step of the best plan with this one's degrees and schedule; infinite where none fits."""
+    limits, cluster = setting.spec.plan, setting.spec.cluster
+    values = {name: getattr(plan.plan, name) for name in _MESH if name not in {pin.variable for pin in limits.pins}}
+    pins = (*limits.pins, *(Pin(variable=name, value=value, text=name, span=cluster.span) for name, value in values.items()))
+    turned = cluster.model_copy(update={"pools": cluster.pools[::-1]})
+    spec = setting.spec.model_copy(update={"cluster": turned, "plan": limits.model_copy(update={"pins": pins})})
+    found = explore(Setting(spec, setting.graph), spec.plan).found
+    return found[0].times.total if found else float("inf")
 
 
 def rejections(outcome: Outcome) -> tuple[Rejection, ...]:

@@ -212,8 +212,8 @@ class StageTime(Frozen):
 
 
 class PoolFacts(Frozen):
-    """Alike nodes of a cluster of several pools: their ranks (of the first one on), and the pipeline stages that lie on them, as a
-    whole or in part."""
+    """Alike nodes of a cluster of several pools: their ranks, from `first_rank` on, and the pipeline stages that lie on them, as
+    a whole or in part."""
 
     name: str
     device: str
@@ -226,8 +226,8 @@ class PoolFacts(Frozen):
 
 
 class ClusterFacts(Frozen):
-    """Of a cluster of several pools `device_memory_bytes` is the least of all, `peak_flops_per_second` the mean over the devices
-    (so that MFU is of the sum of all peaks), and `devices_per_node` how many ranks in a row share a node everywhere."""
+    """Of a cluster of several pools `device_memory_bytes` is the least of all, `peak_flops_per_second` the mean over devices (so
+    that MFU is a share of the sum of all peaks), and `devices_per_node` how many ranks in a row share a node everywhere."""
 
     name: str
     device: str

@@ -698,7 +698,9 @@ class Place:
             copies = self._group_on(rank, "replicate", c.replicate)
             copied = sum(n * collective_seconds("all_reduce", summed * size / shards, copies) for n, size in units if size)
         sharing = self._group_on(rank, "copies")
-        experts = sum(count * collective_seconds(kind, size, sharing) for kind, size, count in self.expert_exchanges(parts, zero))
+        experts = sum(
+            count * collective_seconds(kind, size, sharing) for kind, size, count in self.expert_exchanges(parts, zero)
+        )
         partial = collective_seconds("all_reduce", 4 * self.partial_elements(c, parts), self.benches[rank].group)
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(c, parts), self._pair)
         stepped = sum(stack.times * stack.stepped for part in parts for stack in holdings.experts(part, self._zeroed(zero)))

@@ -1,5 +1,5 @@
-"""Layers of virtual stages that lie on unlike devices: the slowest stage as fast as any contiguous distribution allows, exactly,
-each stage timed on its own device and no larger than its memory allows.
+"""Layers of virtual stages on unlike devices: the slowest stage as fast as any contiguous distribution allows, exactly, each
+stage timed on its own device and no larger than its memory allows.
 
 Of alike layers (one kind) the next one goes to the stage that then takes the least. Of several kinds, a bound on the slowest
 stage is raised until some distribution keeps it: which layers a stage may end before is a set of positions, found stage by

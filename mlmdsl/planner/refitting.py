@@ -7,8 +7,10 @@ of plans that are not proved slower than the best one so far.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
+from math import inf
 
 from mlmdsl.planner import recomputing, schedule
 from mlmdsl.planner.outcome import Outcome
@@ -21,15 +23,17 @@ from mlmdsl.planner.stages import Part
 def refine(outcome: Outcome, unfit: Sequence[tuple[Place, Candidate]], limit_bytes: float | None, weigh: Weigh) -> None:
     """Hands plans that fit and may be faster than the best one to `weigh`; with `limit_bytes` also such as recompute fewer of
     their layers. Of `unfit` those that differ in ZeRO alone stand together."""
-    best = outcome.found[0].order()[0] if outcome.found else float("inf")
+    best = outcome.found[0].order()[0] if outcome.found else inf
     alike = [list(group) for _, group in groupby(unfit, key=lambda each: _but_for_zero(*each))]
     promising = sorted((bound(*group[0]), number) for number, group in enumerate(alike))
     for least, number in promising:
         if least >= best:
             break
         place, candidate = alike[number][0]
-        for found in Fitting(place, candidate).each([c for _, c in alike[number]]):
-            if slowest(place, found) >= best:
+        fitting = Fitting(place, candidate)
+        for _, each in alike[number]:
+            found = fitting.within(each, best)
+            if found is None or slowest(place, found) >= best:
                 continue
             weigh(found, place)
             made = outcome.found[-1]
@@ -72,19 +76,14 @@ class Fitting:
         self.last = len(c.cut.stages) - 1
         self._held: dict[tuple[int, tuple[int, ...]], tuple[tuple[Part, ...], int]] = {}
 
-    def each(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-        """Of candidates that differ in ZeRO alone, those that fit in another distribution."""
-        for c in candidates:
-            found = self._fitted(c)
-            if found is not None:
-                yield found
-
-    def _fitted(self, c: Candidate) -> Candidate | None:
+    def within(self, c: Candidate, seconds: float = inf) -> Candidate | None:
+        """Of a candidate that may differ in ZeRO, what fits in another distribution; None where that takes longer for sure."""
         place = self.place
         if len(self.chain.kinds) == 1:
-            found = proportion(self.chain, self.speeds, self._limits(c))
+            limits = self._limits(c, seconds / place.micro_batches(c.micro_batch))
+            found = limits and proportion(self.chain, self.speeds, limits)
         else:
-            found = proportion(self.chain, self.speeds, room=lambda stage, part: self._left(c, self._rank(stage), part.layers) >= 0)
+            found = proportion(self.chain, self.speeds, room=partial(self._has_room, c))
         if found is None or found == c.cut.stages:
             return None
         again = c._replace(cut=place.given(found, c.schedule))
@@ -103,16 +102,35 @@ class Fitting:
         parts, left = self._held[key]
         return left - sum(self.place.state(c, parts)) - self.place.more_context_bytes(c)
 
-    def _limits(self, c: Candidate) -> tuple[int, ...]:
-        """Layers that each virtual stage has room for."""
-        if any(self._left(c, rank, (1,)) < 0 for rank in range(self.place.pipeline)):
-            return (0,) * (self.last + 1)
-        ranks = [self._most(c, rank) for rank in range(self.place.pipeline)]
-        return tuple(ranks[self._rank(stage)] for stage in range(self.last + 1))
+    def _has_room(self, c: Candidate, stage: int, part: Part) -> bool:
+        return self._left(c, self._rank(stage), part.layers) >= 0
 
-    def _most(self, c: Candidate, rank: int) -> int:
+    def _limits(self, c: Candidate, seconds: float) -> tuple[int, ...] | None:
+        """Layers that each virtual stage has room for; None where ranks that take no longer than `seconds` for a micro-batch
+        have no room for all."""
+        ranks = range(self.place.pipeline)
+        timely = [self._timely(rank, seconds) for rank in ranks]
+        spare = sum(timely) - self.chain.count
+        if spare < 0 or any(timely[rank] < self.c.interleave or self._left(c, rank, (1,)) < 0 for rank in ranks):
+            return None
+        most: list[int] = []
+        for rank in ranks:
+            most.append(self._most(c, rank, min(self.chain.count - self.last, timely[rank])))
+            spare -= max(0, timely[rank] - self.c.interleave * most[-1])
+            if spare < 0:
+                return None
+        return tuple(most[self._rank(stage)] for stage in range(self.last + 1))
+
+    def _timely(self, rank: int, seconds: float) -> int:
+        """Layers of all of a rank's stages together."""
+        stages, chain = self.c.cut.placed[rank], self.chain
+        speed = self.speeds[stages[0]]
+        ends = speed.first * (0 in stages) + speed.last * (self.last in stages)
+        return int(min((seconds - ends) / speed.layers[0] * (1 + 1e-9), chain.count)) if seconds > ends else 0
+
+    def _most(self, c: Candidate, rank: int, high: int) -> int:
         """Bytes grow about evenly with layers: what is left at both ends says where it is used up."""
-        low, high = 1, self.chain.count - self.last
+        low = 1
         over = self._left(c, rank, (low,))
         if (under := self._left(c, rank, (high,))) >= 0:
             return high

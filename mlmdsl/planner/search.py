@@ -79,7 +79,7 @@ def _searched(spec: Spec, graph: Graph) -> Plan:
     )
     best = outcome.found[0]
     plan = assemble.plan_of(best.place, best.candidate, report)
-    notes = explain.notes(outcome.setting, plan)
+    notes = explain.notes(outcome.setting, plan, explore)
     return plan.model_copy(update={"alternatives": alternatives, "soft": wishes, "notes": notes})
 
 

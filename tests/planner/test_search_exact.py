@@ -73,7 +73,7 @@ def of_any_distribution(place: Place, c: Candidate) -> float | None:
     distributions that fit has a faster slowest stage."""
     if fits(place, c):
         return place.times(c).total
-    found = next(Fitting(place, c).each([c]), None) if not place.alike else None
+    found = Fitting(place, c).within(c) if not place.alike else None
     if c.interleave == 1 and not place.alike:
         cuts = (place.given(stages, c.schedule) for stages in distributions(place.bench.setting.chain.count, place.pipeline))
         fitting = [slowest(place, other) for cut in cuts if fits(place, other := c._replace(cut=cut))]
