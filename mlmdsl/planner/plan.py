@@ -212,7 +212,7 @@ class StageTime(Frozen):
 
 
 class PoolFacts(Frozen):
-    """Alike nodes of a cluster of several pools: their ranks, from `first_rank` on, and the pipeline stages that lie on them, as
+    """Alike nodes of a cluster of several pools: their ranks from `first_rank` on, and the pipeline stages that lie on them, as
     a whole or in part."""
 
     name: str
@@ -226,7 +226,7 @@ class PoolFacts(Frozen):
 
 
 class ClusterFacts(Frozen):
-    """Of a cluster of several pools `device_memory_bytes` is the least of all, `peak_flops_per_second` the mean over devices (so
+    """Of a cluster of several pools `device_memory_bytes` is the least of all, `peak_flops_per_second` the mean of devices (so
     that MFU is a share of the sum of all peaks), and `devices_per_node` how many ranks in a row share a node everywhere."""
 
     name: str
