@@ -239,6 +239,13 @@ class ClusterFacts(Frozen):
     links: dict[str, dict[str, float | str]]  # axis -> {"link": "nvlink", "bytes_per_second": ..., "latency_seconds": ...}
     pools: tuple[PoolFacts, ...] = ()  # where there are several
 
+    @property
+    def torchrun(self) -> str:
+        """How each node of several pools starts its processes: their ranks follow the number of the node, pool by pool."""
+        sizes = {pool.devices_per_node for pool in self.pools}
+        each = sizes.pop() if len(sizes) == 1 else "gpu"
+        return f"--nnodes {self.nodes} --node-rank NODE --nproc-per-node {each} --master-addr HOST"
+
     def pools_of(self, stage: int) -> tuple[PoolFacts, ...]:
         """Of several pools those that a stage lies on."""
         return tuple(pool for pool in self.pools if stage in pool.stages)
