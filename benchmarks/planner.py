@@ -73,6 +73,7 @@ def tables() -> Iterator[str]:
     yield row("GPT 1T on 3,072 A100", trillion(384, 3072))
     yield row("Llama 3 405B on 100,000 H100", spec(12500, 12500))
     yield row("GPT 1T on 98,304 A100", trillion(12288, 12288))
+    yield row("Llama 3 70B on 256 A100 and 256 H100", (MODELS / "llama3_70b_mixed.mlm").read_text())
     yield "\n## Devices\n\nLlama 3 405B's shapes with 16 layers, 4 sequences a device.\n\n" + HEAD
     for devices in (8, 64, 512, 4096, 16384, 100_000):
         yield row(f"{devices:,} devices", spec(devices // 8, 4 * devices, 16))

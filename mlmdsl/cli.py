@@ -184,7 +184,10 @@ def _check_gpus(cluster: Cluster) -> None:
 def _several_nodes(plan: Plan, out: Path) -> UsageError:
     cluster = plan.cluster
     start = f"torchrun --nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node}"
-    command = f"{start} --rdzv-backend c10d --rdzv-endpoint HOST:29500 {out / 'program.py'} --out {out}"
+    start = f"{start} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    if cluster.pools:  # a rendezvous would number the nodes by their names
+        start = f"torchrun {cluster.torchrun}"
+    command = f"{start} {out / 'program.py'} --out {out}"
     message = f"the plan is for {cluster.nodes:,} nodes, and `mlmdsl run` starts the processes of one machine"
     help = f"the program is written: on every node start {command}, in a folder that all nodes share; or plan for this machine"
     return _usage(message, help + " with --here", "MLM0753")

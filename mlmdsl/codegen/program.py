@@ -72,6 +72,8 @@ def _docstring(spec: Spec, graph: Graph, plan: Plan) -> list[str]:
 
 def _processes(plan: Plan) -> str:
     world, per_node = plan.plan.world_size, max(1, plan.cluster.devices_per_node)
+    if plan.cluster.pools and world > 1:
+        return f"{plan.cluster.torchrun} "
     nodes = -(-world // per_node)
     return f"--nnodes {nodes} --nproc-per-node {per_node} " if nodes > 1 else f"--nproc-per-node {world} "
 

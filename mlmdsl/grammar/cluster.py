@@ -26,6 +26,7 @@ _LATENCY = {
     "roce": 8e-6,
     "ethernet": 30e-6,
 }
+POOL = ("nodes", "devices_per_node", "device", "intra")  # settings of a pool
 _INTRA = ("nvlink", "pcie", "infinity_fabric", "shm", "loopback")
 _INTER = ("infiniband", "roce", "ethernet", "loopback")
 _PEAKS = ("fp32", "tf32", "fp16", "bf16", "fp8")

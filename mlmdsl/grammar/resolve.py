@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax as s
-from mlmdsl.grammar.cluster import read_cluster
+from mlmdsl.grammar.cluster import POOL, read_cluster
 from mlmdsl.grammar.constraints import read_objective, read_pins, read_rules
 from mlmdsl.grammar.evaluate import POISON, Evaluator, did_you_mean, one_of
 from mlmdsl.grammar.modules import DEVICES, Loader, Module, read_file, shipped, std_blocks
@@ -281,14 +281,19 @@ class _Resolver:
         settings = found and self._settings(found, "cluster")
         if found is None or settings is None:
             return None
+        subs = [x for x in settings[2] if isinstance(x, s.SubConfig)]
+        changed = _of_nodes(settings[2]) if subs else ()
+        keys = {setting.key for setting in changed}
+        others = replace(settings[0], values={key: value for key, value in settings[0].values.items() if key not in keys})
         pools = tuple(
-            (sub.name or f"pool{i}", self._pool(settings[1], sub))
-            for i, sub in enumerate(x for x in settings[2] if isinstance(x, s.SubConfig))
+            (sub.name or f"pool{i}", self._pool(settings[1], sub, changed))
+            for i, sub in enumerate(subs[:1] if changed else subs)
         )
-        return read_cluster(found.name or "cluster", settings[0], pools)
+        return read_cluster(found.name or "cluster", others, pools)
 
-    def _pool(self, module: Module, sub: s.SubConfig) -> Settings:
-        return self._evaluated(f"pool {sub.name or ''}".strip(), module, [(module, x) for x in sub.settings], sub.span)
+    def _pool(self, module: Module, sub: s.SubConfig, changed: Iterable[s.Setting] = ()) -> Settings:
+        statements = [(module, x) for x in (*sub.settings, *changed)]
+        return self._evaluated(f"pool {sub.name or ''}".strip(), module, statements, sub.span)
 
     def train(self, folder: str) -> Train | None:
         is_train: Callable[[s.Config], bool] = lambda item: item.kind == "train"  # noqa: E731
@@ -398,3 +403,9 @@ def _calls_of(node: object) -> Iterable[str]:
 
 
 __all__ = ["POISON", "Resolved", "resolve"]
+
+
+def _of_nodes(statements: Iterable[s.ConfigStatement]) -> tuple[s.Setting, ...]:
+    """What --set says of the nodes of a cluster that has pools: then the first pool, changed, takes the place of all."""
+    given = (x for x in statements if isinstance(x, s.Setting) and x.key in POOL)
+    return tuple(x for x in given if x.key_span.file.startswith("--set"))

@@ -18,6 +18,7 @@ from mlmdsl.planner.plan import (
     StageMemory,
     StageTime,
 )
+from mlmdsl.planner.pools import pool_facts
 from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
 from mlmdsl.planner.traffic import collectives, flops
 
@@ -87,7 +88,7 @@ def predicted(place: Place, c: Candidate) -> Predicted:
         step_time_s=times.total,
         tokens_per_s_per_device=train.batch * train.seq_len / times.total / place.mesh.world_size,
         model_tflops_per_device=rate / 1e12,
-        mfu=rate / setting.kernels.peak,
+        mfu=rate / setting.peak,
         bubble_fraction=times.bubble / times.pipeline,
         peak_memory_bytes=tuple(stage.total_bytes for stage in ledger(place, c)),
         train_days=hours / 24,
@@ -119,7 +120,7 @@ class _Share(NamedTuple):
 def _breakdown(place: Place, c: Candidate, times: Times) -> dict[str, float]:
     """The parts of the step on the busiest rank; they add up to it."""
     m = place.micro_batches(c.micro_batch)
-    shares = [_share(place, c, stages) for stages in c.cut.placed]
+    shares = [_share(place, c, rank) for rank in range(place.pipeline)]
     busiest = max(shares, key=lambda share: share.whole)
     return {
         "compute": m * busiest.compute,
@@ -134,8 +135,9 @@ def _breakdown(place: Place, c: Candidate, times: Times) -> dict[str, float]:
     }
 
 
-def _share(place: Place, c: Candidate, stages: tuple[int, ...]) -> _Share:
-    costs, chain = place.bench.passes(c.micro_batch).costs, place.bench.setting.chain
+def _share(place: Place, c: Candidate, rank: int) -> _Share:
+    stages = c.cut.placed[rank]
+    costs, chain = place.benches[rank].passes(c.micro_batch).costs, place.bench.setting.chain
     regions = [each for stage in stages for each in regions_of(chain, c.cut.parts[stage], place.how(c, stage))]
     counted = [(costs[i], count) for i, _, count in regions]
     compute = sum(count * (cost.forward_seconds + cost.backward_seconds) for cost, count in counted)
@@ -195,16 +197,18 @@ def _model(setting: Setting) -> ModelFacts:
 
 def _cluster(place: Place) -> ClusterFacts:
     setting = place.bench.setting
-    cluster, names = setting.spec.cluster, dict.fromkeys(p.device.name for p in setting.spec.cluster.pools)
+    cluster, precision = setting.spec.cluster, setting.spec.train.precision
+    names = dict.fromkeys(p.device.name for p in cluster.pools)
     return ClusterFacts(
         name=cluster.name,
         device=" + ".join(names),
         device_memory_bytes=setting.device.memory_bytes,
-        peak_flops_per_second=setting.kernels.peak,
+        peak_flops_per_second=setting.peak,
         nodes=sum(pool.nodes for pool in cluster.pools),
         devices_per_node=setting.network.devices_per_node,
         world_size=cluster.world_size,
         links=links_of(place),
+        pools=pool_facts(cluster, place.pipeline, place.mesh.world_size // place.pipeline, precision),
     )
 
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mlmdsl.planner.communication import collective_seconds, group_of
+from mlmdsl.planner.communication import collective_seconds
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.pricing import Place, Sums
+from mlmdsl.planner.pools import group_on
+from mlmdsl.planner.pricing import Bench, Place, Sums
 from mlmdsl.planner.schedule import V_SHAPED
 
 # Sums of the same numbers in another order differ in their last digits, and plans are compared by nine (outcome.py)
@@ -56,9 +57,14 @@ def least_pipeline(schedule: Schedule, sums: Sums, send: float, micro_batches: i
 
 
 def overhead_of(place: Place, zero: int, replicate: int) -> Overhead:
-    """Of the rank with the mean rank's weights."""
-    setting, replicas, pipeline = place.bench.setting, place.replicas, place.pipeline
-    execution, kernels = setting.execution, setting.kernels
+    """Of the rank with the mean rank's weights; where pools are unlike, the least of any of them."""
+    each = [_overhead_on(place, bench, zero, replicate) for bench in place.distinct]
+    return Overhead(min(overhead.once for overhead in each), min(overhead.each for overhead in each))
+
+
+def _overhead_on(place: Place, bench: Bench, zero: int, replicate: int) -> Overhead:
+    setting, site, replicas, pipeline = bench.setting, bench.site, place.replicas, place.pipeline
+    execution, kernels = setting.execution, site.kernels
     held = place.bench.holdings.of(setting.chain.whole[0])
     elements, experts = held.elements / pipeline, held.experts / pipeline
     each_element = place.optimizer_bytes
@@ -66,12 +72,12 @@ def overhead_of(place: Place, zero: int, replicate: int) -> Overhead:
         return Overhead(kernels.optimizer_seconds(each_element * (elements + experts)), 0.0)
     mesh = place.mesh_of(replicate)
     shards = replicas // replicate
-    group = place.replica_group if replicate == 1 else group_of(mesh, "shards", setting.network)
+    group = group_on(site, mesh, "replicas" if replicate == 1 else "shards")
     summed = execution.gradient_bytes * elements
     of_experts = 0.0
     if experts:
         kind = "reduce_scatter" if zero else "all_reduce"
-        of_experts = collective_seconds(kind, 4 * experts, group_of(mesh, "copies", setting.network))
+        of_experts = collective_seconds(kind, 4 * experts, group_on(site, mesh, "copies"))
     hidden = place.taken  # of what runs beside kernels, what it takes at least
     if not zero:
         reduced = collective_seconds("all_reduce", summed, group)
@@ -97,14 +103,14 @@ def least_around(place: Place, overheads: Iterable[Overhead], micro_batch: int, 
 def least_seconds(place: Place, around: float, micro_batch: int, mode: int, schedule: Schedule, interleave: int) -> float:
     """Of a step, under a way of recomputing and a schedule; `around`: of `least_around`."""
     m, send = place.micro_batches(micro_batch), place.least_send(micro_batch)
-    sums = place.bench.sums(micro_batch, mode)
+    sums = place.sums(micro_batch, mode)
     return _ROUNDED * (least_pipeline(schedule, sums, send, m, place.pipeline, interleave) + around)
 
 
 def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) -> float:
     """Of a step with this micro-batch or a larger one."""
     largest, rows, p = place.bench.setting.spec.train.batch, place.micro_batches(1), place.pipeline
-    sums, m = place.bench.sums(largest, 0), rows // micro_batch
+    sums, m = place.sums(largest, 0), rows // micro_batch
     once = min(once + each for once, each in overheads)
     around = once + place.sync_seconds
     if p == 1:

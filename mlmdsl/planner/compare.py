@@ -18,13 +18,15 @@ _STATE = ("weights_bytes", "master_weights_bytes", "optimizer_bytes")
 
 @dataclass(frozen=True)
 class Costed:
-    """A plan and what it costs; `links`: by axis, as ClusterFacts has them; `batch`: sequences of a step."""
+    """A plan and what it costs; `links`: by axis, as ClusterFacts has them; `batch`: sequences of a step; `alike`: whether all
+    stages lie on alike devices."""
 
     plan: PlanVariables
     predicted: Predicted
     memory: tuple[StageMemory, ...]
     links: dict[str, dict[str, float | str]]
     batch: int
+    alike: bool = True
 
     @property
     def seconds(self) -> float:
@@ -47,12 +49,13 @@ class Costed:
 
 
 def costed(place: Place, candidate: Candidate) -> Costed:
-    batch = place.bench.setting.spec.train.batch
-    return Costed(variables(candidate), predicted(place, candidate), ledger(place, candidate), links_of(place), batch)
+    batch, alike = place.bench.setting.spec.train.batch, place.alike
+    return Costed(variables(candidate), predicted(place, candidate), ledger(place, candidate), links_of(place), batch, alike)
 
 
 def costed_plan(plan: Plan) -> Costed:
-    return Costed(plan.plan, plan.predicted, plan.memory, plan.cluster.links, plan.batch)
+    alike = len({pool.device for pool in plan.cluster.pools}) < 2 or plan.plan.pipeline == 1
+    return Costed(plan.plan, plan.predicted, plan.memory, plan.cluster.links, plan.batch, alike)
 
 
 class Part(Frozen):
@@ -139,6 +142,8 @@ def _because(name: str, slower: Costed, faster: Costed) -> str:
 def _compute(slower: Costed, faster: Costed) -> str:
     a, b = slower.plan, faster.plan
     fullest, mean = max(_layers(a)), sum(a.stages) / a.pipeline
+    if not slower.alike or not faster.alike:
+        return _on_pools(slower, faster)
     if fullest > 1.02 * mean and fullest / mean > 1.01 * max(_layers(b)) / (sum(b.stages) / b.pipeline):
         return f"the fullest of {a.pipeline} stages has {fullest} layers of {mean:.4g} on average"
     if a.tensor > b.tensor:
@@ -149,6 +154,16 @@ def _compute(slower: Costed, faster: Costed) -> str:
         return f"{slower.micro_batches:,} micro-batches of {a.micro_batch}, not {faster.micro_batches:,} of {b.micro_batch}"
     if a.pipeline > b.pipeline:
         return f"of {a.pipeline} stages the one with the head has more than its share"
+    return ""
+
+
+def _on_pools(slower: Costed, faster: Costed) -> str:
+    """Where one of them at least has stages on unlike devices."""
+    if slower.alike:
+        return "every rank works at the pace of the slowest device, where stages on faster ones could have more layers"
+    a, b = slower.plan, faster.plan
+    if not faster.alike and (a.pipeline, a.interleave) == (b.pipeline, b.interleave) and a.stages != b.stages:
+        return "layers are not laid on stages by the speed of their devices"
     return ""
 
 

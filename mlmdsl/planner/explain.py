@@ -9,14 +9,18 @@ from mlmdsl import words
 from mlmdsl.diagnostics import Diagnostic, Label, PlanError, Span
 from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import Pin, PlanConstraints, PlanValue, Spec
+from mlmdsl.planner import memory
 from mlmdsl.planner.assemble import ledger, links_of, predicted, variables
 from mlmdsl.planner.outcome import Found, Outcome, Tally
 from mlmdsl.planner.plan import Alternative, Plan, Rejection, SoftConstraint, StageMemory
+from mlmdsl.planner.pools import size_of
 from mlmdsl.planner.pricing import Candidate, Place, Setting
 
 _RUNNERS_UP = 5
 _TIGHT = 0.97  # of what a plan may use
 _LARGE_BUBBLE = 0.2
+_NOTABLE = 0.01  # of a step
+_MESH = ("tensor", "sequence_parallel", "context", "expert", "pipeline", "data", "micro_batch", "schedule", "interleave")
 
 Explore = Callable[[Setting, PlanConstraints], Outcome]
 
@@ -55,17 +59,16 @@ def _wish(outcome: Outcome, index: int) -> SoftConstraint:
     return SoftConstraint(text=text, kept=not best.broken & bit, price_s=price)
 
 
-def notes(outcome: Outcome, plan: Plan) -> tuple[str, ...]:
-    return (*_notes(outcome.setting, plan), *_order(outcome.found[0]))
+def notes(outcome: Outcome, plan: Plan, explore: Explore) -> tuple[str, ...]:
+    setting = outcome.setting
+    return (*_on_pools(setting, plan, explore), *_notes(setting, plan), *_order(outcome.found[0]))
 
 
 def _notes(setting: Setting, plan: Plan) -> Iterator[str]:
-    capacity, peak = setting.capacity_bytes, max(plan.predicted.peak_memory_bytes)
-    devices = {pool.device.name for pool in setting.spec.cluster.pools}
-    if len(devices) > 1:
-        yield f"every rank is planned as the weakest of the cluster's devices: {setting.device.name}"
-    if peak > _TIGHT * capacity:
-        yield f"memory is tight: {words.gib(capacity - peak)} would be left of what a plan may use"
+    usable = [memory.usable_bytes(plan.cluster.memory_of(stage.stage)) for stage in plan.memory]
+    left, capacity = min((room - stage.total_bytes, room) for room, stage in zip(usable, plan.memory, strict=True))
+    if left < (1 - _TIGHT) * capacity:
+        yield f"memory is tight: {words.gib(left)} would be left of what a plan may use"
     if plan.predicted.bubble_fraction > _LARGE_BUBBLE:
         share = words.percent(plan.predicted.bubble_fraction)
         yield f"the pipeline's ranks idle {share} of their time: a larger batch has more micro-batches to fill it"
@@ -93,6 +96,33 @@ def _named(link: Mapping[str, float | str]) -> str:
     return f"{link['link']} at {words.rate(float(link['bytes_per_second']))}"
 
 
+def _on_pools(setting: Setting, plan: Plan, explore: Explore) -> Iterator[str]:
+    """Which stages do not have a pool to themselves, and whether the pools would better stand the other way round."""
+    if setting.alike:
+        return
+    cluster = plan.cluster
+    straddling = [stage for stage in range(plan.plan.pipeline) if len(cluster.pools_of(stage)) > 1]
+    if straddling:
+        names = " and ".join(pool.name for pool in cluster.pools_of(straddling[0]))
+        which = "every rank" if plan.plan.pipeline == 1 else f"stage {straddling[0]}"
+        yield f"{which} is planned as the weakest of what it lies on, pools {names}: slowest kernels, least memory"
+    yield "the peak that MFU is a share of is the sum of all pools' peaks"
+    reverse = _in_reverse_order(setting, plan, explore) if plan.plan.pipeline > 1 else plan.predicted.step_time_s
+    if reverse < (1 - _NOTABLE) * plan.predicted.step_time_s:
+        yield f"with the cluster's pools in reverse order the same mesh would take {words.seconds(reverse)} a step"
+
+
+def _in_reverse_order(setting: Setting, plan: Plan, explore: Explore) -> float:
+    """Seconds of a step of the best plan with this one's degrees and schedule; infinite where none fits."""
+    limits, cluster = setting.spec.plan, setting.spec.cluster
+    values = {name: getattr(plan.plan, name) for name in _MESH if name not in {pin.variable for pin in limits.pins}}
+    pins = (*limits.pins, *(Pin(variable=name, value=value, text=name, span=cluster.span) for name, value in values.items()))
+    turned = cluster.model_copy(update={"pools": cluster.pools[::-1]})
+    spec = setting.spec.model_copy(update={"cluster": turned, "plan": limits.model_copy(update={"pins": pins})})
+    found = explore(Setting(spec, setting.graph), spec.plan).found
+    return found[0].times.total if found else float("inf")
+
+
 def rejections(outcome: Outcome) -> tuple[Rejection, ...]:
     """The most frequent reason first."""
     outcome.find_closest()
@@ -111,17 +141,20 @@ def closest(outcome: Outcome, key: tuple[str, str], tally: Tally) -> str:
         return tally.words
     described = variables(tally.closest).described
     if key[0] == "memory":
-        return f"{described} needs {_shortage(outcome.setting, tally.place, tally.closest)}"
+        return f"{described} needs {_shortage(tally.place, tally.closest)}"
     times = tally.place.times(tally.closest)
     return f"{described} breaks it, at {words.seconds(times.total)} a step"
 
 
-def _shortage(setting: Setting, place: Place, candidate: Candidate) -> str:
+def _shortage(place: Place, candidate: Candidate) -> str:
     """`3.1 GiB more than the 76.6 GiB that a plan may use (activations are 40 GiB of it)`."""
-    fullest = max(ledger(place, candidate), key=lambda stage: stage.total_bytes)
+    stages = zip(ledger(place, candidate), place.benches, strict=True)
+    fullest, bench = max(stages, key=lambda each: each[0].total_bytes - each[1].site.capacity_bytes)
     name, size = _largest(fullest)
-    over = words.gib(fullest.total_bytes - setting.capacity_bytes)
-    return f"{over} more than the {words.gib(setting.capacity_bytes)} that a plan may use ({name} {words.gib(size)})"
+    usable = bench.site.capacity_bytes
+    where = "" if place.bench.setting.alike else f" of stage {fullest.stage}'s {bench.site.device.name}"
+    over = words.gib(fullest.total_bytes - usable)
+    return f"{over} more than the {words.gib(usable)} that a plan may use{where} ({name} {words.gib(size)})"
 
 
 def _largest(stage: StageMemory) -> tuple[str, int]:
@@ -166,7 +199,7 @@ def _memory(outcome: Outcome, explore: Explore) -> Diagnostic:
     tally = outcome.rejected["memory", ""]
     spec = outcome.setting.spec
     nearest = closest(outcome, ("memory", ""), tally)
-    devices = f"{spec.cluster.world_size:,} x {outcome.setting.device.name}"
+    devices = " + ".join(f"{size_of(pool):,} x {pool.device.name}" for pool in spec.cluster.pools)
     message = f"none of {outcome.candidates:,} plans for {outcome.setting.graph.model} fits the memory of {devices}"
     help = _pins_that_help(outcome, explore) or _more_nodes(outcome, explore)
     help = _joined(f"the closest: {nearest}", help)

@@ -50,7 +50,12 @@ HEADROOM = 0.05
 
 def capacity_bytes(device: Device) -> int:
     """What a plan may use of the device."""
-    return int(device.memory_bytes * (1 - HEADROOM))
+    return usable_bytes(device.memory_bytes)
+
+
+def usable_bytes(memory_bytes: int) -> int:
+    """Of a device's memory what a plan may use."""
+    return int(memory_bytes * (1 - HEADROOM))
 
 
 def context_bytes(kind: Literal["cuda", "rocm", "cpu"], communicators: int) -> int:

@@ -23,14 +23,14 @@ from itertools import product
 from math import prod
 
 from mlmdsl.grammar.constraints import USUAL, Order
-from mlmdsl.grammar.spec import Cluster, Link
+from mlmdsl.grammar.spec import Link
 
 Levels = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Degrees over a cluster whose nodes have `devices_per_node` devices (the fewest, where pools differ)."""
+    """Degrees over a cluster whose nodes have `devices_per_node` devices (where pools differ, as pools.py counts them)."""
 
     tensor: int
     data: int
@@ -185,9 +185,3 @@ class Network:
     def link(self, mesh: Mesh, axis: str) -> Link:
         """The slowest link that groups of the axis cross."""
         return self.inter if mesh.crosses_nodes(axis) else self.intra
-
-
-def network_of(cluster: Cluster) -> Network:
-    """The slowest of each level where pools differ."""
-    intra = min((p.intra for p in cluster.pools), key=lambda link: link.bytes_per_second)
-    return Network(intra, cluster.inter or intra, min(p.devices_per_node for p in cluster.pools))

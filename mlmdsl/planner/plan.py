@@ -221,7 +221,24 @@ class StageTime(Frozen):
     in_flight: int  # micro-batches held at once, over the virtual stages
 
 
+class PoolFacts(Frozen):
+    """Alike nodes of a cluster of several pools: their ranks from `first_rank` on, and the pipeline stages that lie on them, as
+    a whole or in part."""
+
+    name: str
+    device: str
+    device_memory_bytes: int
+    peak_flops_per_second: float  # of one device in the training precision
+    nodes: int
+    devices_per_node: int
+    first_rank: int
+    stages: tuple[int, ...]
+
+
 class ClusterFacts(Frozen):
+    """Of a cluster of several pools `device_memory_bytes` is the least of all, `peak_flops_per_second` the mean of devices (so
+    that MFU is a share of the sum of all peaks), and `devices_per_node` how many ranks in a row share a node everywhere."""
+
     name: str
     device: str
     device_memory_bytes: int
@@ -230,6 +247,22 @@ class ClusterFacts(Frozen):
     devices_per_node: int
     world_size: int
     links: dict[str, dict[str, float | str]]  # axis -> {"link": "nvlink", "bytes_per_second": ..., "latency_seconds": ...}
+    pools: tuple[PoolFacts, ...] = ()  # where there are several
+
+    @property
+    def torchrun(self) -> str:
+        """How each node of several pools starts its processes: their ranks follow the number of the node, pool by pool."""
+        sizes = {pool.devices_per_node for pool in self.pools}
+        each = sizes.pop() if len(sizes) == 1 else "gpu"
+        return f"--nnodes {self.nodes} --node-rank NODE --nproc-per-node {each} --master-addr HOST"
+
+    def pools_of(self, stage: int) -> tuple[PoolFacts, ...]:
+        """Of several pools those that a stage lies on."""
+        return tuple(pool for pool in self.pools if stage in pool.stages)
+
+    def memory_of(self, stage: int) -> int:
+        """Bytes of a stage's device; of unlike ones the least."""
+        return min((pool.device_memory_bytes for pool in self.pools_of(stage)), default=self.device_memory_bytes)
 
 
 class Plan(Frozen):

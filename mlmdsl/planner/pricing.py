@@ -14,18 +14,20 @@ from math import gcd
 from typing import NamedTuple
 
 from mlmdsl.grammar.constraints import USUAL, Order
-from mlmdsl.grammar.spec import Device, Pool, Spec
+from mlmdsl.grammar.spec import Device, Spec
 from mlmdsl.graph.flops import flops_per_token
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import memory, schedule
 from mlmdsl.planner.blend import Blend, How, blends, regions_of
 from mlmdsl.planner.communication import Group, collective_seconds, group_of, send_seconds
-from mlmdsl.planner.compute import Kernels, slowest_of
+from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.context import over_context
 from mlmdsl.planner.execution import OURS, Execution
-from mlmdsl.planner.mesh import Mesh, Network, network_of
+from mlmdsl.planner.mesh import Mesh, Network
 from mlmdsl.planner.passes import MODES, Layout, Passes, Prices
 from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
+from mlmdsl.planner.pools import Site, Sites, group_on, mean_peak
+from mlmdsl.planner.proportion import Speed, proportion
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
 
@@ -86,44 +88,61 @@ class Setting:
     execution: Execution = OURS
 
     @cached_property
-    def pool(self) -> Pool:
-        """The weakest: least peak, then least memory."""
-        return min(
-            self.spec.cluster.pools, key=lambda p: (Kernels(p.device, self.spec.train.precision).peak, p.device.memory_bytes)
-        )
-
-    @cached_property
-    def device(self) -> Device:
-        """The weakest device, with the least memory of all."""
-        least = min(pool.device.memory_bytes for pool in self.spec.cluster.pools)
-        device = self.pool.device
-        return device if device.memory_bytes == least else device.model_copy(update={"memory_bytes": least})
-
-    @cached_property
-    def kernels(self) -> Kernels:
+    def sites(self) -> Sites:
         precision = self.execution.products or self.spec.train.precision
-        slowest = slowest_of(self.device.kind, self.spec.cluster.world_size)
-        return Kernels(self.device, precision, self.execution.launches, slowest)
+        return Sites(self.spec.cluster, precision, self.execution.launches)
 
     @cached_property
+    def alike(self) -> bool:
+        """Whether it makes no difference where a stage lies."""
+        return self.sites.alike
+
+    @cached_property
+    def site(self) -> Site:
+        """Where pools are unlike, the weakest in every respect."""
+        return self.sites.weakest
+
+    @property
+    def device(self) -> Device:
+        return self.site.device
+
+    @property
+    def kernels(self) -> Kernels:
+        return self.site.kernels
+
+    @property
     def network(self) -> Network:
-        return network_of(self.spec.cluster)
+        return self.site.network
+
+    @cached_property
+    def peak(self) -> float:
+        """FLOP/s of a device; of unlike ones the mean."""
+        return mean_peak(self.spec.cluster, self.spec.train.precision)
 
     @cached_property
     def chain(self) -> Chain:
         return chain_of(self.graph)
 
     @cached_property
-    def prices(self) -> Prices:
+    def _prices(self) -> dict[Site, Prices]:
         return {}
+
+    def prices_on(self, site: Site) -> Prices:
+        """Of nodes on a device, which several shardings have in common."""
+        return self._prices.setdefault(site, {})
 
     @property
     def width(self) -> int:
         return _WIDTH[self.spec.train.precision]
 
-    @cached_property
+    @property
     def capacity_bytes(self) -> int:
-        return memory.capacity_bytes(self.device)
+        return self.site.capacity_bytes
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """What a plan may use of the largest memory."""
+        return max(site.capacity_bytes for site in self.sites.single)
 
     @cached_property
     def step_flops(self) -> float:
@@ -207,7 +226,10 @@ class Bench:
     group: Group
     context_group: Group | None = None
     expert_group: Group | None = None
+    lies_on: Site | None = None  # None: the setting's
+    _speeds: dict[tuple[int, int], Speed] = field(default_factory=dict[tuple[int, int], Speed])
     _experts: dict[tuple[int, int], Bench] = field(default_factory=dict[tuple[int, int], "Bench"])
+    _sites: dict[Site, Bench] = field(default_factory=dict[Site, "Bench"])
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
     _layout: Layout = field(default_factory=Layout)
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
@@ -240,6 +262,26 @@ class Bench:
             self._experts[key] = Bench(self.setting, found, self.group, self.context_group, group)
         return self._experts[key]
 
+    @property
+    def site(self) -> Site:
+        return self.lies_on or self.setting.site
+
+    def on(self, site: Site) -> Bench:
+        """The same for ranks that lie there: what passes cost."""
+        if site is self.site:
+            return self
+        if site not in self._sites:
+            setting, tensor, context, expert = self.setting, self.sharding.tensor, self.sharding.context, self.sharding.expert
+            self._sites[site] = Bench(
+                setting,
+                self.sharding,
+                group_on(site, setting.mesh(tensor, 1, 1), "tensor"),
+                self.context_group and group_on(site, setting.mesh(tensor, 1, 1, context), "context"),
+                self.expert_group and group_on(site, setting.mesh(tensor, expert, 1, context, expert), "expert"),
+                site,
+            )
+        return self._sites[site]
+
     @cached_property
     def holdings(self) -> memory.Holdings:
         return memory.Holdings(self.setting.graph, self.sharding, self.setting.chain)
@@ -248,9 +290,9 @@ class Bench:
         if micro_batch not in self._passes:
             sizes = self.setting.graph.sizes(micro_batch, self.setting.spec.train.seq_len)
             setting = self.setting
-            common = (setting.graph, self.sharding, setting.kernels, self.group, sizes, setting.width)
+            common = (setting.graph, self.sharding, self.site.kernels, self.group, sizes, setting.width)
             around = (self.context_group, self.expert_group, setting.execution)
-            self._passes[micro_batch] = Passes(*common, *around, self._layout, setting.prices)
+            self._passes[micro_batch] = Passes(*common, *around, self._layout, setting.prices_on(self.site))
         return self._passes[micro_batch]
 
     def balanced(self, micro_batch: int, mode: int, stages: int) -> tuple[int, ...]:
@@ -258,11 +300,17 @@ class Bench:
         key = (micro_batch, mode, stages)
         found = self._balanced.get(key)
         if found is None:
-            chain = self.setting.chain
-            whole = [forward + backward for forward, backward, _ in self._region_seconds(micro_batch, mode)]
-            kinds = tuple(sum(whole[i] for i in kind) for kind in chain.kinds)
-            first, last = sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last)
-            found = self._balanced[key] = balance(chain, kinds, first, last, stages)
+            found = self._balanced[key] = balance(self.setting.chain, *self.speed(micro_batch, mode), stages)
+        return found
+
+    def speed(self, micro_batch: int, mode: int) -> Speed:
+        """Of one micro-batch, forward and backward."""
+        key, chain = (micro_batch, mode), self.setting.chain
+        if key in self._speeds:
+            return self._speeds[key]
+        whole = [forward + backward for forward, backward, _ in self._region_seconds(micro_batch, mode)]
+        kinds = tuple(sum(whole[i] for i in kind) for kind in chain.kinds)
+        found = self._speeds[key] = Speed(kinds, sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last))
         return found
 
     def least_activations(self, micro_batch: int) -> tuple[tuple[Least, ...], int]:
@@ -376,6 +424,8 @@ class Place:
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
     _states: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
     _blends: dict[tuple[object, ...], tuple[Blend, ...]] = field(default_factory=dict[tuple[object, ...], "tuple[Blend, ...]"])
+    _proportioned: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict[tuple[object, ...], tuple[int, ...]])
+    _groups: dict[tuple[object, ...], Group] = field(default_factory=dict[tuple[object, ...], Group])
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -418,6 +468,39 @@ class Place:
         return copies if even and not self.mesh_of(copies).crosses_nodes("shards") else 1
 
     @cached_property
+    def benches(self) -> tuple[Bench, ...]:
+        """By pipeline rank, the bench of what it lies on."""
+        setting = self.bench.setting
+        if setting.alike or self.order != USUAL:  # stages inside ranks of data lie on all pools
+            return (self.bench,) * self.pipeline
+        return tuple(map(self.bench.on, setting.sites.of(self.pipeline, self.mesh.world_size // self.pipeline)))
+
+    def bench_of(self, c: Candidate, stage: int) -> Bench:
+        """Of a virtual stage."""
+        return self.bench if self.alike else self.benches[schedule.pipeline_rank(c.schedule, self.pipeline, stage)]
+
+    @cached_property
+    def distinct(self) -> tuple[Bench, ...]:
+        return tuple({bench.site: bench for bench in self.benches}.values())
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all ranks of the pipeline lie on the like of the weakest."""
+        return self.distinct == (self.bench,)
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """What a plan may use of the stages' largest memory."""
+        return max(bench.site.capacity_bytes for bench in self.distinct)
+
+    def _group_on(self, rank: int, axis: str, replicate: int = 1) -> Group:
+        """Groups inside a stage."""
+        key = (self.benches[rank].site, axis, replicate)
+        if key not in self._groups:
+            self._groups[key] = group_on(self.benches[rank].site, self.mesh_of(replicate), axis)
+        return self._groups[key]
+
+    @cached_property
     def pipeline_group(self) -> Group:
         return group_of(self.mesh, "pipeline", self.bench.setting.network)
 
@@ -448,7 +531,22 @@ class Place:
         return self.bench.setting.spec.train.batch // (self.data * micro_batch)
 
     def cut(self, micro_batch: int, mode: int, kind: Schedule, interleave: int) -> Cut:
-        return self.given(self.bench.balanced(micro_batch, mode, self.pipeline * interleave), kind)
+        """The slowest stage as fast as can be, memory left aside."""
+        if self.alike:
+            return self.given(self.bench.balanced(micro_batch, mode, self.pipeline * interleave), kind)
+        key = (micro_batch, mode, kind in schedule.V_SHAPED, interleave)
+        found = self._proportioned.get(key)
+        if found is None:
+            found = proportion(self.bench.setting.chain, self.speeds(micro_batch, mode, kind, interleave))
+            assert found is not None
+            self._proportioned[key] = found
+        return self.given(found, kind)
+
+    def speeds(self, micro_batch: int, mode: int, kind: Schedule, interleave: int) -> list[Speed]:
+        """By virtual stage."""
+        each = [bench.speed(micro_batch, mode) for bench in self.benches]
+        ranks = (schedule.pipeline_rank(kind, self.pipeline, stage) for stage in range(self.pipeline * interleave))
+        return [each[rank] for rank in ranks]
 
     def given(self, stages: tuple[int, ...], kind: Schedule = "1f1b") -> Cut:
         key = (stages, kind in schedule.V_SHAPED)
@@ -456,7 +554,8 @@ class Place:
         if found is None:
             interleave = len(stages) // self.pipeline
             placed = tuple(schedule.stages_of(kind, self.pipeline, interleave, rank) for rank in range(self.pipeline))
-            found = self._cuts[key] = cut_of(self.bench.setting.chain, stages, placed)
+            sites = None if self.alike else [bench.site for bench in self.benches]
+            found = self._cuts[key] = cut_of(self.bench.setting.chain, stages, placed, sites)
         return found
 
     def how(self, c: Candidate, stage: int) -> How:
@@ -468,6 +567,10 @@ class Place:
             self._blends[key] = blends(self.bench.setting.chain, *key)
         return self._blends[key][stage]
 
+    def least_layer(self, micro_batch: int, mild: int, dear: int) -> float:
+        """What a pass through a layer takes at least under one way of recomputing, as a share of that under another."""
+        return min(bench.least_layer(micro_batch, mild, dear) for bench in self.distinct)
+
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def held(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> memory.Held:
@@ -478,7 +581,8 @@ class Place:
     def held_under(self, c: Candidate, rank: int, parts: tuple[Part, ...], hows: Sequence[How]) -> memory.Held:
         """By what the rank's virtual stages recompute."""
         piped, m = self.pipeline > 1, self.micro_batches(c.micro_batch)
-        stages = [self.bench.part(part, c.micro_batch, how, piped).bytes for part, how in zip(parts, hows, strict=True)]
+        bench = self.benches[rank]
+        stages = [bench.part(part, c.micro_batch, how, piped).bytes for part, how in zip(parts, hows, strict=True)]
         counts = schedule.in_flight(c.schedule, self.pipeline, c.interleave, m, rank)
         if (
             c.schedule in schedule.V_SHAPED
@@ -529,6 +633,18 @@ class Place:
         each = (rest + sum(self.state(c, parts)) for (_, parts), rest in zip(self._fullest(c), held, strict=True))
         return max(each) + self.more_context_bytes(c)
 
+    def over_bytes(self, c: Candidate, held: Sequence[int], peak: int) -> int:
+        """What the fullest rank lacks of its device's memory; negative where all of them fit."""
+        if self.alike:
+            return peak - self.bench.site.capacity_bytes
+        ranks = zip(self._fullest(c), held, strict=True)
+        over = (rest + sum(self.state(c, parts)) - self.benches[rank].site.capacity_bytes for (rank, parts), rest in ranks)
+        return max(over) + self.more_context_bytes(c)
+
+    def left_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> int:
+        """What a rank has for state, if it held these."""
+        return self.benches[rank].site.capacity_bytes - sum(self.held(c, rank, parts)) - self.context_bytes
+
     # ---- time -------------------------------------------------------------------------------------------------------
 
     def runs(self, c: Candidate) -> schedule.Runs:
@@ -540,7 +656,8 @@ class Place:
 
     def stage_seconds(self, c: Candidate, stage: int) -> tuple[float, float, float]:
         """Forward and backward seconds of a virtual stage with its sends, and those of weights' gradients."""
-        cost = self.bench.part(c.cut.parts[stage], c.micro_batch, self.how(c, stage), self.pipeline > 1)
+        bench = self.bench_of(c, stage)
+        cost = bench.part(c.cut.parts[stage], c.micro_batch, self.how(c, stage), self.pipeline > 1)
         given, handed = self.crossings(c, stage)
         onwards = self._send_seconds(cost.bytes.sent) if handed else 0.0
         back = self._send_seconds(cost.bytes.received) if given else 0.0
@@ -552,6 +669,13 @@ class Place:
         if tensor == 1 or bench.sharding.sequence_parallel or not bench.setting.execution.scattered_sends:
             return send_seconds(size, self.pipeline_group)
         return send_seconds(size / tensor, self.pipeline_group) + collective_seconds("all_gather", size, bench.group)
+
+    def sums(self, micro_batch: int, mode: int) -> Sums:
+        """Where pools are unlike, the least of any of them; of gradients of weights, which schedules can put off, the most."""
+        each = [bench.sums(micro_batch, mode) for bench in self.distinct]
+        if len(each) == 1:
+            return each[0]
+        return Sums(*map(min, zip(*each, strict=True)))._replace(weight=max(one.weight for one in each))
 
     def least_send(self, micro_batch: int) -> float:
         """Seconds of one hand-over between stages."""
@@ -628,14 +752,13 @@ class Place:
         key = (c.cut.stages, c.zero, c.replicate, c.schedule in schedule.V_SHAPED)
         found = self._exchanges.get(key)
         if found is None:
-            each = [self._exchange(c, parts) for _, parts in c.cut.ranks]
+            each = [self._exchange(c, rank, parts) for rank, parts in c.cut.ranks]
             found = self._exchanges[key] = Exchange(*(max(values) for values in zip(*each, strict=True)))
         return found
 
-    def _exchange(self, c: Candidate, parts: tuple[Part, ...]) -> Exchange:
+    def _exchange(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> Exchange:
         setting, holdings, zero, shards = self.bench.setting, self.bench.holdings, c.zero, self.shards(c)
-        mesh = self.mesh_of(c.replicate)
-        group = self.replica_group if c.replicate == 1 else group_of(mesh, "shards", setting.network)
+        site, group = self.benches[rank].site, self._group_on(rank, "replicas" if c.replicate == 1 else "shards", c.replicate)
         held, summed = [holdings.of(part) for part in parts], setting.execution.gradient_bytes
         elements = owned = sum(h.elements for h in held)
         gather, reduce, unit, copied = 0.0, collective_seconds("all_reduce", summed * elements, group), 1.0, 0.0
@@ -646,15 +769,16 @@ class Place:
             gather = sum(n * collective_seconds("all_gather", setting.width * size, group) for n, size in units if size)
             reduce = sum(n * collective_seconds("reduce_scatter", summed * size, group) for n, size in units if size)
             unit = min(1.0, max(size for _, size in units) / max(1, elements))
-            copies = group_of(mesh, "replicate", setting.network)
+            copies = self._group_on(rank, "replicate", c.replicate)
             copied = sum(n * collective_seconds("all_reduce", summed * size / shards, copies) for n, size in units if size)
+        sharing = self._group_on(rank, "copies")
         experts = sum(
-            count * collective_seconds(kind, size, self._copies) for kind, size, count in self.expert_exchanges(parts, zero)
+            count * collective_seconds(kind, size, sharing) for kind, size, count in self.expert_exchanges(parts, zero)
         )
-        partial = collective_seconds("all_reduce", 4 * self.partial_elements(c, parts), self.bench.group)
+        partial = collective_seconds("all_reduce", 4 * self.partial_elements(c, parts), self.benches[rank].group)
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(c, parts), self._pair)
         stepped = sum(stack.times * stack.stepped for part in parts for stack in holdings.experts(part, self._zeroed(zero)))
-        optimizer = setting.kernels.optimizer_seconds(self.optimizer_bytes * (owned + stepped))
+        optimizer = site.kernels.optimizer_seconds(self.optimizer_bytes * (owned + stepped))
         return Exchange(gather, reduce, unit, copied, experts, tied, partial, optimizer)
 
     @property
@@ -666,10 +790,6 @@ class Place:
     def _zeroed(self, zero: int) -> int:
         """Ranks that ZeRO shares experts' state out over, where each has all of them."""
         return self.replicas if zero else 1
-
-    @cached_property
-    def _copies(self) -> Group:
-        return group_of(self.mesh, "copies", self.bench.setting.network)
 
     def expert_exchanges(self, parts: tuple[Part, ...], zero: int) -> Iterator[tuple[CollectiveKind, int, int]]:
         """(kind, bytes, how many) over the ranks that have the same experts, once a step: one sum of all gradients, or under

@@ -57,7 +57,7 @@ def _least(found: Found, mild: int) -> float:
     """No plan that recomputes some layers in the milder way takes less: every pass is as short as if all did. Holds where
     the times of `found` are bounds, too."""
     c, times = found.candidate, found.times
-    share = found.place.bench.least_layer(c.micro_batch, mild, c.recompute)
+    share = found.place.least_layer(c.micro_batch, mild, c.recompute)
     return times.total - (1 - share) * times.pipeline
 
 
@@ -105,7 +105,8 @@ class _Rank:
         self.parts = c.cut.held(rank)
         self.sizes = [c.cut.stages[stage] for stage in stages]
         self.starts = [sum(c.cut.stages[:stage]) for stage in stages]
-        self.left = limit_bytes - sum(place.state(c, self.parts)) - place.context_bytes - place.more_context_bytes(c)
+        limit = min(limit_bytes, place.benches[rank].site.capacity_bytes)
+        self.left = limit - sum(place.state(c, self.parts)) - place.context_bytes - place.more_context_bytes(c)
         self.kinds = [kind for kind, count in place.bench.setting.chain.layers for _ in range(count)]
 
     def fewest(self, order: Order, guess: int) -> list[int] | None:

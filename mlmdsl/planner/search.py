@@ -27,6 +27,7 @@ from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
+from mlmdsl.planner.refitting import Fitting
 from mlmdsl.planner.rules import CompiledRule, compile_rule
 from mlmdsl.planner.schedule import V_SHAPED, pipeline_bound
 from mlmdsl.planner.space import Space
@@ -65,7 +66,7 @@ def _searched(spec: Spec, graph: Graph) -> Plan:
         rejected=rejected,
     )
     plan = assemble.plan_of(best.place, best.candidate, report)
-    notes = explain.notes(outcome, plan)
+    notes = explain.notes(outcome, plan, explore)
     return plan.model_copy(update={"alternatives": alternatives, "soft": wishes, "notes": notes})
 
 
@@ -117,6 +118,7 @@ class Judge:
     space: Space
     _aside: list[_Aside] = field(default_factory=list[_Aside])
     _held: dict[tuple[object, ...], list[int]] = field(default_factory=dict[tuple[object, ...], "list[int]"])
+    _fittings: dict[tuple[object, ...], Fitting] = field(default_factory=dict[tuple[object, ...], Fitting])
     _overheads: dict[tuple[Place, bool], list[Overhead]] = field(default_factory=dict[tuple[Place, bool], "list[Overhead]"])
 
     # ---- branches ---------------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ class Judge:
         """By ZeRO and its copies."""
         place, schedule, (micro_batch,), interleave = group.place, group.schedule, group.micro_batches, group.interleave
         assert schedule is not None
-        overs = [0] if group.modes else [least - self.setting.capacity_bytes for least in self._least_under(group)]
+        overs = [0] if group.modes else [least - place.most_bytes for least in self._least_under(group)]
         if min(overs) > 0:
             self._put_aside(min(overs), group)
             return
@@ -211,8 +213,8 @@ class Judge:
         if branch.modes or (branch.schedule is None and isinstance(self.space.pins.get("recompute"), tuple)):
             return 0
         if branch.schedule is None:
-            return self._least_bytes(branch.place, branch.micro_batches[0]) - self.setting.capacity_bytes
-        return min(self._least_under(branch)) - self.setting.capacity_bytes
+            return self._least_bytes(branch.place, branch.micro_batches[0]) - branch.place.most_bytes
+        return min(self._least_under(branch)) - branch.place.most_bytes
 
     def _least_bytes(self, place: Place, micro_batch: int) -> int:
         """Grows with the micro-batch."""
@@ -251,8 +253,8 @@ class Judge:
         while waiting and waiting[0].over < tally.distance:
             _, _, branch = heappop(waiting)
             if branch.schedule is not None:
-                for candidate, peak in self._peaks(branch):
-                    tally.closer(peak - self.setting.capacity_bytes, candidate, branch.place)
+                for candidate, _, over in self._peaks(branch):
+                    tally.closer(over, candidate, branch.place)
                 continue
             larger = branch.micro_batches[1:]
             parts = [*self._groups(branch), *([branch._replace(micro_batches=larger)] if larger else [])]
@@ -264,14 +266,25 @@ class Judge:
 
     def _price(self, branch: Branch) -> None:
         """What does not fit needs no price."""
-        for candidate, peak in self._peaks(branch):
-            if peak > self.setting.capacity_bytes:
-                self.outcome.reject("memory").add(peak - self.setting.capacity_bytes, candidate, branch.place)
-            else:
+        for candidate, peak, over in self._peaks(branch):
+            if over <= 0:
                 self._weigh(candidate, branch.place, peak)
+                continue
+            self.outcome.reject("memory").add(over, candidate, branch.place)
+            if not branch.place.alike and not branch.modes and "stages" not in self.space.pins:
+                other = self._fitting(branch.place, candidate).within(candidate)
+                if other is not None:
+                    self.add(other, branch.place)
 
-    def _peaks(self, branch: Branch) -> Iterator[tuple[Candidate, int]]:
-        """Bytes of the fullest rank."""
+    def _fitting(self, place: Place, c: Candidate) -> Fitting:
+        """Alike for plans that differ in ZeRO alone."""
+        key = (place, c.micro_batch, c.schedule, c.interleave, c.recompute)
+        if key not in self._fittings:
+            self._fittings[key] = Fitting(place, c)
+        return self._fittings[key]
+
+    def _peaks(self, branch: Branch) -> Iterator[tuple[Candidate, int, int]]:
+        """Bytes of the fullest rank, and what the one that lacks most lacks of what a plan may use of its device."""
         place, sharding, schedule = branch.place, branch.place.bench.sharding, branch.schedule
         assert schedule is not None
         given, (micro_batch,) = self.space.pins.get("stages"), branch.micro_batches
@@ -288,7 +301,8 @@ class Judge:
             held = self._held.get(key)
             if held is None:
                 held = self._held[key] = place.held_bytes(candidate)
-            yield candidate, place.peak_bytes(candidate, held)
+            peak = place.peak_bytes(candidate, held)
+            yield candidate, peak, place.over_bytes(candidate, held, peak)
 
     def add(self, candidate: Candidate, place: Place) -> None:
         """One that fits."""
@@ -303,7 +317,7 @@ class Judge:
         def kept(size: float) -> bool:
             return all(rule.kept({"memory": size}) for rule in rules)
 
-        low, high = 0.0, float(self.setting.capacity_bytes)
+        low, high = 0.0, float(self.setting.most_bytes)
         if kept(high):
             return high
         while high - low > 1:
@@ -358,7 +372,7 @@ class Judge:
             "memory": float(peak),
             "step_time": times.total,
             "bubble": times.bubble / times.pipeline,
-            "mfu": self.setting.step_flops / (times.total * spec.cluster.world_size * self.setting.kernels.peak),
+            "mfu": self.setting.step_flops / (times.total * spec.cluster.world_size * self.setting.peak),
             "cost": hours * spec.cluster.world_size * (spec.cluster.usd_per_device_hour or 0.0),
         }
 

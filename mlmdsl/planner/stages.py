@@ -196,8 +196,8 @@ class Cut:
     """A distribution of layers over pipeline * interleave virtual stages, and its distinct parts.
 
     runs: (part, how many virtual stages in a row are alike); ranks: (rank, its parts) of the ranks whose memory can be the
-    largest: of ranks that run alike parts, the first, which holds the most micro-batches; placed: a rank's virtual
-    stages, by rank."""
+    largest: of ranks that run alike parts on alike devices, the first, which holds the most micro-batches; placed: a rank's
+    virtual stages, by rank."""
 
     stages: tuple[int, ...]
     parts: tuple[Part, ...]
@@ -210,10 +210,17 @@ class Cut:
         return tuple(self.parts[stage] for stage in self.placed[rank])
 
 
-def cut_of(chain: Chain, stages: tuple[int, ...], placed: tuple[tuple[int, ...], ...]) -> Cut:
-    parts = parts_of(chain, stages)
-    runs = tuple((part, sum(1 for _ in group)) for part, group in groupby(parts))
-    ranks: dict[tuple[Part, ...], int] = {}
+def cut_of(
+    chain: Chain, stages: tuple[int, ...], placed: tuple[tuple[int, ...], ...], sites: Sequence[object] | None = None
+) -> Cut:
+    """`sites`: what each rank lies on, where they are not alike."""
+    parts, on = parts_of(chain, stages), sites or (None,) * len(placed)
+    lying: list[object] = [None] * len(parts)
+    for site, mine in zip(on, placed, strict=True):
+        for stage in mine:
+            lying[stage] = site
+    runs = tuple((part, sum(1 for _ in group)) for (part, _), group in groupby(zip(parts, lying, strict=True)))
+    ranks: dict[tuple[object, tuple[Part, ...]], int] = {}
     for rank, mine in enumerate(placed):
-        ranks.setdefault(tuple(parts[stage] for stage in mine), rank)
-    return Cut(stages, parts, runs, tuple((rank, held) for held, rank in ranks.items()), placed)
+        ranks.setdefault((on[rank], tuple(parts[stage] for stage in mine)), rank)
+    return Cut(stages, parts, runs, tuple((rank, held) for (_, held), rank in ranks.items()), placed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from mlmdsl.grammar.spec import Cluster, Frozen, Link, PlanConstraints, Spec
+from mlmdsl.grammar.spec import Cluster, Frozen, Link, PlanConstraints, Pool, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import explain
 from mlmdsl.planner.plan import Plan, PlanVariables
-from mlmdsl.planner.within import best_plan, with_nodes
+from mlmdsl.planner.within import best_plan
 
 
 class WhatIf(Frozen):
@@ -39,15 +39,24 @@ def _machines(spec: Spec) -> Iterator[tuple[str, Spec]]:
     cluster = spec.cluster
     if any(pool.devices_per_node > 1 for pool in cluster.pools):
         pools = tuple(pool.model_copy(update={"intra": _doubled(pool.intra)}) for pool in cluster.pools)
-        yield f"{cluster.pools[0].intra.kind} twice as fast", _with(spec, cluster.model_copy(update={"pools": pools}))
+        kinds = dict.fromkeys(pool.intra.kind for pool in cluster.pools)
+        yield f"{' and '.join(kinds)} twice as fast", _with(spec, cluster.model_copy(update={"pools": pools}))
     if cluster.inter is not None and sum(pool.nodes for pool in cluster.pools) > 1:
         faster = cluster.model_copy(update={"inter": _doubled(cluster.inter)})
         yield f"{cluster.inter.kind} twice as fast", _with(spec, faster)
     if cluster.inter is not None:
-        nodes = cluster.pools[0].nodes
-        yield "one node more", with_nodes(spec, nodes + 1)
-        yield "twice the nodes", with_nodes(spec, 2 * nodes)
+        several = len(cluster.pools) > 1
+        for i, pool in enumerate(cluster.pools):
+            more = (*cluster.pools[:i], pool.model_copy(update={"nodes": pool.nodes + 1}), *cluster.pools[i + 1 :])
+            yield f"one node more{f' of pool {pool.name}' * several}", _pooled(spec, more)
+        yield "twice the nodes", _pooled(spec, [pool.model_copy(update={"nodes": 2 * pool.nodes}) for pool in cluster.pools])
+        if several:
+            yield "the pools in reverse order", _pooled(spec, cluster.pools[::-1])
     yield "twice the memory", _with(spec, cluster.model_copy(update={"pools": tuple(_roomier(cluster))}))
+
+
+def _pooled(spec: Spec, pools: Sequence[Pool]) -> Spec:
+    return _with(spec, spec.cluster.model_copy(update={"pools": tuple(pools)}))
 
 
 def _with(spec: Spec, cluster: Cluster) -> Spec:

@@ -60,13 +60,19 @@ class Ink:
 
 def _machine(plan: Plan) -> str:
     cluster = plan.cluster
-    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes:,} nodes of {cluster.devices_per_node}"
-    return f"{cluster.world_size:,} x {cluster.device} ({nodes})"
+    if cluster.pools:
+        each = ((p.nodes * p.devices_per_node, p.device, p.nodes, p.devices_per_node) for p in cluster.pools)
+        return " + ".join(_devices(*pool).replace(" ", _GLUE) for pool in each)
+    return _devices(cluster.world_size, cluster.device, cluster.nodes, cluster.devices_per_node)
+
+
+def _devices(count: int, device: str, nodes: int, per_node: int) -> str:
+    return f"{count:,} x {device} ({'1 node' if nodes == 1 else f'{nodes:,} nodes of {per_node}'})"
 
 
 def _head(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     yield f"{ink.bold(plan.model.name)}  {plan.model.parameters:,} parameters"
-    yield f"on {_machine(plan)}"
+    yield from wrapped(f"on {_machine(plan)}", width, "", "   ")
     tokens = plan.batch * plan.seq_len
     yield f"batch {plan.batch:,} sequences of {plan.seq_len:,} tokens ({tokens:,}), {plan.precision}"
     yield ""
@@ -83,20 +89,29 @@ def _mesh(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
         return
     mesh = p.mesh(plan.cluster.devices_per_node)
     cell = max(len(_ranks(mesh, p.pipeline - 1, p.data - 1)), len(f"data {p.data - 1}")) + 2
-    layers = max(len(_layers(p, stage)) for stage in range(p.pipeline)) + 2
+    lying = [_lies_on(plan, stage) for stage in range(p.pipeline)]
+    layers = max(len(_layers(p, stage)) for stage in range(p.pipeline)) + 2 + max(map(len, lying))
     columns = _elided(p.data, max(3, (width - 17 - layers) // cell))
     within = f", {p.context} parts of a sequence one after another" if p.context > 1 else ""
     yield f"{ink.bold('mesh')}    a row is a pipeline stage, a column a data rank, a cell its ranks{within}"
     if p.expert > 1:
         whose = "data ranks" if p.context == 1 else "replicas (data and context)"
         yield f"        {p.expert} neighbouring {whose} share one set of experts"
+    if plan.cluster.pools:
+        yield "        stages lie on the pools " + " and ".join(f"{pool.name} ({pool.device})" for pool in plan.cluster.pools)
     yield " " * 17 + "".join(("..." if c is None else f"data {c}").rjust(cell) for c in columns)
     for stage in _elided(p.pipeline, 8):
         if stage is None:
             yield "        ..."
             continue
         cells = "".join(("..." if c is None else _ranks(mesh, stage, c)).rjust(cell) for c in columns)
-        yield f"        stage {stage:<3}{cells}  {ink.dim(_layers(p, stage))}"
+        yield f"        stage {stage:<3}{cells}  {ink.dim(_layers(p, stage) + lying[stage])}"
+
+
+def _lies_on(plan: Plan, stage: int) -> str:
+    """` on new`, ` on new and old`: of several pools."""
+    pools = plan.cluster.pools_of(stage)
+    return f" on {' and '.join(pool.name for pool in pools)}" if pools else ""
 
 
 def _elided(count: int, most: int) -> list[int | None]:
@@ -139,16 +154,17 @@ _CYAN = "\x1b[36m"
 
 
 def _memory(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
-    capacity = plan.cluster.device_memory_bytes
-    yield f"{ink.bold('memory')}  per device at its peak, of {words.gib(capacity)}"
+    capacities = [plan.cluster.memory_of(stage) for stage in range(len(plan.memory))]
+    sizes = dict.fromkeys(words.gib(size) for size in capacities)
+    yield f"{ink.bold('memory')}  per device at its peak, of {' and '.join(sizes)}"
     for stage in _elided(len(plan.memory), 8):
         if stage is None:
             yield "        ..."
             continue
-        entry = plan.memory[stage]
+        entry, capacity = plan.memory[stage], capacities[stage]
         share = words.percent(entry.total_bytes / capacity)
         yield f"        stage {entry.stage:<5}{words.gib(entry.total_bytes):>9} {share:>6}  {_bar(entry, capacity, ink)}"
-    fullest = max(plan.memory, key=lambda m: m.total_bytes)
+    fullest = max(plan.memory, key=lambda m: m.total_bytes / capacities[m.stage])
     entries = [(f"{letter} {word}", _sum(fullest, fields)) for letter, _, word, fields in _LEDGER]
     line = ", ".join(f"{name} {words.gib(value)}".replace(" ", _GLUE) for name, value in entries if value)
     yield from wrapped(f"the fullest, stage {fullest.stage}: {line}", width, "        ")

@@ -307,6 +307,19 @@ def test_settings_are_inherited_one_by_one() -> None:
     assert (changed.train.steps, changed.cluster.world_size) == (7, 3)
 
 
+def test_an_override_of_nodes_puts_the_first_pool_in_the_place_of_all() -> None:
+    inner = "devices_per_node = 4\n device = A100_SXM_80GB\n intra = nvlink(bandwidth = 300 GB/s per gpu)"
+    pools = f"pool old {{ nodes = 2\n {inner} }}\n pool new {{ nodes = 3\n {inner.replace('A100', 'H100')} }}"
+    text = MODEL + TRAIN + f"cluster mixed {{ inter = ethernet(bandwidth = 1 GB/s per gpu)\n {pools}\n}}\n"
+    whole = sound(text)
+    assert whole.cluster is not None and [pool.name for pool in whole.cluster.pools] == ["old", "new"]
+    one = sound(text, overrides=("cluster.nodes=1", "mixed.devices_per_node=8")).cluster
+    assert one is not None and [(pool.name, pool.nodes, pool.devices_per_node) for pool in one.pools] == [("old", 1, 8)]
+    assert one.pools[0].device.name == "A100_SXM_80GB" and one.inter is not None
+    found = sound(text, overrides=("cluster.price=2 USD/gpu/hour",)).cluster
+    assert found is not None and len(found.pools) == 2
+
+
 def test_inheritance_goes_through_several_files() -> None:
     files = {
         "dir/a.mlm": CLUSTER,

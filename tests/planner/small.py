@@ -8,6 +8,8 @@ from mlmdsl.compile import compile_spec
 from mlmdsl.grammar.constraints import ORDERS, USUAL, Order
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
+from mlmdsl.planner.assemble import ledger
+from mlmdsl.planner.memory import capacity_bytes
 from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.plan import Plan, Schedule
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting
@@ -48,6 +50,25 @@ plan {{
 """
 
 
+# Two pools of unlike devices in the place of `nodes` alike nodes
+POOLS = """cluster here {{
+  inter = infiniband(bandwidth = 10 GB/s per gpu)
+  pool one {{
+    nodes = {nodes}
+    devices_per_node = {per_node}
+    device = gpu(name = "one", memory = {memory}, bf16 = 100 TFLOPS, fp32 = 20 TFLOPS, bandwidth = 1 TB/s)
+    intra = nvlink(bandwidth = {bandwidth} GB/s per gpu)
+  }}
+  pool two {{
+    nodes = {other_nodes}
+    devices_per_node = {other_per_node}
+    device = gpu(name = "two", memory = {other_memory}, bf16 = {speed} TFLOPS, fp32 = 20 TFLOPS, bandwidth = 2 TB/s)
+    intra = nvlink(bandwidth = 50 GB/s per gpu)
+  }}
+}}
+"""
+
+
 # Plans that recompute some layers in one way and others in another are none of `legal`
 ALIKE = "require recompute in [none, selective, full]"
 
@@ -57,6 +78,23 @@ def text_of(
 ) -> str:
     lines = "\n".join(f"  {line}" for line in plan)
     return TEXT.format(nodes=nodes, per_node=per_node, memory=memory, batch=batch, bandwidth=bandwidth, plan=lines)
+
+
+def pooled_text_of(*plan: str, **changes: int | str) -> str:
+    """`other_nodes`, `other_per_node`, `other_memory`, `speed`: of the second pool; the others as for `text_of`."""
+    plain = {key: changes.pop(key) for key in ("batch",) if key in changes}
+    text = text_of(*plan, **plain)  # pyright: ignore[reportArgumentType]
+    usual: dict[str, int | str] = {"nodes": 1, "per_node": 4, "memory": "1200 MiB", "bandwidth": 100}
+    other: dict[str, int | str] = {"other_nodes": 1, "other_per_node": 4, "other_memory": "1200 MiB", "speed": 300}
+    start, end = text.index("cluster here"), text.index("train {")
+    return text[:start] + POOLS.format(**usual | other | changes) + text[end:]
+
+
+def pooled(*plan: str, **changes: int | str) -> tuple[Spec, Graph]:
+    """A problem on two pools of unlike devices."""
+    done = compile_spec(pooled_text_of(*plan, **changes), path="/specs/x.mlm", until="graph")
+    assert done.spec is not None and done.graph is not None
+    return done.spec, done.graph
 
 
 def problem(*plan: str, **changes: int | str) -> tuple[Spec, Graph]:
@@ -142,4 +180,11 @@ def exhausted(spec: Spec, graph: Graph) -> Outcome:
 
 
 def fits(place: Place, candidate: Candidate) -> bool:
-    return place.peak_bytes(candidate, place.held_bytes(candidate)) <= place.bench.setting.capacity_bytes
+    return all(stage.total_bytes <= capacity_of(place, stage.stage) for stage in ledger(place, candidate))
+
+
+def capacity_of(place: Place, rank: int) -> int:
+    """What a plan may use of the memory of a pipeline rank's devices: the least of them."""
+    cluster, each = place.bench.setting.spec.cluster, place.mesh.world_size // place.pipeline
+    devices = [pool.device for pool in cluster.pools for _ in range(pool.nodes * pool.devices_per_node)]
+    return min(capacity_bytes(device) for device in devices[rank * each : (rank + 1) * each])

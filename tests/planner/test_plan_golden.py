@@ -14,7 +14,7 @@ from mlmdsl.report.terminal import render_plan
 MODELS = Path(__file__).resolve().parents[2] / "specs" / "models"
 
 
-@pytest.mark.parametrize("name", ["llama3_405b", "llama3_70b", "gpt2_124m", "mixtral_8x7b"])
+@pytest.mark.parametrize("name", ["llama3_405b", "llama3_70b", "llama3_70b_mixed", "gpt2_124m", "mixtral_8x7b"])
 def test_shipped_plans(name: str, golden: Callable[[str, str], None]) -> None:
     text = (MODELS / f"{name}.mlm").read_text(encoding="utf-8")
     plan = compile_spec(text, path="/specs/x.mlm", until="plan").plan

@@ -24,7 +24,7 @@ def line(path: Path) -> str:
     train, cluster, predicted = done.spec.train, done.spec.cluster, done.plan.predicted
     cells = (
         path.stem,
-        f"{cluster.world_size:,} x {cluster.pools[0].device.name}",
+        " + ".join(f"{pool.nodes * pool.devices_per_node:,} x {pool.device.name}" for pool in cluster.pools),
         f"{train.batch:,} x {train.seq_len:,}",
         done.plan.plan.described,
         f"{predicted.step_time_s:.3g} s",

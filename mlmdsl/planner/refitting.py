@@ -1,0 +1,100 @@
+"""Distributions of layers that memory limits, where stages lie on unlike devices.
+
+Layers are first laid on stages by their speed alone. Where such a plan does not fit, another distribution of the same plan may:
+stages with less memory, or that hold more micro-batches, get fewer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import inf
+
+from mlmdsl.planner import schedule
+from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.proportion import proportion
+from mlmdsl.planner.stages import Part
+
+
+def slowest(place: Place, c: Candidate) -> float:
+    """Seconds that the slowest rank takes for its passes, sends left aside."""
+    each = [0.0] * place.pipeline
+    for rank, stages in enumerate(c.cut.placed):
+        for stage in stages:
+            cost = place.benches[rank].part(c.cut.parts[stage], c.micro_batch, c.recompute, place.pipeline > 1)
+            each[rank] += cost.forward + cost.backward
+    return place.micro_batches(c.micro_batch) * max(each)
+
+
+class Fitting:
+    """The slowest stage as fast as memory allows. Several stages of a rank share its memory evenly: none is larger than if all
+    of them were as large."""
+
+    def __init__(self, place: Place, c: Candidate):
+        self.place, self.c, self.chain = place, c, place.bench.setting.chain
+        self.speeds = place.speeds(c.micro_batch, c.recompute, c.schedule, c.interleave)
+        self.last = len(c.cut.stages) - 1
+        self._held: dict[tuple[int, tuple[int, ...]], tuple[tuple[Part, ...], int]] = {}
+
+    def within(self, c: Candidate, seconds: float = inf) -> Candidate | None:
+        """Of a candidate that may differ in ZeRO, what fits in another distribution; None where that takes longer for sure."""
+        place = self.place
+        if len(self.chain.kinds) == 1:
+            limits = self._limits(c, seconds / place.micro_batches(c.micro_batch))
+            found = limits and proportion(self.chain, self.speeds, limits)
+        else:
+            found = proportion(self.chain, self.speeds, room=partial(self._has_room, c))
+        if found is None or found == c.cut.stages:
+            return None
+        again = c._replace(cut=place.given(found, c.schedule))
+        held = place.held_bytes(again)
+        return again if place.over_bytes(again, held, place.peak_bytes(again, held)) <= 0 else None
+
+    def _rank(self, stage: int) -> int:
+        return schedule.pipeline_rank(self.c.schedule, self.place.pipeline, stage)
+
+    def _left(self, c: Candidate, rank: int, layers: tuple[int, ...]) -> int:
+        """Bytes that a rank has left where all of its stages are as large."""
+        key = (rank, layers)
+        if key not in self._held:
+            parts = tuple(self.chain.part(layers, stage == 0, stage == self.last) for stage in self.c.cut.placed[rank])
+            self._held[key] = parts, self.place.left_bytes(self.c, rank, parts)
+        parts, left = self._held[key]
+        return left - sum(self.place.state(c, parts)) - self.place.more_context_bytes(c)
+
+    def _has_room(self, c: Candidate, stage: int, part: Part) -> bool:
+        return self._left(c, self._rank(stage), part.layers) >= 0
+
+    def _limits(self, c: Candidate, seconds: float) -> tuple[int, ...] | None:
+        """Layers that each virtual stage has room for; None where ranks that take no longer than `seconds` for a micro-batch
+        have no room for all."""
+        ranks = range(self.place.pipeline)
+        timely = [self._timely(rank, seconds) for rank in ranks]
+        spare = sum(timely) - self.chain.count
+        if spare < 0 or any(timely[rank] < self.c.interleave or self._left(c, rank, (1,)) < 0 for rank in ranks):
+            return None
+        most: list[int] = []
+        for rank in ranks:
+            most.append(self._most(c, rank, min(self.chain.count - self.last, timely[rank])))
+            spare -= max(0, timely[rank] - self.c.interleave * most[-1])
+            if spare < 0:
+                return None
+        return tuple(most[self._rank(stage)] for stage in range(self.last + 1))
+
+    def _timely(self, rank: int, seconds: float) -> int:
+        """Layers of all of a rank's stages together."""
+        stages, chain = self.c.cut.placed[rank], self.chain
+        speed = self.speeds[stages[0]]
+        ends = speed.first * (0 in stages) + speed.last * (self.last in stages)
+        return int(min((seconds - ends) / speed.layers[0] * (1 + 1e-9), chain.count)) if seconds > ends else 0
+
+    def _most(self, c: Candidate, rank: int, high: int) -> int:
+        """Bytes grow about evenly with layers: what is left at both ends says where it is used up."""
+        low = 1
+        over = self._left(c, rank, (low,))
+        if (under := self._left(c, rank, (high,))) >= 0:
+            return high
+        while high - low > 1:
+            middle = min(max(low + over * (high - low) // (over - under), low + 1), high - 1)
+            left = self._left(c, rank, (middle,))
+            low, over, high, under = (middle, left, high, under) if left >= 0 else (low, over, middle, left)
+        return low
