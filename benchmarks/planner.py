@@ -23,10 +23,10 @@ MODELS = Path(__file__).resolve().parents[1] / "specs" / "models"
 INTRO = """# Growth of planning
 
 Written by `python benchmarks/planner.py` on {machine}. Each row is a process of its own, start included; CPU seconds are user
-and system. *Not priced*: candidates that a bound proves not to fit, or to be slower.
+and system. *Proved*: candidates that a bound proves not to fit, or to be slower.
 
 """
-HEAD = "| | CPU s | wall s | candidates | not priced | candidates/s | peak MiB |\n| --- | --- | --- | --- | --- | --- | --- |\n"
+HEAD = "| | CPU s | wall s | candidates | proved | candidates/s | peak MiB |\n| --- | --- | --- | --- | --- | --- | --- |\n"
 
 
 def spec(nodes: int, batch: int, layers: int = 126) -> str:
@@ -74,6 +74,7 @@ def tables() -> Iterator[str]:
     yield row("Llama 3 405B on 100,000 H100", spec(12500, 12500))
     yield row("GPT 1T on 98,304 A100", trillion(12288, 12288))
     yield row("Llama 3 70B on 256 A100 and 256 H100", (MODELS / "llama3_70b_mixed.mlm").read_text())
+    yield row("DeepSeek-V3 671B on 2,048 H800", (MODELS / "deepseek_v3.mlm").read_text().partition("plan {")[0])
     yield "\n## Devices\n\nLlama 3 405B's shapes with 16 layers, 4 sequences a device.\n\n" + HEAD
     for devices in (8, 64, 512, 4096, 16384, 100_000):
         yield row(f"{devices:,} devices", spec(devices // 8, 4 * devices, 16))

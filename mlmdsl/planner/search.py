@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heapify, heappop, heappush
-from itertools import cycle
+from itertools import count, cycle
 from math import inf
 from typing import Any, NamedTuple
 
@@ -117,6 +117,7 @@ class Judge:
     outcome: Outcome
     space: Space
     _aside: list[_Aside] = field(default_factory=list[_Aside])
+    _numbers: Iterator[int] = field(default_factory=count)
     _held: dict[tuple[object, ...], list[int]] = field(default_factory=dict[tuple[object, ...], "list[int]"])
     _fittings: dict[tuple[object, ...], Fitting] = field(default_factory=dict[tuple[object, ...], Fitting])
     _overheads: dict[tuple[Place, bool], list[Overhead]] = field(default_factory=dict[tuple[Place, bool], "list[Overhead]"])
@@ -126,9 +127,9 @@ class Judge:
     def plant(self, place: Place) -> None:
         """All candidates of a mesh."""
         sizes = tuple(size for size, courses in self.space.runs(place).courses.items() if courses)
-        count = self.space.count(place, sizes)
-        self.outcome.candidates += count
-        if count:
+        candidates = self.space.count(place, sizes)
+        self.outcome.candidates += candidates
+        if candidates:
             self.outcome.plant(self._from(place, sizes))
 
     def _from(self, place: Place, sizes: tuple[int, ...]) -> Branch:
@@ -232,11 +233,10 @@ class Judge:
 
     def _put_aside(self, over: int, branch: Branch) -> None:
         """Not looked at, unless it may be the closest to fit."""
-        count = self._count(branch)
-        tally = self.outcome.reject("memory")
-        tally.count += count
-        self.outcome.bounded += count
-        self._aside.append(_Aside(over, len(self._aside), branch))
+        candidates = self._count(branch)
+        self.outcome.reject("memory").count += candidates
+        self.outcome.bounded += candidates
+        self._aside.append(_Aside(over, next(self._numbers), branch))
 
     def _count(self, branch: Branch) -> int:
         if branch.schedule is None:
@@ -248,7 +248,7 @@ class Judge:
         tally = self.outcome.rejected.get(("memory", ""))
         if tally is None:
             return
-        waiting, numbers = self._aside, len(self._aside)
+        waiting = self._aside
         heapify(waiting)
         while waiting and waiting[0].over < tally.distance:
             _, _, branch = heappop(waiting)
@@ -259,8 +259,7 @@ class Judge:
             larger = branch.micro_batches[1:]
             parts = [*self._groups(branch), *([branch._replace(micro_batches=larger)] if larger else [])]
             for part in parts:
-                heappush(waiting, _Aside(self._over(part), numbers, part))
-                numbers += 1
+                heappush(waiting, _Aside(self._over(part), next(self._numbers), part))
 
     # ---- prices -----------------------------------------------------------------------------------------------------
 

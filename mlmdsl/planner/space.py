@@ -208,9 +208,12 @@ class Space:
     def count(self, place: Place, micro_batches: Iterable[int]) -> int:
         """Candidates with these micro-batches."""
         runs, sizes = self.runs(place), tuple(micro_batches)
-        kinds: tuple[tuple[bool, Schedule], ...] = ((False, "1f1b"), (True, V_SHAPED[0]))
-        each: list[tuple[int, Schedule]] = [(runs.number(sizes, v), schedule) for v, schedule in kinds]
-        return sum(n and n * len(self.ways(schedule)) * len(self.shares(place, schedule)) for n, schedule in each)
+
+        def counted(v_shaped: bool, schedule: Schedule) -> int:
+            courses = runs.number(sizes, v_shaped)
+            return courses and courses * len(self.ways(schedule)) * len(self.shares(place, schedule))
+
+        return counted(False, "1f1b") + counted(True, V_SHAPED[0])
 
 
 def divisors(n: int) -> tuple[int, ...]:

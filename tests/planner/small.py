@@ -129,8 +129,8 @@ def legal(spec: Spec, graph: Graph) -> Iterator[tuple[Place, Candidate]]:
 
 def orders(spec: Spec, ranks: int, several: bool) -> tuple[Order, ...]:
     """Stages inside ranks of data where a node has room for the `ranks` of one pipeline, and there are several nodes."""
-    (pool,) = spec.cluster.pools
-    inside = several and pool.nodes > 1 and pool.devices_per_node % ranks == 0
+    pool, *others = spec.cluster.pools  # several are planned in the usual order
+    inside = several and not others and pool.nodes > 1 and pool.devices_per_node % ranks == 0
     return ORDERS if inside else (USUAL,)
 
 
