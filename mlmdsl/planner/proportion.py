@@ -33,14 +33,15 @@ class Speed(NamedTuple):
 
 
 def proportion(
-    chain: Chain, speeds: Sequence[Speed], most: Sequence[int] | None = None, room: Room | None = None
+    chain: Chain, speeds: Sequence[Speed], most: Sequence[int] | None = None, room: Room | None = None, within: float = inf
 ) -> tuple[int, ...] | None:
     """Layers of each virtual stage, one at least; None where there is no room for them. `most`: of alike layers that a stage
-    has room for; `room`: of layers of several kinds. Where a part has room, so has every smaller one."""
+    has room for; `room`: of layers of several kinds, of which None may also mean that the slowest stage takes longer than
+    `within`. Where a part has room, so has every smaller one."""
     assert 1 <= len(speeds) <= chain.count
     if len(chain.kinds) == 1:
         return _of_one_kind(chain.count, speeds, most or (chain.count,) * len(speeds))
-    return _Several(chain, speeds, room).found()
+    return _Several(chain, speeds, room).found(within)
 
 
 def least_seconds(chain: Chain, speeds: Sequence[Speed]) -> float:
@@ -95,8 +96,8 @@ class _Several:
         self.before = {speed: self._before(speed) for speed in dict.fromkeys(speeds)}
         self._ends: dict[tuple[int, int], int] = {}
 
-    def found(self) -> tuple[int, ...] | None:
-        bound = self._least_bound()
+    def found(self, within: float) -> tuple[int, ...] | None:
+        bound = self._least_bound(within)
         return None if bound is None else self._chosen(bound)
 
     def _before(self, speed: Speed) -> list[float]:
@@ -106,7 +107,7 @@ class _Several:
         costs[-1] += speed.last
         return [0.0, *accumulate(costs)]
 
-    def seconds(self, stage: int, start: int, end: int) -> float:
+    def _seconds(self, stage: int, start: int, end: int) -> float:
         before = self.before[self.speeds[stage]]
         return before[end] - before[start]
 
@@ -128,33 +129,34 @@ class _Several:
     def furthest(self, stage: int, start: int, bound: float) -> int:
         """The last position before which a stage that starts here can end; `start` for none."""
         before = self.before[self.speeds[stage]]
-        timely = bisect_right(before, before[start] + bound * (1 + _EPS)) - 1
-        return max(start, min(timely, self.roomy(stage, start)))
+        timely = bisect_right(before, before[start] + bound * (1 + _EPS), start) - 1
+        return min(timely, self.roomy(stage, start))
 
     def _starts(self, bound: float) -> tuple[list[int], float]:
         """By stage the positions at which it may start, and then the ends; the next bound that changes them."""
         reached, following = [1], inf
         for stage in range(self.last + 1):
-            after = 0
+            after, before = 0, self.before[self.speeds[stage]]
             for start in _bits(reached[-1]):
-                end = self.furthest(stage, start, bound)
-                after |= (1 << (end + 1)) - (1 << (start + 1))
-                if end < self.roomy(stage, start):
-                    following = min(following, self.seconds(stage, start, end + 1))
+                most = before[start] + bound * (1 + _EPS)
+                timely, roomy = bisect_right(before, most, start) - 1, self.roomy(stage, start)
+                after |= (1 << (min(timely, roomy) + 1)) - (1 << (start + 1))
+                if timely < roomy and before[timely + 1] - before[start] < following:
+                    following = before[timely + 1] - before[start]
             reached.append(after)
         return reached, following
 
     def _keeps(self, bound: float) -> bool:
         return bool(self._starts(bound)[0][-1] >> self.count & 1)
 
-    def _least_bound(self) -> float | None:
+    def _least_bound(self, within: float) -> float | None:
         """Brought near by halving, then raised to the next value that lets some stage end later."""
-        if not self._keeps(inf):
-            return None
         low = least_seconds(self.chain, self.speeds)
+        if low > within or not self._keeps(within):
+            return None
         high = low
-        while not self._keeps(high):
-            low, high = high, 2 * high
+        while high < within and not self._keeps(high):
+            low, high = high, min(2 * high, within)
         while high > low * (1 + _NEAR):
             middle = (low + high) / 2
             low, high = (low, middle) if self._keeps(middle) else (middle, high)
@@ -178,7 +180,7 @@ class _Several:
         for stage, allowed in enumerate(ends):
             choices = list(_bits(self._onwards(stage, start, bound) & allowed))
             share = self._share(stage, start)
-            timely = [end for end in choices if self.seconds(stage, start, end) <= share * (1 + _EPS)]
+            timely = [end for end in choices if self._seconds(stage, start, end) <= share * (1 + _EPS)]
             end = timely[-1] if timely else choices[0]
             found.append(end - start)
             start = end
@@ -189,7 +191,7 @@ class _Several:
 
     def _share(self, stage: int, start: int) -> float:
         """Of this stage and those behind it, if all took as long: by the time each would take for all that is left."""
-        return 1 / sum(1 / self.seconds(other, start, self.count) for other in range(stage, self.last + 1))
+        return 1 / sum(1 / self._seconds(other, start, self.count) for other in range(stage, self.last + 1))
 
 
 def _bits(positions: int) -> Sequence[int]:

@@ -42,7 +42,8 @@ class Fitting:
             limits = self._limits(c, seconds / place.micro_batches(c.micro_batch))
             found = limits and proportion(self.chain, self.speeds, limits)
         else:
-            found = proportion(self.chain, self.speeds, room=partial(self._has_room, c))
+            within = seconds / place.micro_batches(c.micro_batch)
+            found = proportion(self.chain, self.speeds, room=partial(self._has_room, c), within=within)
         if found is None or found == c.cut.stages:
             return None
         again = c._replace(cut=place.given(found, c.schedule))
