@@ -57,7 +57,8 @@ class PassCost:
 
     saved_bytes: from forward to backward, the pass's arguments included; entry_bytes: of these, what came from the pass before;
     working_bytes: what recomputing brings back while the backward pass runs, and what all passes share; transient_bytes: the
-    most that one operation needs besides; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's
+    most that one operation needs besides; making_bytes: the same with the gradients of the weights that the backward pass has made
+    by then; waiting_bytes: gradients that wait where those of weights are put off; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's
     output."""
 
     flops: float  # of matrix products and attention as the kernels compute them, forward and backward
@@ -75,6 +76,8 @@ class PassCost:
     entry_bytes: tuple[int, int, int]
     working_bytes: tuple[int, int, int]
     transient_bytes: int
+    making_bytes: int
+    waiting_bytes: int
     loss_bytes: int = 0
     loss_transient_bytes: int = 0
     logits_bytes: int = 0
@@ -117,6 +120,7 @@ class Passes:
             again = (Again(), self._again(region, moves, "selective"), self._again(region, moves, "full"))
         tensor = self._moved(over["tensor"]) + sum(self._inner_seconds(node) for node in region.nodes)
         tensor_back = self._moved_back(over["tensor"])
+        transient, making = self._most_transient(region)
         loss = self._works[self.graph.loss] if self.graph.region_of[self.graph.loss] is region else None
         return PassCost(
             flops=sum(sum(computed_flops(work)) for _, work in works),
@@ -133,7 +137,9 @@ class Passes:
             loss_bytes=int(loss.extra_saved_bytes) if loss else 0,
             loss_transient_bytes=int(loss.transient_bytes) if loss else 0,
             logits_bytes=self._bytes(self.graph.output, self.sharding.left(self.graph.output)) if loss else 0,
-            transient_bytes=self._most_transient(region),
+            transient_bytes=transient,
+            making_bytes=making,
+            waiting_bytes=self._waiting(region),
             **kept,
         )
 
@@ -311,7 +317,9 @@ class Passes:
                 else:
                     value, lie = node.inputs[int(name[2:])], self.sharding.asked(node, int(name[2:]))
                     yield node, self._storage(value, lie), self._bytes(value, lie)
-            if node.op in _COMPOSED.get(self.kernels.device.kind, ()):
+            if node.op == "rms_norm" and self.execution.composed:
+                yield node, (node.path, "inside"), 4 * self._bytes(node.path, left) // self.float_bytes
+            elif node.op in _COMPOSED.get(self.kernels.device.kind, ()):
                 yield node, (node.path, "inside"), self._bytes(node.path, left)
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
@@ -358,19 +366,36 @@ class Passes:
             found = self._measured[value, lie] = prod(self.sharding.local_shape(type, lie, self.sizes)) * width
         return found
 
-    def _most_transient(self, region: Region) -> int:
+    def _most_transient(self, region: Region) -> tuple[int, int]:
         """The most that an operation's backward pass needs over what the region has saved: when its turn comes, what only later
-        ones saved is free again."""
+        ones saved is free again. The second counts the gradients of weights in, those made so far."""
         made, seen = self._made_in(region), set[Key]()
         kept = dict.fromkeys((node.path for node in region.nodes), 0)
         for node, key, size in self._saved_plain(region):
             kept[node.path] += size if made(key) and key not in seen else 0
             seen.add(key)
-        most = free = 0
+        most = making = free = gradients = 0
         for node in reversed(region.nodes):
+            gradients += self._own_weight_bytes(region, node)
             most = max(most, self._transient(node) - free)
+            making = max(making, self._transient(node) - free + gradients)
             free += kept[node.path]
-        return most
+        return most, max(making, gradients - free)
+
+    def _own_weight_bytes(self, region: Region, node: Node) -> int:
+        """Of the node's weights that are no other pass' too, nor shared out experts."""
+        found = 0
+        for key, shape in zip(node.weights, self._locals[node.path].weights, strict=True):
+            weight = self.graph.weights[key]
+            apart = weight.expert and self.sharding.expert > 1
+            if not apart and (not region.repeated or weight.region == region.name):
+                found += self.float_bytes * prod(shape)
+        return found
+
+    def _waiting(self, region: Region) -> int:
+        """Gradients of the results of operations with weights, which those of the weights need."""
+        results = {self._storage(n.path): self._bytes(n.path, self.sharding.left(n.path)) for n in region.nodes if n.weights}
+        return sum(results.values())
 
     def _transient(self, node: Node) -> int:
         """Its results and their gradients at one moment: output and inputs, and what the operation needs inside."""

@@ -89,7 +89,7 @@ class _Rank:
         self.parts = c.cut.held(rank)
         self.sizes = [c.cut.stages[stage] for stage in stages]
         self.starts = [sum(c.cut.stages[:stage]) for stage in stages]
-        self.left = limit_bytes - sum(place.state(c, self.parts)) - place.context_bytes - place.more_context_bytes(c)
+        self.limit_bytes = limit_bytes - place.more_context_bytes(c)
         self.kinds = [kind for kind, count in place.bench.setting.chain.layers for _ in range(count)]
 
     def fewest(self, order: Order) -> list[int] | None:
@@ -110,7 +110,8 @@ class _Rank:
 
     def fits(self, chosen: Sequence[int]) -> bool:
         hows = [self.how(stage, n) for stage, n in enumerate(chosen)]
-        return sum(self.place.held_under(self.c, self.rank, self.parts, hows)) <= self.left
+        filling = self.place.filling_under(self.c, self.rank, self.parts, hows)
+        return self.place.rank_bytes(self.c, self.rank, self.parts, filling) <= self.limit_bytes
 
     def how(self, stage: int, n: int) -> How:
         """With the first n layers under the dearer way."""

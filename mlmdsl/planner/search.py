@@ -333,13 +333,13 @@ class Judge:
         chosen = (group.micro_batch, group.schedule, group.interleave, group.mode)
         around = (group.cut, place.context, place.expert)
         candidates = [Candidate(*fixed, *chosen, zero, *around, replicate, group.modes) for zero, replicate in shares]
-        held = place.held_bytes(candidates[0])
-        yield from ((candidate, place.peak_bytes(candidate, held)) for candidate in candidates)
+        fillings = place.fillings(candidates[0])
+        yield from ((candidate, place.peak_bytes(candidate, fillings)) for candidate in candidates)
 
     def add(self, candidate: Candidate, place: Place) -> None:
         """One that fits."""
         self.outcome.candidates += 1
-        peak = place.peak_bytes(candidate, place.held_bytes(candidate))
+        peak = place.peak_bytes(candidate)
         self._weigh(candidate, place, place.times(candidate), peak, True)
 
     @cached_property

@@ -14,6 +14,7 @@ from typing import cast
 
 from mlmdsl.planner.blend import regions_of
 from mlmdsl.planner.memory import Units
+from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import Collective, CollectiveAxis, CollectiveKind
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.stages import Part
@@ -116,7 +117,7 @@ def _over_replicas(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Itera
         yield "all_reduce", axis, 4 * sum(holdings.of(part).elements for part in parts), 1, "gradients"
         return
     m, width = place.micro_batches(c.micro_batch), place.bench.setting.width
-    each_pass = place.sums_each_pass(c.zero)
+    each_pass = reduces_each_pass(c.zero, place.pipeline > 1)
     for part in parts:
         for name, units, size, gathers in _units(holdings.units(part, shards), c.zero, place.pipeline, m):
             if size:

@@ -121,4 +121,4 @@ def _schedules(place: Place, m: int) -> Iterator[tuple[Schedule, int]]:
 
 
 def fits(place: Place, candidate: Candidate) -> bool:
-    return place.peak_bytes(candidate, place.held_bytes(candidate)) <= place.bench.setting.capacity_bytes
+    return place.peak_bytes(candidate) <= place.bench.setting.capacity_bytes
