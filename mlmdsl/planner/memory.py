@@ -122,6 +122,35 @@ class Sharing(NamedTuple):
         return self.replicas // self.replicate if self.zero else 1
 
 
+@dataclass(frozen=True)
+class Shares:
+    """A rank's local elements, by stage: of all weights, of its shards, of the largest layer, of what stands around the layers;
+    of what stands behind the last stage's, of the largest weight, of experts that are shared out."""
+
+    elements: tuple[int, ...]
+    shards: tuple[int, ...]
+    layers: tuple[int, ...]
+    roots: tuple[int, ...]
+    head: int
+    largest: int
+    experts: int
+
+    @cached_property
+    def whole(self) -> int:
+        return sum(self.elements)
+
+    @cached_property
+    def owned(self) -> int:
+        return sum(self.shards)
+
+    def made(self, moment: Moment) -> int:
+        """Gradients that a backward pass has made and not yet added to their sums, but for a layer's: of the head until its end;
+        where they are added one by one, the largest."""
+        if moment.summed and not moment.makes:
+            return self.largest
+        return self.head * (moment.turn != "loss")
+
+
 class Stack(NamedTuple):
     """A weight of experts that are shared out: how many like it, its local elements, and those that this rank steps."""
 
@@ -149,6 +178,10 @@ class Holdings:
 
     @cached_property
     def _shards(self) -> dict[tuple[Part, int], int]:
+        return {}
+
+    @cached_property
+    def _shares(self) -> dict[tuple[tuple[Part, ...], int], Shares]:
         return {}
 
     @cached_property
@@ -236,76 +269,29 @@ class Holdings:
 
     def state(self, parts: tuple[Part, ...], sharing: Sharing, width: int, moment: Moment) -> State:
         """Of a rank that runs `parts`, at a moment."""
-        held = [self.of(part) for part in parts]
+        has = self._shares_of(parts, sharing.shards)
         if not sharing.zero:
-            elements = sum(h.elements + h.experts for h in held)
-            return _whole(elements, width, width * max(h.largest for h in held))
-        sharded = self._once(parts, sharing, width, moment)
-        if reduces_each_pass(sharing.zero, sharing.piped) or not sharing.piped:
-            sharded = self._layer_by_layer(parts, sharing, width, moment)
+            return _whole(has.whole + has.experts, width, width * has.largest)
+        once = sharing.piped and not reduces_each_pass(sharing.zero, sharing.piped)
+        sharded = (_once if once else _layer_by_layer)(has, sharing, width, moment)
+        if not has.experts:
+            return sharded
         return State(*map(sum, zip(sharded, self._shared(parts, sharing, width, moment.turn), strict=True)))
 
-    def _once(self, parts: Sequence[Part], sharing: Sharing, width: int, moment: Moment) -> State:
-        """A pipeline's stages, whose gradients are reduced after their last backward pass. torch reduces the root first."""
-        held, units = [self.of(part) for part in parts], [self.units(part, sharing.shards) for part in parts]
-        shards = [self.shard(part, sharing.shards) for part in parts]
-        owned = sum(shards)
-        if moment.turn == "step":
-            return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 4 * self._partial_elements(parts, sharing))
-        sums = 4 * sum(held[i].elements for i in moment.summed) + 4 * sum(shards[i] for i in moment.reduced)
-        ungathered = (*moment.reduced, *((moment.reducing,) if moment.reducing >= 0 else ()))
-        whole = [i for i in range(len(parts)) if i not in ungathered and (sharing.zero < 3 or i in moment.summed)]
-        gathered = width * sum(held[i].elements for i in whole)
-        if sharing.zero == 3:  # of stages that have had no backward pass yet
-            others = [units[i] for i in range(len(parts)) if i not in (*ungathered, *whole)]
-            gathered += width * (sum(unit.root for unit in others) + 2 * max((unit.layer for unit in others), default=0))
-        if moment.reducing >= 0:
-            unit = units[moment.reducing]
-            gathered += width * (held[moment.reducing].elements - (unit.root or unit.layer))
-            buffers = 4 * max(unit.root, unit.layer - unit.root + unit.root // sharing.shards)
-        else:
-            buffers = self._making(parts, sharing, width, moment)
-        weights, unsharded = (0, gathered) if sharing.zero == 3 else (gathered, 0)
-        return State(weights, 4 * owned, sums, 8 * owned, unsharded, buffers)
-
-    def _layer_by_layer(self, parts: Sequence[Part], sharing: Sharing, width: int, moment: Moment) -> State:
-        """Every layer's gradients are reduced as soon as they are there, by every backward pass or by the last; the root's at
-        its end."""
-        units = [self.units(part, sharing.shards) for part in parts]
-        layer, root, head = (max(unit[i] for unit in map(_sizes, units)) for i in range(3))
-        p, owned = sum(self.of(part).elements for part in parts), sum(self.shard(part, sharing.shards) for part in parts)
-        each, turn = sharing.zero > 1, moment.turn
-        if turn == "step":
-            return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 4 * self._partial_elements(parts, sharing))
-        let_go = layer * (not each or not sharing.several) * (not sharing.piped)  # by the last backward pass
-        if turn == "reduction":
-            gathered = p if sharing.piped else 0
-            sums, sent = (4 if sharing.several and not each else width) * root, 4 * root
-        else:
-            gathered = p - let_go * (turn in ("layer", "next"))
-            if sharing.zero == 3 and not sharing.piped:
-                gathered = min(p, (1 + (turn != "layer")) * layer + root)
-            sums = 4 * (p - layer * (turn == "next")) if moment.summed else 0
-            sent = 4 * layer if turn in ("layer", "next") else 0
-        reduced = owned if (each and sharing.several) or turn == "reduction" else layer // sharing.shards * (turn == "next")
-        made = 0
-        if turn == "layer":
-            made = width * (head + layer * (not moment.summed))
-        elif turn != "reduction":
-            made = self._making(parts, sharing, width, moment)
-        weights, unsharded = (0, width * gathered) if sharing.zero == 3 else (width * gathered, 0)
-        return State(weights, 4 * owned, sums + 4 * reduced, 8 * owned, unsharded, made + sent)
-
-    def _making(self, parts: Sequence[Part], sharing: Sharing, width: int, moment: Moment) -> int:
-        """Bytes of gradients that a backward pass has made and not yet added to their sums, but for a layer's: of the head until
-        its end; where they are added one by one, the largest."""
-        if moment.summed and not moment.makes:
-            return width * max(self.of(part).largest for part in parts)
-        return width * self.units(parts[-1], sharing.shards).head * (moment.turn != "loss")
-
-    def _partial_elements(self, parts: Iterable[Part], sharing: Sharing) -> int:
-        """Of gradients that are partial sums over the tensor axis, which are added up together."""
-        return sum(self.partial(part, sharing.shards, sharing.replicas) for part in parts)
+    def _shares_of(self, parts: tuple[Part, ...], shards: int) -> Shares:
+        key = (parts, shards)
+        if key not in self._shares:
+            held, units = [self.of(part) for part in parts], [self.units(part, shards) for part in parts]
+            self._shares[key] = Shares(
+                tuple(h.elements for h in held),
+                tuple(self.shard(part, shards) for part in parts),
+                tuple(unit.layer for unit in units),
+                tuple(unit.root for unit in units),
+                units[-1].head,
+                max(h.largest for h in held),
+                sum(h.experts for h in held),
+            )
+        return self._shares[key]
 
     def _shared(self, parts: Iterable[Part], sharing: Sharing, width: int, turn: Turn) -> State:
         """Experts that are shared out, under ZeRO: in the step one weight at a time is copied and sent."""
@@ -321,8 +307,53 @@ class Holdings:
         return State(weights, master, gradients, optimizer, 0, buffers)
 
 
-def _sizes(units: Units) -> tuple[int, int, int]:
-    return units.layer, units.root, units.head
+def _once(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
+    """A pipeline's stages, whose gradients are reduced after their last backward pass. torch reduces the root first."""
+    _, _, summed, reduced, reducing, _, _ = moment
+    owned = has.owned
+    if moment.turn == "step":
+        return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
+    sums = 4 * sum(has.elements[i] for i in summed) + 4 * sum(has.shards[i] for i in reduced)
+    stages = [i for i in range(len(has.elements)) if i not in reduced and i != reducing]
+    gathered = sum(has.elements[i] for i in stages if sharing.zero < 3 or i in summed)
+    if sharing.zero == 3 and (others := [i for i in stages if i not in summed]):  # before their first backward pass
+        gathered += sum(has.roots[i] for i in others) + 2 * max(has.layers[i] for i in others)
+    if reducing >= 0:
+        layer, root = has.layers[reducing], has.roots[reducing]
+        gathered += has.elements[reducing] - (root or layer)
+        buffers = 4 * max(root, layer - root + root // sharing.shards)
+    else:
+        buffers = width * has.made(moment)
+    weights, unsharded = (0, width * gathered) if sharing.zero == 3 else (width * gathered, 0)
+    return State(weights, 4 * owned, sums, 8 * owned, unsharded, buffers)
+
+
+def _layer_by_layer(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
+    """Every layer's gradients are reduced as soon as they are there, by every backward pass or by the last; the root's at its
+    end."""
+    whole, owned, layer, root = has.whole, has.owned, max(has.layers), max(has.roots)
+    each, turn = sharing.zero > 1, moment.turn
+    if turn == "step":
+        return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
+    sent = reduced = made = 0
+    if turn == "reduction":
+        gathered = whole * sharing.piped
+        sums, sent = (4 if sharing.several and not each else width) * root, 4 * root
+    else:
+        let_go = turn in ("layer", "next") and not sharing.piped and not (each and sharing.several)  # the last backward pass
+        gathered = whole - layer * let_go
+        if sharing.zero == 3:
+            gathered = min(whole, (1 + (turn != "layer")) * layer + root)
+        sums = 4 * (whole - layer * (turn == "next")) if moment.summed else 0
+        made = has.made(moment)
+    if turn in ("layer", "next"):
+        sent, reduced = 4 * layer, layer // sharing.shards * (turn == "next")
+    if turn == "layer":
+        made = has.head + layer * (not moment.summed)
+    if (each and sharing.several) or turn == "reduction":
+        reduced = owned
+    weights, unsharded = (0, width * gathered) if sharing.zero == 3 else (width * gathered, 0)
+    return State(weights, 4 * owned, sums + 4 * reduced, 8 * owned, unsharded, width * made + sent)
 
 
 def shard_elements(shape: Sequence[int], shards: int) -> int:
@@ -444,8 +475,8 @@ class Filling:
             loss += last.output - last.loss
         if turn in ("layer", "next"):
             activations -= self.layer
-        slack = int(self.slack * (activations + loss + self.buffers + transient)) + self.unusable(moment)
-        return Held(activations, loss, self.buffers, transient, slack)
+        slack = int(self.slack * (activations + loss + self.buffers + transient))
+        return Held(activations, loss, self.buffers, transient, slack + self.unusable(moment))
 
     def unusable(self, moment: Moment) -> int:
         """What a GPU's allocator has from layers' passes and the model's output, in blocks that are smaller than the loss' (a

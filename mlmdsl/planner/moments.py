@@ -5,7 +5,7 @@
     layer       where each layer's gradients are reduced as soon as they are there: of the first one
     next        the second layer's backward pass, while those are still being sent
     reduction   of a stage's gradients, after its last backward pass
-    step        sums over the tensor axis and of experts, then the optimizer: nothing else is there any more
+    step        sums of experts that are shared out, then the optimizer: no other sums are there any more
 
 A stage's sums of gradients are there from the end of its first backward pass until they are reduced, which follows its last. So a
 schedule has few combinations that no other exceeds: the most micro-batches with the sums that are there by then, the most sums
@@ -40,13 +40,28 @@ class Moment(NamedTuple):
     waiting: Counts = ()
     makes: bool = False
 
+    @property
+    def of_state(self) -> tuple[Turn, Counts, Counts, int, bool]:
+        """What weights and their gradients depend on."""
+        return self.turn, self.summed, self.reduced, self.reducing, self.makes
+
 
 @cache
 def moments(
-    schedule: Schedule, pipeline: int, interleave: int, micro_batches: int, rank: int, zero: int, loss: bool, in_place: bool
+    schedule: Schedule,
+    pipeline: int,
+    interleave: int,
+    micro_batches: int,
+    rank: int,
+    zero: int,
+    *,
+    loss: bool,
+    in_place: bool,
+    experts: bool,
 ) -> tuple[Moment, ...]:
     """`zero`: 0 where the replicas' weights are whole; `loss`: whether the rank has the model's last stage; `in_place`: whether a
-    backward pass adds each gradient to its sum at once, where that is there."""
+    backward pass adds each gradient to its sum at once, where that is there; `experts`: whether it has some that are shared
+    out."""
     mesh = (schedule, pipeline, interleave, micro_batches, rank)
     turns: tuple[Turn, ...] = ("loss", "backward") if loss else ("backward",)
     each_pass = reduces_each_pass(zero, pipeline > 1)
@@ -60,7 +75,7 @@ def moments(
         layerwise: tuple[Turn, ...] = ("layer", "next")
         found += [m._replace(turn=turn) for m in makes for turn in layerwise]
         found.append(Moment("reduction", (0,) * interleave, several))
-    return (*found, Moment("step", (0,) * interleave)) if zero else tuple(found)
+    return (*found, Moment("step", (0,) * interleave)) if zero and experts else tuple(found)
 
 
 def _without_sums(fullest: list[Moment], several: Counts) -> list[Moment]:

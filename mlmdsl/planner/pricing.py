@@ -186,6 +186,7 @@ class Bench:
     _experts: dict[int, Bench] = field(default_factory=dict[int, "Bench"])
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
+    _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
     _least: dict[int, tuple[tuple[Least, ...], int]] = field(default_factory=dict[int, "tuple[tuple[Least, ...], int]"])
     _balanced: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict[tuple[int, int, int], tuple[int, ...]])
 
@@ -289,7 +290,11 @@ class Bench:
         return PartCost(forward, backward, weight, passing)
 
     def state(self, parts: tuple[Part, ...], sharing: memory.Sharing, moment: Moment) -> memory.State:
-        return self.holdings.state(parts, sharing, self.setting.width, moment)
+        key = (parts, sharing, *moment.of_state)
+        found = self._states.get(key)
+        if found is None:
+            found = self._states[key] = self.holdings.state(parts, sharing, self.setting.width, moment)
+        return found
 
 
 class Exchange(NamedTuple):
@@ -437,7 +442,9 @@ class Place:
         if found is None:
             sharing = self.sharing(c.zero, c.replicate, m > 1)
             in_place = self.bench.setting.width == 4
-            each = moments(c.schedule, self.pipeline, c.interleave, m, rank, sharing.zero, parts[-1].last, in_place)
+            experts = any(self.bench.holdings.of(part).experts for part in parts)
+            mesh = (c.schedule, self.pipeline, c.interleave, m, rank, sharing.zero)
+            each = moments(*mesh, loss=parts[-1].last, in_place=in_place, experts=experts)
             states = [(moment, self.bench.state(parts, sharing, moment)) for moment in each]
             found = self._moments[key] = tuple((sum(state), moment, state) for moment, state in states)
         return found
