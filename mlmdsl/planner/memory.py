@@ -400,8 +400,7 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
     beginning = [costs[i] for i in chain.first] if part.first else []
     layered, ending = [costs[i] for kind in kinds for i in kind], [costs[i] for i in chain.last] if part.last else []
     logits = sum(cost.logits_bytes for cost in running) if part.last else 0
-    received = 0 if part.first else _crossing(passes, kinds[0])
-    sent = 0 if part.last else _crossing(passes, kinds[-1])
+    received, sent = map(sum, crossings(passes, chain, part))
     if not part.first:  # lies in the receive buffer
         kept -= min(received, costs[kinds[0][0]].entry_bytes[first_of(how)])
     layers = (sum(costs[i].saved_bytes[mode] for i in chain.kinds[kind]) for kind, mode, _ in layers_of(part, how))
@@ -424,8 +423,16 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
     )
 
 
-def _crossing(passes: Passes, kind: tuple[int, ...]) -> int:
-    return passes.crossing_bytes[kind[0]]
+def crossings(passes: Passes, chain: Chain, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes of each value that a stage is given by the one before, and hands to the next: what the next layer is given, of the
+    same repeat, or after the straight code behind its last pass of the next one."""
+    kinds = [chain.kinds[kind] for kind, count in enumerate(part.layers) if count]
+    received = () if part.first else passes.crossings[kinds[0][0]]
+    if part.last:
+        return received, ()
+    last = kinds[-1]
+    following = last[0] if len(last) == 1 else next(kind[0] for kind in chain.kinds if kind[0] > last[-1])
+    return received, passes.crossings[following]
 
 
 def _loss(running: Iterable[PassCost], pipeline: int) -> int:

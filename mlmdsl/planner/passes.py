@@ -30,8 +30,9 @@ from mlmdsl.planner.plan import Recompute
 from mlmdsl.planner.sharding import Lie, Move, Sharding
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
-# Composed of simple operations on a CPU, where torch has no kernel: what is divided by the root mean square stays, too
-_COMPOSED = {"cpu": frozenset({"rms_norm"})}
+# Composed of simple operations (on a CPU torch has no kernel): what is divided by the root mean square stays, too, in fp32
+_SIMPLE = frozenset({"rms_norm"})
+_COMPOSED = {"cpu": _SIMPLE}
 _SUMS = ("reduce_scatter", "all_reduce")
 
 Key = tuple[str, str]  # a value and the placement it was brought to ("" as it was made): names a storage
@@ -317,10 +318,9 @@ class Passes:
                 else:
                     value, lie = node.inputs[int(name[2:])], self.sharding.asked(node, int(name[2:]))
                     yield node, self._storage(value, lie), self._bytes(value, lie)
-            if node.op == "rms_norm" and self.execution.composed:
+            composed = _SIMPLE if self.execution.composed else _COMPOSED.get(self.kernels.device.kind, frozenset[str]())
+            if node.op in composed:
                 yield node, (node.path, "inside"), 4 * self._bytes(node.path, left) // self.float_bytes
-            elif node.op in _COMPOSED.get(self.kernels.device.kind, ()):
-                yield node, (node.path, "inside"), self._bytes(node.path, left)
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
         users: dict[str, list[Node]] = {}
@@ -412,15 +412,15 @@ class Passes:
     # ---- between stages ---------------------------------------------------------------------------------------------
 
     @cached_property
-    def crossing_bytes(self) -> tuple[int, ...]:
-        """By region: what a stage hands on after a pass of it (0 for straight code): the carried values, and values of earlier
-        regions that later ones, or the next pass, still use."""
-        return tuple(self._crossing(i) if region.repeated else 0 for i, region in enumerate(self.graph.regions))
+    def crossings(self) -> tuple[tuple[int, ...], ...]:
+        """By region: bytes of each value that a stage hands on before a pass of it (none for straight code): the carried values,
+        and values of earlier regions that it or later ones still use."""
+        return tuple(self._crossing(i) if region.repeated else () for i, region in enumerate(self.graph.regions))
 
-    def _crossing(self, index: int) -> int:
+    def _crossing(self, index: int) -> tuple[int, ...]:
         region = self.graph.regions[index]
-        carried = sum(self.boundary_bytes(c.entry) for c in region.carried)
-        return carried + sum(self._bytes(v, self.sharding.left(v)) for v in self._captured(index))
+        carried = [self.boundary_bytes(c.entry) for c in region.carried]
+        return (*carried, *(self._bytes(v, self.sharding.left(v)) for v in sorted(self._captured(index))))
 
     def _captured(self, index: int) -> set[str]:
         """Floating-point values made before region `index` and used in it or after it (other than by being carried into it),

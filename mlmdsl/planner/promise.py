@@ -108,6 +108,11 @@ def group(v: PlanVariables, axis: str, rank: int) -> tuple[int, ...]:
             return tuple(first + r * inner + column for r in range(start, start + v.expert))
         case "copies":
             return tuple(first + r * inner + column for r in range(replica % v.expert, replicas, v.expert))
+        case "shards":  # of one copy: neighbours among the replicas
+            start = replica - replica % (replicas // v.replicate)
+            return tuple(first + r * inner + column for r in range(start, start + replicas // v.replicate))
+        case "replicate":
+            return tuple(first + r * inner + column for r in range(replica % (replicas // v.replicate), replicas, replicas // v.replicate))
         case "pipeline":
             return tuple(range(within, v.world_size, stage))
         case _:
