@@ -108,14 +108,18 @@ class Units(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """How replicas share the weights out; whether there are several stages, and several micro-batches in a step. `zero` is 0
+    """How replicas share the weights out; whether there are several stages; micro-batches in a step, 3 for more. `zero` is 0
     where there is one replica."""
 
     zero: int
     replicas: int
     replicate: int
     piped: bool
-    several: bool
+    micro_batches: int
+
+    @property
+    def several(self) -> bool:
+        return self.micro_batches > 1
 
     @property
     def shards(self) -> int:
@@ -340,12 +344,12 @@ def _layer_by_layer(has: Shares, sharing: Sharing, width: int, moment: Moment) -
         gathered = whole * sharing.piped
         sums, sent = (4 if sharing.several and not each else width) * root, 4 * root
     else:
-        let_go = turn in ("layer", "next") and not sharing.piped and not (each and sharing.several)  # the last backward pass
-        gathered = whole - layer * let_go
+        last = not sharing.piped and (sharing.zero == 1 or sharing.micro_batches < 3)  # the last backward pass lets go
+        gathered = whole - layer * (last and turn in ("layer", "next"))
         if sharing.zero == 3:
-            gathered = min(whole, (1 + (turn != "layer")) * layer + root)
+            gathered = min(whole, (1 + (turn not in ("gather", "layer"))) * layer + root)
         sums = 4 * (whole - layer * (turn == "next")) if moment.summed else 0
-        made = has.made(moment)
+        made = has.made(moment) if turn != "gather" else 2 * layer
     if turn in ("layer", "next"):
         sent, reduced = 4 * layer, layer // sharing.shards * (turn == "next")
     if turn == "layer":
@@ -478,9 +482,9 @@ class Filling:
         elif turn in ("backward", "next"):
             activations += self.working
             transient = self.making if moment.makes else self.transient
-        if turn in ("backward", "layer", "next") and loss:
+        if turn in ("gather", "backward", "layer", "next") and loss:
             loss += last.output - last.loss
-        if turn in ("layer", "next"):
+        if turn in ("gather", "layer", "next"):
             activations -= self.layer
         slack = int(self.slack * (activations + loss + self.buffers + transient))
         return Held(activations, loss, self.buffers, transient, slack + self.unusable(moment))

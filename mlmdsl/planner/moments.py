@@ -1,5 +1,6 @@
 """When a rank's memory may be fullest in the course of a step: what it holds then of passes, sums of gradients and gathered weights.
 
+    gather      of the last layer's weights in a forward pass, those of the layer before lying in their buffer still
     loss        of one micro-batch, until the backward pass of the model's head
     backward    the first layer of a backward pass, all activations being there
     layer       where each layer's gradients are reduced as soon as they are there: of the first one
@@ -22,7 +23,7 @@ from mlmdsl.planner import zero_bubble
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.schedule import V_SHAPED, in_flight, rounds
 
-Turn = Literal["loss", "backward", "layer", "next", "reduction", "step"]
+Turn = Literal["gather", "loss", "backward", "layer", "next", "reduction", "step"]
 Counts = tuple[int, ...]
 _STEADY = 4  # micro-batches per rank of a V, after which one is as the next
 
@@ -73,6 +74,8 @@ def moments(
     found = [m._replace(turn=turn) for m in makes for turn in (turns if m.turn == "backward" else (m.turn,))]
     if zero and (each_pass or pipeline == 1):
         layerwise: tuple[Turn, ...] = ("layer", "next")
+        if pipeline == 1 and (zero == 3 or micro_batches == 1):
+            layerwise = ("gather", "layer", "next")
         found += [m._replace(turn=turn) for m in makes for turn in layerwise]
         found.append(Moment("reduction", (0,) * interleave, several))
     return (*found, Moment("step", (0,) * interleave)) if zero and experts else tuple(found)

@@ -440,7 +440,7 @@ class Place:
         key = (c.schedule, c.interleave, m, rank, parts, c.zero, c.replicate)
         found = self._moments.get(key)
         if found is None:
-            sharing = self.sharing(c.zero, c.replicate, m > 1)
+            sharing = self.sharing(c.zero, c.replicate, m)
             in_place = self.bench.setting.width == 4
             experts = any(self.bench.holdings.of(part).experts for part in parts)
             mesh = (c.schedule, self.pipeline, c.interleave, m, rank, sharing.zero)
@@ -449,8 +449,9 @@ class Place:
             found = self._moments[key] = tuple((sum(state), moment, state) for moment, state in states)
         return found
 
-    def sharing(self, zero: int, replicate: int, several: bool) -> memory.Sharing:
-        return memory.Sharing(zero if self.replicas > 1 else 0, self.replicas, replicate, self.pipeline > 1, several)
+    def sharing(self, zero: int, replicate: int, micro_batches: int) -> memory.Sharing:
+        shared = zero if self.replicas > 1 else 0
+        return memory.Sharing(shared, self.replicas, replicate, self.pipeline > 1, min(micro_batches, 3))
 
     def fullest(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> tuple[Moment, memory.State, memory.Held]:
         """When the rank holds the most, and what."""
@@ -489,7 +490,7 @@ class Place:
         time."""
         found = self._least.get((zero, replicate))
         if found is None:
-            whole, sharing = self.bench.setting.chain.whole, self.sharing(zero, replicate, False)
+            whole, sharing = self.bench.setting.chain.whole, self.sharing(zero, replicate, 1)
             state = self.bench.state(whole, sharing, Moment("loss", (1,)))
             found = self._least[zero, replicate] = sum(state) - state.buffers
             if zero == 3 and sharing.piped:
