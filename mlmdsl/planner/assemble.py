@@ -72,9 +72,9 @@ def variables(c: Candidate) -> PlanVariables:
 
 def ledger(place: Place, c: Candidate) -> tuple[StageMemory, ...]:
     """By pipeline stage."""
-    ranks = ((rank, c.cut.held(rank)) for rank in range(place.pipeline))
+    fullest = (place.fullest(c, rank, c.cut.held(rank)) for rank in range(place.pipeline))
     context = place.context_bytes + place.more_context_bytes(c)
-    return tuple(stage_memory(r, place.state(c, parts), place.held(c, r, parts), context) for r, parts in ranks)
+    return tuple(stage_memory(rank, moment.turn, *found, context) for rank, (moment, *found) in enumerate(fullest))
 
 
 def predicted(place: Place, c: Candidate) -> Predicted:

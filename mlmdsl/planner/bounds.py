@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from mlmdsl.planner.communication import collective_seconds
+from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pools import group_on
 from mlmdsl.planner.pricing import Bench, Place, Sums
@@ -87,9 +88,9 @@ def _overhead_on(place: Place, bench: Bench, zero: int, replicate: int) -> Overh
     step = kernels.optimizer_seconds(each_element * elements / shards)
     reduced = collective_seconds("reduce_scatter", summed, group)
     gathered = collective_seconds("all_gather", setting.width * elements, group)
-    passes = hidden * reduced * place.sums_each_pass(zero) + hidden * gathered * (zero == 3) * (1 + (pipeline == 1))
+    passes = hidden * reduced * reduces_each_pass(zero, pipeline > 1) + hidden * gathered * (zero == 3) * (1 + (pipeline == 1))
     once = 0.0
-    if not place.sums_each_pass(zero):
+    if not reduces_each_pass(zero, pipeline > 1):
         once = reduced * (1.0 if pipeline > 1 else hidden)
     return Overhead(once + of_experts + step, passes)
 

@@ -158,7 +158,7 @@ def _shortage(place: Place, candidate: Candidate) -> str:
 
 
 def _largest(stage: StageMemory) -> tuple[str, int]:
-    sizes = stage.model_dump(exclude={"stage", "total_bytes"})
+    sizes = stage.model_dump(exclude={"stage", "moment", "total_bytes"})
     name = max(sizes, key=lambda key: sizes[key])
     return name.removesuffix("_bytes").replace("_", " "), sizes[name]
 

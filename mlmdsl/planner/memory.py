@@ -1,22 +1,26 @@
-"""The ledger: bytes on the fullest rank of each pipeline stage at its peak.
+"""The ledger: bytes on the fullest rank of each pipeline stage, at the moment when it holds the most (moments.py).
 
 State, per local weight element (p of them on this rank of the tensor axis; d replicas, the ranks of data and context;
 w = 2 bytes in bf16, 4 in fp32):
 
     0: w of weights, 4 of masters in bf16, 4 of gradients, 8 of AdamW (Rajbhandari et al. 2020, arXiv:1910.02054, table 1)
-    1: w of weights, that FSDP2 keeps gathered; 4 / d of masters; 4 / d of gradients, and their unsharded sums; 8 / d of AdamW
-    2: of unsharded gradients those of two layers, the rest as 1
-    3: of weights those of two layers too, the rest as 2; with a pipeline torch gathers and sums as for 1
+    1: 4 / d of masters, 8 / d of AdamW; w of weights from a stage's first pass until its gradients are reduced; 4 of sums from
+       its first backward pass till then (without a pipeline and with one micro-batch only those being made); then 4 / d
+    2: sums of 4 / d from the first backward pass on, the rest as 1
+    3: of weights those of two layers and what stands around them, the rest as 2; with a pipeline torch sums as for 1, and
+       leaves gathered what a backward pass has gathered
 
-With hybrid sharding d is the number of ranks that share one copy: replicas / replicate.
+With hybrid sharding d is the number of ranks that share one copy: replicas / replicate. FSDP2 makes the gradients of a unit (a
+layer, or what stands around the layers), copies them in fp32 and reduce-scatters the copy, which stays until the next unit's
+turn.
 
 Experts that the expert axis shares out are held as for 0, a share of them on each of its ranks; under ZeRO their masters, 4 / c
 of gradients beside the sums, and AdamW's 8 / c are cut over the c replicas that have the same ones.
 
 Shards are counted as FSDP2 cuts them: along a dim that d divides, or dim 0 in chunks of ceil(rows / d). Passes: what one
-micro-batch leaves on a stage, times the micro-batches that the schedule holds there, and what recomputing brings back for one
-layer. torch's pipeline stages keep a receive buffer for every micro-batch, in both directions, and a stage's outputs until
-their backward pass.
+micro-batch leaves on a stage, times the micro-batches that the schedule holds there; while the loss is computed, what that needs;
+in a layer's backward pass what recomputing brings back and what one operation needs. torch's pipeline stages keep a receive buffer
+for every micro-batch, in both directions, and a stage's outputs until their backward pass.
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from operator import mul
 from typing import Literal, NamedTuple
 
 from mlmdsl.grammar.spec import Device
 from mlmdsl.graph.graph import Graph, Weight
-from mlmdsl.planner.blend import How, first_of, regions_of
+from mlmdsl.planner.blend import How, first_of, layers_of, regions_of
 from mlmdsl.planner.choice import cut
+from mlmdsl.planner.moments import Moment, Turn, reduces_each_pass
 from mlmdsl.planner.passes import PassCost, Passes
 from mlmdsl.planner.plan import StageMemory
 from mlmdsl.planner.sharding import Sharding
@@ -80,7 +86,7 @@ class State(NamedTuple):
 class Holding:
     """Local weight elements of one part: all but `experts`, those of its largest single weight, and `experts` that the expert
     axis shares out. `keys`: how many of each other weight; `expert_keys` of those. FSDP2's units, by weight: `layers` of each
-    kind and how many there are, `root` of what stands around them."""
+    kind and how many there are, `root` of what stands around them, of which `head` after them."""
 
     elements: int
     largest: int
@@ -89,18 +95,69 @@ class Holding:
     expert_keys: Mapping[str, int]
     layers: tuple[tuple[int, tuple[str, ...]], ...]
     root: tuple[str, ...]
+    head: tuple[str, ...]
 
 
 class Units(NamedTuple):
-    """Elements of FSDP2's units with what it pads them by: of the layers of each kind and how many there are, of the root."""
+    """Elements of FSDP2's units with what it pads them by: of the layers of each kind and how many there are, of the root, and
+    of what in the root stands after the layers."""
 
     layers: tuple[tuple[int, int], ...]
     root: int
+    head: int
 
     @property
     def layer(self) -> int:
         """The largest."""
         return max((size for _, size in self.layers), default=0)
+
+
+class Sharing(NamedTuple):
+    """How replicas share the weights out; whether there are several stages; micro-batches in a step, 3 for more. `zero` is 0
+    where there is one replica."""
+
+    zero: int
+    replicas: int
+    replicate: int
+    piped: bool
+    micro_batches: int
+
+    @property
+    def several(self) -> bool:
+        return self.micro_batches > 1
+
+    @property
+    def shards(self) -> int:
+        return self.replicas // self.replicate if self.zero else 1
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A rank's local elements, by stage: of all weights, of its shards, of the largest layer, of what stands around the layers;
+    of what stands behind the last stage's, of the largest weight, of experts that are shared out."""
+
+    elements: tuple[int, ...]
+    shards: tuple[int, ...]
+    layers: tuple[int, ...]
+    roots: tuple[int, ...]
+    head: int
+    largest: int
+    experts: int
+
+    @cached_property
+    def whole(self) -> int:
+        return sum(self.elements)
+
+    @cached_property
+    def owned(self) -> int:
+        return sum(self.shards)
+
+    def made(self, moment: Moment) -> int:
+        """Gradients that a backward pass has made and not yet added to their sums, but for a layer's: of the head until its end;
+        where they are added one by one, the largest."""
+        if moment.summed and not moment.makes:
+            return self.largest
+        return self.head * (moment.turn != "loss")
 
 
 class Stack(NamedTuple):
@@ -130,6 +187,10 @@ class Holdings:
 
     @cached_property
     def _shards(self) -> dict[tuple[Part, int], int]:
+        return {}
+
+    @cached_property
+    def _shares(self) -> dict[tuple[tuple[Part, ...], int], Shares]:
         return {}
 
     @cached_property
@@ -163,7 +224,9 @@ class Holdings:
         common = {key: count for key, count in keys.items() if key not in shared_out}
         elements, experts = (sum(prod(self.local_shapes[key]) * n for key, n in each.items()) for each in (common, shared_out))
         root = tuple(key for key, count in common.items() if not self.graph.weights[key].region and count)
-        return Holding(elements, largest, experts, common, shared_out, tuple(layers), root)
+        after = set(self._used(self.chain.last * part.last, own=False))
+        head = tuple(key for key in root if key in after)
+        return Holding(elements, largest, experts, common, shared_out, tuple(layers), root, head)
 
     def _used(self, regions: Iterable[int], *, own: bool) -> tuple[str, ...]:
         """Weights of the regions: those of each pass, or those that all passes share."""
@@ -181,7 +244,8 @@ class Holdings:
         if key not in self._units:
             held = self.of(part)
             layers = tuple((count, shards * self._cut(dict.fromkeys(keys, 1), shards)) for count, keys in held.layers)
-            self._units[key] = Units(layers, shards * self._cut(dict.fromkeys(held.root, 1), shards))
+            root, head = (shards * self._cut(dict.fromkeys(keys, 1), shards) for keys in (held.root, held.head))
+            self._units[key] = Units(layers, root, head)
         return self._units[key]
 
     def shard(self, part: Part, shards: int) -> int:
@@ -212,44 +276,93 @@ class Holdings:
     def _cut(self, keys: Mapping[str, int], shards: int) -> int:
         return sum(count * shard_elements(self.local_shapes[key], shards) for key, count in keys.items())
 
-    def state(
-        self,
-        parts: Iterable[Part],
-        zero: int,
-        replicas: int,
-        width: int,
-        pipeline: int,
-        micro_batches: int,
-        replicate: int = 1,
-    ) -> State:
-        """Of a rank that runs `parts`. A weight's gradient is made before it is added to the sum, or sent."""
-        parts = tuple(parts)
-        held = [self.of(part) for part in parts]
-        p, experts = sum(h.elements for h in held), sum(h.experts for h in held)
-        if not zero or replicas == 1:
-            return _whole(p + experts, width, width * max(h.largest for h in held))
-        shards = replicas // replicate
-        shard = sum(self.shard(part, shards) for part in parts)
-        units = [self.units(part, shards) for part in parts]
-        layer, root = max(u.layer for u in units), max(u.root for u in units)
-        sums = p * (4 if micro_batches > 1 else width)
-        if zero == 2 or (pipeline == 1 and (zero == 3 or micro_batches == 1)):
-            sums = width * min(p, 2 * max(layer, root))
-        gathered = width * min(p, 2 * layer + root) if pipeline == 1 else width * p
-        weights, unsharded = (0, gathered) if zero == 3 else (width * p, 0)
-        common = State(weights, 4 * shard, sums + 4 * shard, 8 * shard, unsharded, (2 * width + 4) * max(layer, root))
-        return State(*map(sum, zip(common, self._shared(parts, replicas, width), strict=True)))
+    def state(self, parts: tuple[Part, ...], sharing: Sharing, width: int, moment: Moment) -> State:
+        """Of a rank that runs `parts`, at a moment."""
+        has = self._shares_of(parts, sharing.shards)
+        if not sharing.zero:
+            return _whole(has.whole + has.experts, width, width * has.largest)
+        once = sharing.piped and not reduces_each_pass(sharing.zero, sharing.piped)
+        sharded = (_once if once else _layer_by_layer)(has, sharing, width, moment)
+        if not has.experts:
+            return sharded
+        return State(*map(sum, zip(sharded, self._shared(parts, sharing, width, moment.turn), strict=True)))
 
-    def _shared(self, parts: Iterable[Part], replicas: int, width: int) -> State:
-        """Experts that are shared out, under ZeRO."""
-        state = State(0, 0, 0, 0, 0, 0)
-        for stack in (stack for part in parts for stack in self.experts(part, replicas)):
+    def _shares_of(self, parts: tuple[Part, ...], shards: int) -> Shares:
+        key = (parts, shards)
+        if key not in self._shares:
+            held, units = [self.of(part) for part in parts], [self.units(part, shards) for part in parts]
+            self._shares[key] = Shares(
+                tuple(h.elements for h in held),
+                tuple(self.shard(part, shards) for part in parts),
+                tuple(unit.layer for unit in units),
+                tuple(unit.root for unit in units),
+                units[-1].head,
+                max(h.largest for h in held),
+                sum(h.experts for h in held),
+            )
+        return self._shares[key]
+
+    def _shared(self, parts: Iterable[Part], sharing: Sharing, width: int, turn: Turn) -> State:
+        """Experts that are shared out, under ZeRO: in the step one weight at a time is copied and sent."""
+        weights = master = gradients = optimizer = buffers = 0
+        for stack in (stack for part in parts for stack in self.experts(part, sharing.replicas)):
             whole, stepped = stack.times * stack.elements, stack.times * stack.stepped
             cut = stepped < whole
-            master, gradients = 4 * stepped * (cut or width < 4), 4 * whole + 4 * stepped * cut
-            one = State(width * whole, master, gradients, 8 * stepped, 0, 0)
-            state = State(*map(sum, zip(state, one, strict=True)))
-        return state
+            weights += width * whole
+            master += 4 * stepped * (cut or width < 4)
+            gradients += 4 * whole + 4 * stepped * cut
+            optimizer += 8 * stepped
+            buffers = max(buffers, 4 * stack.elements * cut if turn == "step" else width * stack.elements)
+        return State(weights, master, gradients, optimizer, 0, buffers)
+
+
+def _once(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
+    """A pipeline's stages, whose gradients are reduced after their last backward pass. torch reduces the root first."""
+    _, _, summed, reduced, reducing, _, _ = moment
+    owned = has.owned
+    if moment.turn == "step":
+        return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
+    sums = 4 * sum(has.elements[i] for i in summed) + 4 * sum(has.shards[i] for i in reduced)
+    stages = [i for i in range(len(has.elements)) if i not in reduced and i != reducing]
+    gathered = sum(has.elements[i] for i in stages if sharing.zero < 3 or i in summed)
+    if sharing.zero == 3 and (others := [i for i in stages if i not in summed]):  # before their first backward pass
+        gathered += sum(has.roots[i] for i in others) + 2 * max(has.layers[i] for i in others)
+    if reducing >= 0:
+        layer, root = has.layers[reducing], has.roots[reducing]
+        gathered += has.elements[reducing] - (root or layer)
+        buffers = 4 * max(root, layer - root + root // sharing.shards)
+    else:
+        buffers = width * has.made(moment)
+    weights, unsharded = (0, width * gathered) if sharing.zero == 3 else (width * gathered, 0)
+    return State(weights, 4 * owned, sums, 8 * owned, unsharded, buffers)
+
+
+def _layer_by_layer(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
+    """Every layer's gradients are reduced as soon as they are there, by every backward pass or by the last; the root's at its
+    end."""
+    whole, owned, layer, root = has.whole, has.owned, max(has.layers), max(has.roots)
+    each, turn = sharing.zero > 1, moment.turn
+    if turn == "step":
+        return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
+    sent = reduced = made = 0
+    if turn == "reduction":
+        gathered = whole * sharing.piped
+        sums, sent = (4 if sharing.several and not each else width) * root, 4 * root
+    else:
+        last = not sharing.piped and (sharing.zero == 1 or sharing.micro_batches < 3)  # the last backward pass lets go
+        gathered = whole - layer * (last and turn in ("layer", "next"))
+        if sharing.zero == 3:
+            gathered = min(whole, (1 + (turn not in ("gather", "layer"))) * layer + root)
+        sums = 4 * (whole - layer * (turn == "next")) if moment.summed else 0
+        made = has.made(moment) if turn != "gather" else 2 * layer
+    if turn in ("layer", "next"):
+        sent, reduced = 4 * layer, layer // sharing.shards * (turn == "next")
+    if turn == "layer":
+        made = has.head + layer * (not moment.summed)
+    if (each and sharing.several) or turn == "reduction":
+        reduced = owned
+    weights, unsharded = (0, width * gathered) if sharing.zero == 3 else (width * gathered, 0)
+    return State(weights, 4 * owned, sums + 4 * reduced, 8 * owned, unsharded, width * made + sent)
 
 
 def shard_elements(shape: Sequence[int], shards: int) -> int:
@@ -267,18 +380,25 @@ def _whole(elements: int, width: int, buffers: int) -> State:
 
 
 class Passing(NamedTuple):
-    """Bytes that one micro-batch leaves on one part, for one way of recomputing; at the end of the step's peak.
+    """Bytes that one micro-batch leaves on one part, for one way of recomputing.
 
-    kept: until its backward pass; received: of a receive buffer, one direction; working, transient: while one layer's backward
-    pass runs; loss: kept by the loss and model output; loss_transient."""
+    kept: until its backward pass; layer: of these, the least that a layer keeps; received: of a receive buffer, one direction;
+    working, transient: while one layer's backward pass runs; making: the same as transient with gradients of the layer's weights;
+    waiting: where those are put off; loss: kept by the loss and model output; output: of these, what
+    stays until the end of the backward pass; loss_transient; spare: room that the model's output leaves to nothing as small."""
 
     kept: int
+    layer: int
     received: int
     sent: int
     working: int
     transient: int
+    making: int
+    waiting: int
     loss: int
+    output: int
     loss_transient: int
+    spare: int
 
 
 def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -> Passing:
@@ -286,23 +406,42 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
     regions = regions_of(chain, part, how)
     kept = sum(count * costs[i].saved_bytes[mode] for i, mode, count in regions)
     running = [costs[i] for i, _, _ in regions]
-    received = 0 if part.first else _crossing(passes, kinds[0])
-    sent = 0 if part.last else _crossing(passes, kinds[-1])
+    beginning = [costs[i] for i in chain.first] if part.first else []
+    layered, ending = [costs[i] for kind in kinds for i in kind], [costs[i] for i in chain.last] if part.last else []
+    logits = sum(cost.logits_bytes for cost in running) if part.last else 0
+    received, sent = map(sum, crossings(passes, chain, part))
     if not part.first:  # lies in the receive buffer
         kept -= min(received, costs[kinds[0][0]].entry_bytes[first_of(how)])
+    layers = (sum(costs[i].saved_bytes[mode] for i in chain.kinds[kind]) for kind, mode, _ in layers_of(part, how))
     return Passing(
         kept=kept + sent,
+        layer=min(layers, default=0),
         received=received,
         sent=sent,
         working=max((costs[i].working_bytes[mode] for i, mode, _ in regions), default=0),
-        transient=max((cost.transient_bytes for cost in running), default=0),
+        transient=max((cost.transient_bytes for cost in layered + beginning), default=0),
+        making=max([*(cost.making_bytes for cost in layered), *(cost.making_bytes - kept for cost in beginning)], default=0),
+        waiting=max(0, sum(count * costs[i].waiting_bytes for i, _, count in regions) - sent),  # which lies in a receive buffer
         loss=_loss(running, pipeline) if part.last else 0,
-        loss_transient=max((cost.loss_transient_bytes for cost in running), default=0) if part.last else 0,
+        output=logits if pipeline > 1 else 0,
+        loss_transient=max(
+            [*(c.loss_transient_bytes for c in running), *(c.making_bytes - c.loss_bytes for c in ending)], default=0
+        )
+        * part.last,
+        spare=logits if pipeline == 1 and passes.float_bytes < 4 else 0,
     )
 
 
-def _crossing(passes: Passes, kind: tuple[int, ...]) -> int:
-    return passes.crossing_bytes[kind[0]]
+def crossings(passes: Passes, chain: Chain, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes of each value that a stage is given by the one before, and hands to the next: what the next layer is given, of the
+    same repeat, or after the straight code behind its last pass of the next one."""
+    kinds = [chain.kinds[kind] for kind, count in enumerate(part.layers) if count]
+    received = () if part.first else passes.crossings[kinds[0][0]]
+    if part.last:
+        return received, ()
+    last = kinds[-1]
+    following = last[0] if len(last) == 1 else next(kind[0] for kind in chain.kinds if kind[0] > last[-1])
+    return received, passes.crossings[following]
 
 
 def _loss(running: Iterable[PassCost], pipeline: int) -> int:
@@ -320,22 +459,52 @@ class Held(NamedTuple):
     slack: int
 
 
-def held(stages: Sequence[Passing], counts: Sequence[int], micro_batches: int, kind: str) -> Held:
-    """Of a rank with these virtual stages; `counts`: micro-batches in flight on each. The fullest moment's larger counts are
-    charged to the larger stages: which of a rank's stages holds more changes in the course of an interleaved step."""
-    counted = zip(sorted((s.kept for s in stages), reverse=True), sorted(counts, reverse=True), strict=True)
-    activations = sum(kept * count for kept, count in counted) + max(s.working for s in stages)
-    last = stages[-1]
-    loss = last.loss * counts[-1] + last.loss_transient
-    buffers = micro_batches * sum(s.received + s.sent for s in stages)
-    transient = max(s.transient for s in stages)
-    return Held(activations, loss, buffers, transient, int(SLACK[kind] * (activations + loss + buffers + transient)))
+class Filling:
+    """What a rank with these virtual stages holds besides its state, at any moment."""
+
+    def __init__(self, stages: Sequence[Passing], micro_batches: int, kind: str, turns: bool = False):
+        """`turns`: the first of two stages hands its results to the second: they are the second's receive buffers."""
+        self.last = stages[-1]
+        self.kept = sorted((s.kept - s.sent * (turns and i == 0) for i, s in enumerate(stages)), reverse=True)
+        self.waiting = sorted((s.waiting for s in stages), reverse=True)
+        self.layer = min(s.layer for s in stages)
+        self.working, self.transient = max(s.working for s in stages), max(s.transient for s in stages)
+        self.making = max(self.transient, *(s.making for s in stages))
+        self.buffers = micro_batches * sum(s.received + s.sent for s in stages)
+        self.slack, self.unused = SLACK[kind], (self.working + self.transient + self.last.spare) * (kind != "cpu")
+
+    def at(self, moment: Moment) -> Held:
+        """The larger of its counts are charged to the larger stages: which of a rank's stages holds more changes in the course
+        of an interleaved step."""
+        turn, last = moment.turn, self.last
+        counts = sorted(moment.held, reverse=True) if len(moment.held) > 1 else moment.held
+        activations = sum(map(mul, self.kept, counts))
+        if moment.waiting:
+            activations += sum(map(mul, self.waiting, sorted(moment.waiting, reverse=True)))
+        loss, transient = last.loss * moment.held[-1], 0
+        if turn == "loss":
+            loss += last.loss_transient
+        elif turn in ("backward", "next"):
+            activations += self.working
+            transient = self.making if moment.makes else self.transient
+        if turn in ("gather", "backward", "layer", "next") and loss:
+            loss += last.output - last.loss
+        if turn in ("gather", "layer", "next"):
+            activations -= self.layer
+        slack = int(self.slack * (activations + loss + self.buffers + transient))
+        return Held(activations, loss, self.buffers, transient, slack + self.unusable(moment))
+
+    def unusable(self, moment: Moment) -> int:
+        """What a GPU's allocator has from layers' passes and the model's output, in blocks that are smaller than the loss' (a
+        CPU's gives such large ones back)."""
+        return self.unused if moment.turn == "loss" else 0
 
 
-def stage_memory(stage: int, state: State, rest: Held, context: int) -> StageMemory:
+def stage_memory(stage: int, turn: Turn, state: State, rest: Held, context: int) -> StageMemory:
     """The ledger's entry."""
     return StageMemory(
         stage=stage,
+        moment=turn,
         weights_bytes=state.weights,
         master_weights_bytes=state.master,
         gradients_bytes=state.gradients,

@@ -14,7 +14,7 @@ runtime calls it:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import NamedTuple, get_args
@@ -32,8 +32,9 @@ from mlmdsl.planner.plan import Recompute
 from mlmdsl.planner.sharding import Lie, Move, Sharding
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
-# Composed of simple operations on a CPU, where torch has no kernel: what is divided by the root mean square stays, too
-_COMPOSED = {"cpu": frozenset({"rms_norm"})}
+# Composed of simple operations (on a CPU torch has no kernel): what is divided by the root mean square stays, too, in fp32
+_SIMPLE = frozenset({"rms_norm"})
+_COMPOSED = {"cpu": _SIMPLE}
 _SUMS = ("reduce_scatter", "all_reduce")
 
 Key = tuple[str, str]  # a value and the placement it was brought to ("" as it was made): names a storage
@@ -59,7 +60,8 @@ class PassCost:
 
     saved_bytes: from forward to backward, the pass's arguments included; entry_bytes: of these, what came from the pass before;
     working_bytes: what recomputing brings back while the backward pass runs, and what all passes share; transient_bytes: the
-    most that one operation needs besides; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's
+    most that one operation needs besides; making_bytes: the same with the gradients of the weights that the backward pass has made
+    by then; waiting_bytes: gradients that wait where those of weights are put off; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's
     output."""
 
     flops: float  # of matrix products and attention as the kernels compute them, forward and backward
@@ -77,6 +79,8 @@ class PassCost:
     entry_bytes: tuple[int, int, int]
     working_bytes: tuple[int, int, int]
     transient_bytes: int
+    making_bytes: int
+    waiting_bytes: int
     loss_bytes: int = 0
     loss_transient_bytes: int = 0
     logits_bytes: int = 0
@@ -163,6 +167,7 @@ class Passes:
             again = (Again(), self._again(region, moves, "selective"), self._again(region, moves, "full"))
         tensor = self._moved(over["tensor"]) + sum(self._inner_seconds(node) for node in region.nodes)
         tensor_back = self._moved_back(over["tensor"])
+        transient, making = self._most_transient(region)
         loss = self._works[self.graph.loss] if self.graph.region_of[self.graph.loss] is region else None
         return PassCost(
             flops=sum(sum(computed_flops(work)) for _, work in works),
@@ -179,7 +184,9 @@ class Passes:
             loss_bytes=int(loss.extra_saved_bytes) if loss else 0,
             loss_transient_bytes=int(loss.transient_bytes) if loss else 0,
             logits_bytes=self._bytes(self.graph.output, self.sharding.left(self.graph.output)) if loss else 0,
-            transient_bytes=self._most_transient(region),
+            transient_bytes=transient,
+            making_bytes=making,
+            waiting_bytes=self._waiting(region),
             **kept,
         )
 
@@ -410,8 +417,9 @@ class Passes:
                 else:
                     value, lie = node.inputs[int(name[2:])], self.sharding.asked(node, int(name[2:]))
                     yield node.path, self._storage(value, lie), self._number(value, lie)
-            if node.op in _COMPOSED.get(self.kernels.device.kind, ()):
-                yield node.path, (node.path, "inside"), self._number(node.path, left)
+            composed = _SIMPLE if self.execution.composed else _COMPOSED.get(self.kernels.device.kind, frozenset[str]())
+            if node.op in composed:
+                yield node.path, (node.path, "inside"), self.layout.number(replace(node.type, dtype="fp32"), left)
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
         found = self.layout.dear.get(id(region))
@@ -470,19 +478,36 @@ class Passes:
             found = self._sizes[number] = prod(self._shape(number)) * width(self.layout.lies[number][0], self.float_bytes)
         return found
 
-    def _most_transient(self, region: Region) -> int:
+    def _most_transient(self, region: Region) -> tuple[int, int]:
         """The most that an operation's backward pass needs over what the region has saved: when its turn comes, what only later
-        ones saved is free again."""
+        ones saved is free again. The second counts the gradients of weights in, those made so far."""
         made, seen = self._made_in(region), set[Key]()
         kept = dict.fromkeys((node.path for node in region.nodes), 0)
         for path, key, size in self._saved_plain(region):
             kept[path] += size if made(key) and key not in seen else 0
             seen.add(key)
-        most = free = 0
+        most = making = free = gradients = 0
         for node in reversed(region.nodes):
+            gradients += self._own_weight_bytes(region, node)
             most = max(most, self._transient(node) - free)
+            making = max(making, self._transient(node) - free + gradients)
             free += kept[node.path]
-        return most
+        return most, max(making, gradients - free)
+
+    def _own_weight_bytes(self, region: Region, node: Node) -> int:
+        """Of the node's weights that are no other pass' too, nor shared out experts."""
+        found = 0
+        for key, shape in zip(node.weights, self._locals[node.path].weights, strict=True):
+            weight = self.graph.weights[key]
+            apart = weight.expert and self.sharding.expert > 1
+            if not apart and (not region.repeated or weight.region == region.name):
+                found += self.float_bytes * prod(shape)
+        return found
+
+    def _waiting(self, region: Region) -> int:
+        """Gradients of the results of operations with weights, which those of the weights need."""
+        results = {self._storage(n.path): self._bytes(n.path, self.sharding.left(n.path)) for n in region.nodes if n.weights}
+        return sum(results.values())
 
     def _transient(self, node: Node) -> int:
         """Its results and their gradients at one moment: output and inputs, and what the operation needs inside."""
@@ -499,15 +524,15 @@ class Passes:
     # ---- between stages ---------------------------------------------------------------------------------------------
 
     @cached_property
-    def crossing_bytes(self) -> tuple[int, ...]:
-        """By region: what a stage hands on after a pass of it (0 for straight code): the carried values, and values of earlier
-        regions that later ones, or the next pass, still use."""
-        return tuple(self._crossing(i) if region.repeated else 0 for i, region in enumerate(self.graph.regions))
+    def crossings(self) -> tuple[tuple[int, ...], ...]:
+        """By region: bytes of each value that a stage hands on before a pass of it (none for straight code): the carried values,
+        and values of earlier regions that it or later ones still use."""
+        return tuple(self._crossing(i) if region.repeated else () for i, region in enumerate(self.graph.regions))
 
-    def _crossing(self, index: int) -> int:
+    def _crossing(self, index: int) -> tuple[int, ...]:
         region = self.graph.regions[index]
-        carried = sum(self.boundary_bytes(c.entry) for c in region.carried)
-        return carried + sum(self._bytes(v, self.sharding.left(v)) for v in self._captured(index))
+        carried = [self.boundary_bytes(c.entry) for c in region.carried]
+        return (*carried, *(self._bytes(v, self.sharding.left(v)) for v in sorted(self._captured(index))))
 
     def _captured(self, index: int) -> set[str]:
         """Floating-point values made before region `index` and used in it or after it (other than by being carried into it),

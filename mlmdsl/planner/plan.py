@@ -130,16 +130,17 @@ class Collective(Frozen):
 
 
 class StageMemory(Frozen):
-    """The ledger of the fullest rank of one pipeline stage at its peak."""
+    """The ledger of the fullest rank of one pipeline stage at its peak: at the moment when it holds the most (moments.py)."""
 
     stage: int
+    moment: str = ""
     weights_bytes: int
     master_weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
     logits_and_loss_bytes: int
-    unsharded_weights_bytes: int  # ZeRO 3: what is gathered at the peak
+    unsharded_weights_bytes: int  # ZeRO 3: what is gathered then
     buffers_bytes: int  # collectives, pipeline sends and receives
     workspace_bytes: int  # transient of one operation, allocator slack
     slack_bytes: int = 0  # the allocator's part of workspace

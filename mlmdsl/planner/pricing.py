@@ -24,6 +24,7 @@ from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.context import over_context
 from mlmdsl.planner.execution import OURS, Execution
 from mlmdsl.planner.mesh import Mesh, Network
+from mlmdsl.planner.moments import Moment, moments, reduces_each_pass
 from mlmdsl.planner.passes import MODES, Layout, Passes, Prices
 from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
 from mlmdsl.planner.pools import Site, Sites, group_on, mean_peak
@@ -39,6 +40,9 @@ _OPTIMIZER_BYTES = {"fp32": 32.0, "bf16": 38.0}
 # (DeepSeek-V3, arXiv:2412.19437, section 3.2.2), and its bytes pass through the same memory; kernels were measured to take
 # 1.1 to 1.3 times as long beside one
 _TAKEN = 0.2
+
+
+Moments = tuple[tuple[int, Moment, memory.State], ...]  # bytes of state, when, what they are made of
 
 
 class Candidate(NamedTuple):
@@ -361,7 +365,7 @@ class Bench:
         each = [[sum(seconds[i][k] for i in kind) for k in range(3)] for kind in chain.kinds]
         ends = [[seconds[i][k] for i in chain.first + chain.last] for k in range(3)]
         forward, backward, weight = (sum(n * each[kind][k] for kind, n in chain.layers) + sum(ends[k]) for k in range(3))
-        crossing = min((self.passes(micro_batch).crossing_bytes[kind[0]] for kind in chain.kinds), default=0)
+        crossing = min((sum(self.passes(micro_batch).crossings[kind[0]]) for kind in chain.kinds), default=0)
         quickest = min((f + b for f, b, _ in each), default=0.0)
         return Sums(forward, backward, weight, min((f for f, _, _ in each), default=0.0), quickest, crossing)
 
@@ -385,15 +389,11 @@ class Bench:
         passing = memory.passing(self.passes(micro_batch), chain, part, how, 2 if piped else 1)
         return PartCost(forward, backward, weight, passing)
 
-    def state(
-        self, parts: tuple[Part, ...], zero: int, replicas: int, piped: bool, several: bool, replicate: int = 1
-    ) -> memory.State:
-        """`several`: micro-batches in a step."""
-        key = (parts, zero, replicas, piped, several, replicate)
+    def state(self, parts: tuple[Part, ...], sharing: memory.Sharing, moment: Moment) -> memory.State:
+        key = (parts, sharing, *moment.of_state)
         found = self._states.get(key)
         if found is None:
-            counts = (2 if piped else 1, 2 if several else 1)
-            found = self._states[key] = self.holdings.state(parts, zero, replicas, self.setting.width, *counts, replicate)
+            found = self._states[key] = self.holdings.state(parts, sharing, self.setting.width, moment)
         return found
 
 
@@ -422,7 +422,8 @@ class Place:
     order: Order = USUAL
     _cuts: dict[tuple[object, ...], Cut] = field(default_factory=dict[tuple[object, ...], Cut])
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
-    _states: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
+    _least: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
+    _moments: dict[tuple[object, ...], Moments] = field(default_factory=dict[tuple[object, ...], "Moments"])
     _blends: dict[tuple[object, ...], tuple[Blend, ...]] = field(default_factory=dict[tuple[object, ...], "tuple[Blend, ...]"])
     _proportioned: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict[tuple[object, ...], tuple[int, ...]])
     _groups: dict[tuple[object, ...], Group] = field(default_factory=dict[tuple[object, ...], Group])
@@ -573,40 +574,65 @@ class Place:
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
-    def held(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> memory.Held:
+    def filling(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> memory.Filling:
+        """What the rank holds besides its state."""
         if not c.modes:
-            return self.held_under(c, rank, parts, (c.recompute,) * len(parts))
-        return self.held_under(c, rank, parts, [self.how(c, stage) for stage in c.cut.placed[rank]])
+            return self.filling_under(c, rank, parts, (c.recompute,) * len(parts))
+        return self.filling_under(c, rank, parts, [self.how(c, stage) for stage in c.cut.placed[rank]])
 
-    def held_under(self, c: Candidate, rank: int, parts: tuple[Part, ...], hows: Sequence[How]) -> memory.Held:
+    def filling_under(self, c: Candidate, rank: int, parts: tuple[Part, ...], hows: Sequence[How]) -> memory.Filling:
         """By what the rank's virtual stages recompute."""
         piped, m = self.pipeline > 1, self.micro_batches(c.micro_batch)
         bench = self.benches[rank]
         stages = [bench.part(part, c.micro_batch, how, piped).bytes for part, how in zip(parts, hows, strict=True)]
-        counts = schedule.in_flight(c.schedule, self.pipeline, c.interleave, m, rank)
-        if (
-            c.schedule in schedule.V_SHAPED
-        ):  # the gradients that wait for those of the weights are as large as what waits for them
-            counts = (counts[0] + 1, *counts[1:])
-        return memory.held(stages, counts, m, self.bench.setting.device.kind)
+        turns = c.schedule in schedule.V_SHAPED and rank == self.pipeline - 1
+        return memory.Filling(stages, m, bench.site.device.kind, turns)
 
-    def held_bytes(self, c: Candidate) -> list[int]:
-        """Without state, by the cut's ranks; the same for every ZeRO."""
-        return [sum(self.held(c, rank, parts)) + self.context_bytes for rank, parts in self._fullest(c)]
+    def fillings(self, c: Candidate) -> list[memory.Filling]:
+        """By the cut's ranks; the same for every ZeRO."""
+        return [self.filling(c, rank, parts) for rank, parts in self._fullest(c)]
+
+    def moments(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> Moments:
+        """Those of which one is the rank's fullest."""
+        m = self.micro_batches(c.micro_batch)
+        key = (c.schedule, c.interleave, m, rank, parts, c.zero, c.replicate)
+        found = self._moments.get(key)
+        if found is None:
+            sharing = self.sharing(c.zero, c.replicate, m)
+            in_place = self.bench.setting.width == 4
+            experts = any(self.bench.holdings.of(part).experts for part in parts)
+            mesh = (c.schedule, self.pipeline, c.interleave, m, rank, sharing.zero)
+            each = moments(*mesh, loss=parts[-1].last, in_place=in_place, experts=experts)
+            states = [(moment, self.bench.state(parts, sharing, moment)) for moment in each]
+            found = self._moments[key] = tuple((sum(state), moment, state) for moment, state in states)
+        return found
+
+    def sharing(self, zero: int, replicate: int, micro_batches: int) -> memory.Sharing:
+        shared = zero if self.replicas > 1 else 0
+        return memory.Sharing(shared, self.replicas, replicate, self.pipeline > 1, min(micro_batches, 3))
+
+    def fullest(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> tuple[Moment, memory.State, memory.Held]:
+        """When the rank holds the most, and what."""
+        filling = self.filling(c, rank, parts)
+        each = (
+            (bytes + sum(held := filling.at(moment)), (moment, state, held))
+            for bytes, moment, state in self.moments(c, rank, parts)
+        )
+        return max(each, key=lambda found: found[0])[1]
+
+    def rank_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...], filling: memory.Filling) -> int:
+        """What the rank holds at most, but for communicators that only some ways of ZeRO have."""
+        return max(bytes + sum(filling.at(moment)) for bytes, moment, _ in self.moments(c, rank, parts)) + self.context_bytes
 
     def _fullest(self, c: Candidate) -> Sequence[tuple[int, tuple[Part, ...]]]:
         """Ranks with their parts, of which one holds the most."""
         return [(rank, c.cut.held(rank)) for rank in range(self.pipeline)] if c.modes else c.cut.ranks
 
-    def state(self, c: Candidate, parts: tuple[Part, ...]) -> memory.State:
-        several = self.micro_batches(c.micro_batch) > 1
-        return self.bench.state(parts, c.zero, self.replicas, self.pipeline > 1, several, c.replicate)
-
     def least_bytes(self, micro_batch: int, zero: int, replicate: int) -> int:
         """What the fullest rank of any plan here holds at least: even shares of state, of what one micro-batch leaves and of
         the loss. Grows with the micro-batch."""
         each, loss = self.bench.least_activations(micro_batch)
-        passing = min((least.kept + loss) / self.pipeline + least.working for least in each)
+        passing = min(least.kept / self.pipeline + max(loss / self.pipeline, least.working) for least in each)
         return self._bound(self._least_state(zero, replicate) / self.pipeline, passing)
 
     def least_under(self, micro_batch: int, mode: int, kind: Schedule, interleave: int, zero: int, replicate: int) -> int:
@@ -614,36 +640,38 @@ class Place:
         each, loss = self.bench.least_activations(micro_batch)
         share, most = schedule.least_in_flight(kind, self.pipeline, interleave, self.micro_batches(micro_batch))
         state, least = self._least_state(zero, replicate), each[mode]
-        even = self._bound(state / self.pipeline, (least.kept + loss) / self.pipeline + least.working)
+        even = self._bound(state / self.pipeline, least.kept / self.pipeline + max(loss / self.pipeline, least.working))
         return max(even, self._bound(state * share / most, least.kept * share + least.working))
 
     def _bound(self, state: float, passing: float) -> int:
         return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
 
     def _least_state(self, zero: int, replicate: int) -> float:
-        """Of all pipeline ranks together, but for what torch makes room for one unit at a time."""
-        found = self._states.get((zero, replicate))
+        """Of all pipeline ranks together when the first backward pass begins, but for what torch makes room for one unit at a
+        time."""
+        found = self._least.get((zero, replicate))
         if found is None:
-            whole, piped = self.bench.setting.chain.whole, self.pipeline > 1
-            state = self.bench.state(whole, zero, self.replicas, piped, False, replicate)
-            found = self._states[zero, replicate] = sum(state) - state.buffers if piped else sum(state)
+            whole, sharing = self.bench.setting.chain.whole, self.sharing(zero, replicate, 1)
+            state = self.bench.state(whole, sharing, Moment("loss", (1,)))
+            found = self._least[zero, replicate] = sum(state) - state.buffers
+            if zero == 3 and sharing.piped:
+                found -= state.unsharded
         return found
 
-    def peak_bytes(self, c: Candidate, held: Sequence[int]) -> int:
-        each = (rest + sum(self.state(c, parts)) for (_, parts), rest in zip(self._fullest(c), held, strict=True))
-        return max(each) + self.more_context_bytes(c)
+    def peak_bytes(self, c: Candidate, fillings: Sequence[memory.Filling] | None = None) -> int:
+        """On the fullest rank."""
+        ranks = zip(self._fullest(c), self.fillings(c) if fillings is None else fillings, strict=True)
+        return max(self.rank_bytes(c, rank, parts, filling) for (rank, parts), filling in ranks) + self.more_context_bytes(c)
 
-    def over_bytes(self, c: Candidate, held: Sequence[int], peak: int) -> int:
+    def over_bytes(self, c: Candidate, fillings: Sequence[memory.Filling] | None = None) -> int:
         """What the fullest rank lacks of its device's memory; negative where all of them fit."""
-        if self.alike:
-            return peak - self.bench.site.capacity_bytes
-        ranks = zip(self._fullest(c), held, strict=True)
-        over = (rest + sum(self.state(c, parts)) - self.benches[rank].site.capacity_bytes for (rank, parts), rest in ranks)
-        return max(over) + self.more_context_bytes(c)
+        ranks = zip(self._fullest(c), self.fillings(c) if fillings is None else fillings, strict=True)
+        return max(-self.left_bytes(c, rank, parts, filling) for (rank, parts), filling in ranks)
 
-    def left_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> int:
-        """What a rank has for state, if it held these."""
-        return self.benches[rank].site.capacity_bytes - sum(self.held(c, rank, parts)) - self.context_bytes
+    def left_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...], filling: memory.Filling) -> int:
+        """Of what a plan may use of a rank's memory."""
+        used = self.rank_bytes(c, rank, parts, filling) + self.more_context_bytes(c)
+        return self.benches[rank].site.capacity_bytes - used
 
     # ---- time -------------------------------------------------------------------------------------------------------
 
@@ -707,11 +735,6 @@ class Place:
         """Of a collective's time, what it costs at least where something runs beside it."""
         return _TAKEN if self._overlaps else 1.0
 
-    def sums_each_pass(self, zero: int) -> bool:
-        """Whether gradients are reduce-scattered after every backward pass, and not once a step: torch's pipeline stages would
-        do neither, and are told to for ZeRO 2 (runtime/pipeline.py)."""
-        return zero == 2 or (zero == 3 and self.pipeline == 1)
-
     def with_gathers(self, c: Candidate, runs: schedule.Runs) -> schedule.Runs:
         """ZeRO 3: weights are gathered for each forward and backward pass (under a pipeline torch leaves them gathered from a
         backward to the next forward pass). ZeRO 2 and, without a pipeline, 3: gradients are reduced after each pass."""
@@ -720,7 +743,7 @@ class Place:
         e = self.exchange(c)
         behind = e.gather if c.zero == 3 else 0.0
         ahead = behind if self.pipeline == 1 else 0.0
-        behind += e.reduce if self.sums_each_pass(c.zero) else 0.0
+        behind += e.reduce if reduces_each_pass(c.zero, self.pipeline > 1) else 0.0
         if self._overlaps:
             return tuple((n, max(f + _TAKEN * ahead, ahead), max(b + _TAKEN * behind, behind), w) for n, f, b, w in runs)
         return tuple((n, f + ahead, b + behind, w) for n, f, b, w in runs)

@@ -105,8 +105,7 @@ class _Rank:
         self.parts = c.cut.held(rank)
         self.sizes = [c.cut.stages[stage] for stage in stages]
         self.starts = [sum(c.cut.stages[:stage]) for stage in stages]
-        limit = min(limit_bytes, place.benches[rank].site.capacity_bytes)
-        self.left = limit - sum(place.state(c, self.parts)) - place.context_bytes - place.more_context_bytes(c)
+        self.limit_bytes = min(limit_bytes, place.benches[rank].site.capacity_bytes) - place.more_context_bytes(c)
         self.kinds = [kind for kind, count in place.bench.setting.chain.layers for _ in range(count)]
 
     def fewest(self, order: Order, guess: int) -> list[int] | None:
@@ -124,7 +123,8 @@ class _Rank:
 
     def fits(self, chosen: Sequence[int]) -> bool:
         hows = [self.how(stage, n) for stage, n in enumerate(chosen)]
-        return sum(self.place.held_under(self.c, self.rank, self.parts, hows)) <= self.left
+        filling = self.place.filling_under(self.c, self.rank, self.parts, hows)
+        return self.place.rank_bytes(self.c, self.rank, self.parts, filling) <= self.limit_bytes
 
     def how(self, stage: int, n: int) -> How:
         """With the first n layers under the dearer way."""

@@ -10,6 +10,7 @@ from functools import partial
 from math import inf
 
 from mlmdsl.planner import schedule
+from mlmdsl.planner.memory import Filling
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.proportion import proportion
 from mlmdsl.planner.stages import Part
@@ -33,7 +34,7 @@ class Fitting:
         self.place, self.c, self.chain = place, c, place.bench.setting.chain
         self.speeds = place.speeds(c.micro_batch, c.recompute, c.schedule, c.interleave)
         self.last = len(c.cut.stages) - 1
-        self._held: dict[tuple[int, tuple[int, ...]], tuple[tuple[Part, ...], int]] = {}
+        self._held: dict[tuple[int, tuple[int, ...]], tuple[tuple[Part, ...], Filling]] = {}
 
     def within(self, c: Candidate, seconds: float = inf) -> Candidate | None:
         """Of a candidate that may differ in ZeRO, what fits in another distribution; None where that takes longer for sure."""
@@ -47,8 +48,7 @@ class Fitting:
         if found is None or found == c.cut.stages:
             return None
         again = c._replace(cut=place.given(found, c.schedule))
-        held = place.held_bytes(again)
-        return again if place.over_bytes(again, held, place.peak_bytes(again, held)) <= 0 else None
+        return again if place.over_bytes(again) <= 0 else None
 
     def _rank(self, stage: int) -> int:
         return schedule.pipeline_rank(self.c.schedule, self.place.pipeline, stage)
@@ -58,9 +58,8 @@ class Fitting:
         key = (rank, layers)
         if key not in self._held:
             parts = tuple(self.chain.part(layers, stage == 0, stage == self.last) for stage in self.c.cut.placed[rank])
-            self._held[key] = parts, self.place.left_bytes(self.c, rank, parts)
-        parts, left = self._held[key]
-        return left - sum(self.place.state(c, parts)) - self.place.more_context_bytes(c)
+            self._held[key] = parts, self.place.filling(self.c, rank, parts)
+        return self.place.left_bytes(c, rank, *self._held[key])
 
     def _has_room(self, c: Candidate, stage: int, part: Part) -> bool:
         return self._left(c, self._rank(stage), part.layers) >= 0

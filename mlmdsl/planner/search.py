@@ -23,6 +23,7 @@ from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
 from mlmdsl.planner.bounds import Overhead, least_around, least_from, least_seconds, overhead_of
+from mlmdsl.planner.memory import Filling
 from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
@@ -118,7 +119,7 @@ class Judge:
     space: Space
     _aside: list[_Aside] = field(default_factory=list[_Aside])
     _numbers: Iterator[int] = field(default_factory=count)
-    _held: dict[tuple[object, ...], list[int]] = field(default_factory=dict[tuple[object, ...], "list[int]"])
+    _fillings: dict[tuple[object, ...], list[Filling]] = field(default_factory=dict[tuple[object, ...], "list[Filling]"])
     _fittings: dict[tuple[object, ...], Fitting] = field(default_factory=dict[tuple[object, ...], Fitting])
     _overheads: dict[tuple[Place, bool], list[Overhead]] = field(default_factory=dict[tuple[Place, bool], "list[Overhead]"])
 
@@ -297,16 +298,17 @@ class Judge:
         for zero, replicate in self._shares(branch):
             candidate = Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes, place.order)
             key = (place, *chosen)
-            held = self._held.get(key)
-            if held is None:
-                held = self._held[key] = place.held_bytes(candidate)
-            peak = place.peak_bytes(candidate, held)
-            yield candidate, peak, place.over_bytes(candidate, held, peak)
+            fillings = self._fillings.get(key)
+            if fillings is None:
+                fillings = self._fillings[key] = place.fillings(candidate)
+            peak = place.peak_bytes(candidate, fillings)
+            over = peak - place.most_bytes if place.alike else place.over_bytes(candidate, fillings)
+            yield candidate, peak, over
 
     def add(self, candidate: Candidate, place: Place) -> None:
         """One that fits."""
         self.outcome.candidates += 1
-        self._weigh(candidate, place, place.peak_bytes(candidate, place.held_bytes(candidate)))
+        self._weigh(candidate, place, place.peak_bytes(candidate))
 
     @cached_property
     def limit_bytes(self) -> float:

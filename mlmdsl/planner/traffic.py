@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import cast
 
 from mlmdsl.planner.blend import regions_of
-from mlmdsl.planner.memory import Units
+from mlmdsl.planner.memory import Units, crossings
+from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import Collective, CollectiveAxis, CollectiveKind
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.stages import Part
@@ -101,12 +102,14 @@ def _transitions(place: Place, c: Candidate, stage: int) -> Iterator[Call]:
 
 def _over_pipeline(place: Place, c: Candidate, stage: int) -> Iterator[Call]:
     given, handed = place.crossings(c, stage)
-    cost = place.bench.part(c.cut.parts[stage], c.micro_batch, place.how(c, stage), place.pipeline > 1).bytes
+    received, sent = crossings(place.bench.passes(c.micro_batch), place.bench.setting.chain, c.cut.parts[stage])
     m = place.micro_batches(c.micro_batch)
-    yield "recv", "pipeline", cost.received, m * given, "activations"
-    yield "send", "pipeline", cost.sent, m * handed, "activations"
-    yield "recv", "pipeline", cost.sent, m * handed, "gradients of activations"
-    yield "send", "pipeline", cost.received, m * given, "gradients of activations"
+    for size in received:
+        yield "recv", "pipeline", size, m * given, "activations"
+        yield "send", "pipeline", size, m * given, "gradients of activations"
+    for size in sent:
+        yield "send", "pipeline", size, m * handed, "activations"
+        yield "recv", "pipeline", size, m * handed, "gradients of activations"
 
 
 def _over_replicas(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Iterator[Call]:
@@ -116,7 +119,7 @@ def _over_replicas(place: Place, c: Candidate, parts: tuple[Part, ...]) -> Itera
         yield "all_reduce", axis, 4 * sum(holdings.of(part).elements for part in parts), 1, "gradients"
         return
     m, width = place.micro_batches(c.micro_batch), place.bench.setting.width
-    each_pass = place.sums_each_pass(c.zero)
+    each_pass = reduces_each_pass(c.zero, place.pipeline > 1)
     for part in parts:
         for name, units, size, gathers in _units(holdings.units(part, shards), c.zero, place.pipeline, m):
             if size:

@@ -300,10 +300,15 @@ def _blocks(
     window: int | None,
     softcap: float | None,
 ) -> Iterator[_Block]:
-    for start in range(0, q.size(2), QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q.size(2))
-        keys = seen_keys(range(offset + start, offset + stop), k.size(2), causal, window)
-        yield _Block(q, k, bias, valid, (offset, causal, scale, window, softcap), range(start, stop), keys)
+    for rows, keys in blocks_of(q.size(2), k.size(2), offset, causal, window):
+        yield _Block(q, k, bias, valid, (offset, causal, scale, window, softcap), rows, keys)
+
+
+def blocks_of(queries: int, keys: int, offset: int, causal: bool, window: int | None) -> Iterator[tuple[range, range]]:
+    """Blocks of queries, and the keys that any of theirs sees."""
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        yield range(start, stop), seen_keys(range(offset + start, offset + stop), keys, causal, window)
 
 
 _SETTINGS = "int offset, bool causal, float scale, int? window, float? softcap"
@@ -314,12 +319,7 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
     return q.new_empty(q.size(0), q.size(2), q.size(1), v.size(-1)).transpose(1, 2)
 
 
-@torch.library.custom_op(
-    "mlmdsl::blockwise_attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? valid, {_SETTINGS}) -> Tensor",
-)
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None, *settings: Any) -> Tensor:
+def forward_by_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None, *settings: Any) -> Tensor:
     """q [B, H, S, D], k and v [B, K, T, ..] -> [B, H, S, E]. One operation to autograd and to selective recomputation, so
     that q, k, v and the result are all that stays for the backward pass."""
     y = _shape(q, k, v)
@@ -330,12 +330,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor
     return y
 
 
-@torch.library.custom_op(
-    "mlmdsl::blockwise_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor y, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? valid, {_SETTINGS}) -> Tensor[]",
-)
-def _backward(
+def backward_by_blocks(
     grad: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None, *settings: Any
 ) -> list[Tensor]:
     """Gradients of q, k, v and the bias (empty without one), by blocks as in arXiv:2205.14135, section 3.1 and appendix B.4."""
@@ -360,6 +355,18 @@ def _backward(
         dq[:, :, rows] = block.product(narrow, block.k).flatten(1, 2)
         dk[:, :, keys] += narrow.flatten(2, 3).mT @ block.q.flatten(2, 3)
     return [dq, dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)]
+
+
+_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? valid, {_SETTINGS}"
+_forward = torch.library.custom_op(
+    "mlmdsl::blockwise_attention", forward_by_blocks, mutates_args=(), schema=f"({_INPUTS}) -> Tensor"
+)
+_backward = torch.library.custom_op(
+    "mlmdsl::blockwise_attention_backward",
+    backward_by_blocks,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor y, {_INPUTS}) -> Tensor[]",
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.pipelining._backward import stage_backward
+from torch.distributed.pipelining.schedules import _ComputationType
 
 from mlmdsl.runtime.config import Parallel, Training
 from mlmdsl.runtime.mesh import Mesh
@@ -135,6 +136,8 @@ class Pipelined:
             for module in stages.values():
                 module.register_forward_hook(_own_outputs)
         self.schedule = kind(held, n_microbatches=micro_batches, loss_fn=self._scaled, scale_grads=False)
+        if parallel.schedule in _SEVERAL:
+            _gather_once(self.schedule.pipeline_order_with_comms)
 
     def _scaled(self, output: Any, targets: Tensor) -> Tensor:
         return self.loss(output, targets, self.mesh) * self.scale
@@ -195,6 +198,24 @@ class _Stage(PipelineStage):
 
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         return []
+
+
+def _gather_once(order: dict[int, list[Any]]) -> None:
+    """Weights that ZeRO shares out stay gathered from a stage's first pass until its gradients are reduced. torch keeps three
+    stages of a rank gathered, the next that it runs, and gathers the others again and again."""
+    for rank, actions in order.items():
+        kept: list[Any] = []
+        gathered: set[int] = set()
+        for action in actions:
+            kind, stage = action.computation_type, action.stage_index
+            if kind == _ComputationType.RESHARD or (kind == _ComputationType.UNSHARD and stage in gathered):
+                continue
+            kept.append(action)
+            if kind == _ComputationType.UNSHARD:
+                gathered.add(stage)
+            elif kind == _ComputationType.REDUCE_GRAD:
+                kept.append(type(action)(stage, _ComputationType.RESHARD, None))
+        order[rank] = kept
 
 
 def _own_outputs(_module: nn.Module, _arguments: Any, output: Any) -> Any:

@@ -58,6 +58,10 @@ _PLAIN = {
     "recv_": ("recv", 0, 1),
 }
 _SILENT = {"wait_tensor"}
+_COMPOSED = {
+    torch.ops.mlmdsl.blockwise_attention: attend.forward_by_blocks,
+    torch.ops.mlmdsl.blockwise_attention_backward: attend.backward_by_blocks,
+}
 _PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 Said = tuple[str, str, int]  # kind, name of the group, bytes of the larger side
@@ -175,6 +179,8 @@ class Recorder(TorchDispatchMode):
         space, _, name = str(packet).partition(".")
         if space in ("_c10d_functional", "c10d") and name not in _SILENT:
             self._hear(space, name, args)
+        if packet in _COMPOSED:
+            return self._composed(_COMPOSED[packet], name, args)
         out = func(*args, **(kwargs or {}))
         self._multiplied(packet, name, args, kwargs or {}, out)
         for x in tree_leaves(out):
@@ -208,6 +214,19 @@ class Recorder(TorchDispatchMode):
             self.flops += flops
             self.attended[_place(out[0])] = flops
 
+    def _composed(self, body: Callable[..., Any], name: str, args: Any) -> Any:
+        """An operation of our own is watched from within, but for its FLOPs, which are those of any attention."""
+        before = self.flops
+        with self:
+            out = body(*args)
+        self.flops = before
+        q, k, v, *_, offset, causal, _, window, _ = args[2:] if name.endswith("_backward") else args
+        ranges = attend.blocks_of(q.size(2), k.size(2), offset, causal, window)
+        pairs = sum(len(rows) * len(keys) for rows, keys in ranges)
+        passes = 2.0 if name.endswith("_backward") else 1.0
+        self.flops += passes * 2.0 * q.size(0) * q.size(1) * pairs * (q.size(3) + v.size(3))
+        return out
+
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def hold(self, x: Tensor) -> None:
@@ -221,6 +240,7 @@ class Recorder(TorchDispatchMode):
     def _forget(self, place: int) -> None:
         self.bytes -= self.live.pop(place)[1]
         self.attended.pop(place, None)
+        self.of_state.pop(place, None)  # another storage may take its place
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """FSDP2 frees and makes again what it has gathered by the size of the storage."""

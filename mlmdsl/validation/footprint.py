@@ -7,6 +7,7 @@ like also the device's context and the libraries' buffers.
 from __future__ import annotations
 
 from mlmdsl.planner import memory, schedule
+from mlmdsl.planner.moments import Moment
 from mlmdsl.planner.pricing import Candidate, Place
 from mlmdsl.planner.stages import Part
 from mlmdsl.validation.runs import Run
@@ -20,31 +21,34 @@ def footprint(run: Run, place: Place, c: Candidate) -> int:
 def _of_rank(run: Run, place: Place, c: Candidate, rank: int, parts: tuple[Part, ...]) -> int:
     kind = run.memory_kind.lower()
     slack = memory.SLACK[place.bench.setting.device.kind]
-    rest = _held(place, c, rank, parts)
-    tensors = _state(place, c, parts) + rest
-    if "allocated" in kind:
-        return int(tensors)
-    reserved = tensors + slack * rest
-    return int(reserved if "reserved" in kind else reserved + place.context_bytes)
+    filling, reserves = place.filling(c, rank, parts), "allocated" not in kind
+    most = 0.0
+    for _, moment, state in place.moments(c, rank, parts):
+        rest = _held(place, c, rank, parts, filling.at(moment), moment)
+        reserved = slack * rest + filling.unusable(moment)
+        most = max(most, _state(place, c, parts, state) + rest + reserved * reserves)
+    return int(most if "allocated" in kind or "reserved" in kind else most + place.context_bytes)
 
 
-def _state(place: Place, c: Candidate, parts: tuple[Part, ...]) -> int:
-    state = place.state(c, parts)
+def _state(place: Place, c: Candidate, parts: tuple[Part, ...], state: memory.State) -> int:
+    """Where sums are not cut up, they and the weights are there all the time."""
     if place.bench.setting.execution.shards_sums or not c.zero:
         return sum(state)
-    held = [place.bench.holdings.of(part) for part in parts]
+    held, width = [place.bench.holdings.of(part) for part in parts], place.bench.setting.width
     elements, largest = sum(h.elements for h in held), max(h.largest for h in held)
-    return sum(state._replace(gradients=4 * elements, buffers=place.bench.setting.width * largest))
+    return sum(state._replace(weights=width * elements, gradients=4 * elements, buffers=width * largest))
 
 
-def _held(place: Place, c: Candidate, rank: int, parts: tuple[Part, ...]) -> float:
+def _held(place: Place, c: Candidate, rank: int, parts: tuple[Part, ...], held: memory.Held, moment: Moment) -> float:
     """Without slack."""
-    held, bench = place.held(c, rank, parts), place.bench
-    slack = memory.SLACK[bench.setting.device.kind]
+    bench = place.bench
     buffers = float(held.buffers)
     if not bench.setting.execution.static_buffers:
         counts = schedule.in_flight(c.schedule, place.pipeline, c.interleave, place.micro_batches(c.micro_batch), rank)
         stages = [bench.part(part, c.micro_batch, c.recompute, place.pipeline > 1).bytes for part in parts]
         buffers = float(sum(stage.received * count for stage, count in zip(stages, counts, strict=True)))
-    copies = bench.setting.execution.loss_copies * bench.part(parts[-1], c.micro_batch, c.recompute, False).bytes.loss_transient
-    return sum(held) / (1 + slack) - held.buffers + buffers + copies
+    copies = 0.0
+    if moment.turn == "loss":
+        last = bench.part(parts[-1], c.micro_batch, c.recompute, False).bytes
+        copies = bench.setting.execution.loss_copies * last.loss_transient / 2  # which are two
+    return held.activations + held.loss + held.workspace + buffers + copies

@@ -74,7 +74,7 @@ def _described(c: Any) -> str:
 @pytest.mark.parametrize("name", ["plain", "slow links", "a few rows"])
 def test_minimize_memory(name: str) -> None:
     spec, graph = problem("minimize memory", **CASES[name])
-    least = min(place.peak_bytes(c, place.held_bytes(c)) for place, c in legal(spec, graph))
+    least = min(place.peak_bytes(c) for place, c in legal(spec, graph))
     assert max(search(spec, graph).predicted.peak_memory_bytes) == least
 
 

@@ -33,7 +33,7 @@ def test_the_best_of_all_plans_on_any_small_cluster(nodes: int, per_node: int, m
     every = list(legal(spec, graph))
     fitting = [place.times(c).total for place, c in every if fits(place, c)]
     left = exhausted(spec, graph)
-    over = [place.peak_bytes(c, place.held_bytes(c)) for place, c in every if not fits(place, c)]
+    over = [place.peak_bytes(c) for place, c in every if not fits(place, c)]
     memory = left.rejected.get(("memory", ""), Tally())
     assert len(left.found) == len(fitting) and left.outpaced == 0
     assert left.bounded <= memory.count == len(over)

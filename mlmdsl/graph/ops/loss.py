@@ -49,8 +49,8 @@ def _on_context(types: Types, out: TensorType, weights: tuple[tuple[int, ...], .
 
 
 def _work(local: Local) -> Work:
-    """The log-probabilities are kept in fp32 for backward; their gradient and that in the training precision pass by. Forward:
-    to fp32, log-softmax; backward: zeros with the targets' places, the softmax's gradient of both, to the training
+    """The log-probabilities are kept in fp32 for backward; their gradient and that of the logits are there beside them, in fp32.
+    Forward: to fp32, log-softmax; backward: zeros with the targets' places, the softmax's gradient of both, to the training
     precision."""
     count, width = float(prod(local.inputs[0])), local.input_bytes[0]
     return Work(
@@ -59,7 +59,7 @@ def _work(local: Local) -> Work:
         bytes_backward=count * (width + 5 * 4),
         saved=("in1",),
         extra_saved_bytes=4.0 * count,
-        transient_bytes=4.0 * count,
+        transient_bytes=8.0 * count,
         kernels_forward=4,
         kernels_backward=3,
     )

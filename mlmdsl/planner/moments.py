@@ -1,0 +1,165 @@
+"""When a rank's memory may be fullest in the course of a step: what it holds then of passes, sums of gradients and gathered weights.
+
+    gather      of the last layer's weights in a forward pass, those of the layer before lying in their buffer still
+    loss        of one micro-batch, until the backward pass of the model's head
+    backward    the first layer of a backward pass, all activations being there
+    layer       where each layer's gradients are reduced as soon as they are there: of the first one
+    next        the second layer's backward pass, while those are still being sent
+    reduction   of a stage's gradients, after its last backward pass
+    step        sums of experts that are shared out, then the optimizer: no other sums are there any more
+
+A stage's sums of gradients are there from the end of its first backward pass until they are reduced, which follows its last. So a
+schedule has few combinations that no other exceeds: the most micro-batches with the sums that are there by then, the most sums
+with the micro-batches that are left, and the reductions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Literal, NamedTuple
+
+from mlmdsl.planner import zero_bubble
+from mlmdsl.planner.plan import Schedule
+from mlmdsl.planner.schedule import V_SHAPED, in_flight, rounds
+
+Turn = Literal["gather", "loss", "backward", "layer", "next", "reduction", "step"]
+Counts = tuple[int, ...]
+_STEADY = 4  # micro-batches per rank of a V, after which one is as the next
+
+
+class Moment(NamedTuple):
+    """Micro-batches held of each of the rank's virtual stages, in model order; which stages have sums of gradients, which have
+    theirs reduced; `reducing`: whose are being reduced. `waiting`: micro-batches whose gradients of weights are put off; `makes`:
+    the backward pass makes all gradients of a layer before they go anywhere."""
+
+    turn: Turn
+    held: Counts
+    summed: Counts = ()
+    reduced: Counts = ()
+    reducing: int = -1
+    waiting: Counts = ()
+    makes: bool = False
+
+    @property
+    def of_state(self) -> tuple[Turn, Counts, Counts, int, bool]:
+        """What weights and their gradients depend on."""
+        return self.turn, self.summed, self.reduced, self.reducing, self.makes
+
+
+@cache
+def moments(
+    schedule: Schedule,
+    pipeline: int,
+    interleave: int,
+    micro_batches: int,
+    rank: int,
+    zero: int,
+    *,
+    loss: bool,
+    in_place: bool,
+    experts: bool,
+) -> tuple[Moment, ...]:
+    """`zero`: 0 where the replicas' weights are whole; `loss`: whether the rank has the model's last stage; `in_place`: whether a
+    backward pass adds each gradient to its sum at once, where that is there; `experts`: whether it has some that are shared
+    out."""
+    mesh = (schedule, pipeline, interleave, micro_batches, rank)
+    turns: tuple[Turn, ...] = ("loss", "backward") if loss else ("backward",)
+    each_pass = reduces_each_pass(zero, pipeline > 1)
+    several = () if pipeline > 1 or micro_batches == 1 or zero != 1 else (0,)
+    fullest = _fullest(*mesh)
+    if not zero or each_pass or pipeline == 1:
+        fullest = _without_sums(fullest, several)
+    makes = [m._replace(makes=zero > 0 and (each_pass or not (m.summed and in_place))) for m in fullest]
+    found = [m._replace(turn=turn) for m in makes for turn in (turns if m.turn == "backward" else (m.turn,))]
+    if zero and (each_pass or pipeline == 1):
+        layerwise: tuple[Turn, ...] = ("layer", "next")
+        if pipeline == 1 and (zero == 3 or micro_batches == 1):
+            layerwise = ("gather", "layer", "next")
+        found += [m._replace(turn=turn) for m in makes for turn in layerwise]
+        found.append(Moment("reduction", (0,) * interleave, several))
+    return (*found, Moment("step", (0,) * interleave)) if zero and experts else tuple(found)
+
+
+def _without_sums(fullest: list[Moment], several: Counts) -> list[Moment]:
+    """What is left of them where no sums wait for a reduction, or all the time."""
+    plain = [Moment("backward", m.held, several, waiting=m.waiting) for m in fullest if m.turn == "backward"]
+    return [m for m in dict.fromkeys(plain) if not any(_exceeds(other, m) for other in plain)]
+
+
+def reduces_each_pass(zero: int, piped: bool) -> bool:
+    """Whether gradients are reduce-scattered after every backward pass, and not once a step: torch's pipeline stages would do
+    neither, and are told to for ZeRO 2 (runtime/pipeline.py)."""
+    return zero == 2 or (zero == 3 and not piped)
+
+
+def _fullest(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int, rank: int) -> list[Moment]:
+    if schedule in V_SHAPED:
+        return _in_a_v(schedule, pipeline, min(micro_batches, _STEADY * pipeline), rank)
+    held = in_flight(schedule, pipeline, interleave, micro_batches, rank)
+    if interleave == 1:
+        (most,) = held
+        found = [Moment("backward", held, (0,) if micro_batches > most else ())]
+        if micro_batches == most > 1:  # all forward passes come first
+            found.append(Moment("backward", (most - 1,), (0,)))
+        return [*found, Moment("reduction", (0,), (0,), reducing=0)]
+    if rounds(pipeline, micro_batches) > 1:
+        return list(_steady(held, micro_batches // rounds(pipeline, micro_batches)))
+    return list(_stage_by_stage(held, micro_batches))
+
+
+def _steady(held: Counts, each: int) -> Iterator[Moment]:
+    """Of an interleaved schedule with several rounds: all stages have sums when the second begins. In the last one a stage is
+    reduced while those before it hold a round's micro-batches."""
+    stages = tuple(range(len(held)))
+    last = stages[-1]
+    yield Moment("backward", held, stages)
+    yield Moment("reduction", (each,) * last + (0,), stages, reducing=last)
+    yield Moment("reduction", (0,) * len(held), (0,), stages[1:], reducing=0)
+
+
+def _stage_by_stage(held: Counts, micro_batches: int) -> Iterator[Moment]:
+    """Of one round: one stage's backward passes after another's, which are reduced by then."""
+    last, whole = len(held) - 1, sum(held) == micro_batches * len(held)
+    yield Moment("backward", held, () if whole else (last,))
+    for stage in (last, 0):
+        before = (micro_batches,) * stage
+        left = held[last] - whole if stage else micro_batches - 1
+        reduced = tuple(range(stage + 1, last + 1))
+        yield Moment("backward", (*before, left, *(0 for _ in reduced)), (stage,), reduced)
+        yield Moment("reduction", (*before, 0, *(0 for _ in reduced)), (stage,), reduced, stage)
+
+
+@cache
+def _in_a_v(schedule: Schedule, pipeline: int, micro_batches: int, rank: int) -> list[Moment]:
+    """Pass by pass. The first stage, which has no gradient of an input, puts none off."""
+    held, waiting, summed, left = [0, 0], [0, 0], [False, False], [micro_batches, micro_batches]
+    found: dict[Moment, None] = {}
+
+    def note(turn: Turn, reducing: int = -1) -> None:
+        present = tuple(i for i in (0, 1) if summed[i] and (left[i] or i == reducing))
+        reduced = tuple(i for i in (0, 1) if not left[i] and i != reducing)
+        found[Moment(turn, (held[0], held[1]), present, reduced, reducing, (waiting[0], waiting[1]))] = None
+
+    for kind, stage, _ in zero_bubble.order(schedule, pipeline, micro_batches, rank):
+        mine = int(stage >= pipeline)
+        apart = stage > 0 and kind != "B"
+        held[mine] += kind == "F"
+        waiting[mine] += kind == "I" and apart
+        if kind != "F":
+            note("backward")
+        if kind in "WB":
+            held[mine] -= 1
+            waiting[mine] -= apart
+            left[mine] -= 1
+            summed[mine] = True
+            if not left[mine]:
+                note("reduction", mine)
+    return [moment for moment in found if not any(_exceeds(other, moment) for other in found)]
+
+
+def _exceeds(one: Moment, other: Moment) -> bool:
+    """Whether it has all that the other has, and more."""
+    alike = one.turn == other.turn and one.reducing == other.reducing and one.reduced == other.reduced
+    counts = zip((*one.held, *one.waiting), (*other.held, *other.waiting), strict=True)
+    return alike and set(one.summed) >= set(other.summed) and all(a >= b for a, b in counts) and one != other
