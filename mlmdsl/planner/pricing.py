@@ -456,7 +456,10 @@ class Place:
     def fullest(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> tuple[Moment, memory.State, memory.Held]:
         """When the rank holds the most, and what."""
         filling = self.filling(c, rank, parts)
-        each = ((bytes + sum(held := filling.at(moment)), (moment, state, held)) for bytes, moment, state in self.moments(c, rank, parts))
+        each = (
+            (bytes + sum(held := filling.at(moment)), (moment, state, held))
+            for bytes, moment, state in self.moments(c, rank, parts)
+        )
         return max(each, key=lambda found: found[0])[1]
 
     def rank_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...], filling: memory.Filling) -> int:

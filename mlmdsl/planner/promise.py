@@ -112,7 +112,10 @@ def group(v: PlanVariables, axis: str, rank: int) -> tuple[int, ...]:
             start = replica - replica % (replicas // v.replicate)
             return tuple(first + r * inner + column for r in range(start, start + replicas // v.replicate))
         case "replicate":
-            return tuple(first + r * inner + column for r in range(replica % (replicas // v.replicate), replicas, replicas // v.replicate))
+            return tuple(
+                first + r * inner + column
+                for r in range(replica % (replicas // v.replicate), replicas, replicas // v.replicate)
+            )
         case "pipeline":
             return tuple(range(within, v.world_size, stage))
         case _:
