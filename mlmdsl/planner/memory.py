@@ -355,6 +355,7 @@ def _layer_by_layer(has: Shares, sharing: Sharing, width: int, moment: Moment) -
             gathered = min(whole, (1 + (turn not in ("gather", "layer"))) * layer + root)
         sums = 4 * (whole - layer * (turn == "next")) if moment.summed else 0
         made = has.made(moment) if turn != "gather" else 2 * layer
+        sent = 4 * root * (each and sharing.several)  # of the micro-batch before, until a layer's turn
     if turn in ("layer", "next"):
         sent, reduced = 4 * layer, layer // sharing.shards * (turn == "next")
     if turn == "layer":

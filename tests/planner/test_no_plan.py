@@ -44,12 +44,12 @@ def test_nothing_fits_in_memory() -> None:
 def test_pins_that_leave_no_memory_are_named() -> None:
     """One of them given up is enough, and what then fits is what a search without it finds."""
     pins = ("pin zero = 0", "pin recompute = none")
-    found = refused(*pins, memory="1000 MiB")
+    found = refused(*pins, memory="1030 MiB")
     assert found.code == "MLM0601" and [label.text for label in found.secondary] == [
         "zero is pinned here",
         "recompute is pinned here",
     ]
-    best = planned(pins[1], memory="1000 MiB")
+    best = planned(pins[1], memory="1030 MiB")
     assert f"without the pin zero = 0 the best plan is {best.plan.described}" in found.help
 
 
