@@ -147,8 +147,8 @@ class _Several:
         return reached, following
 
     def _tried(self, bound: float) -> tuple[bool, float]:
-        """Whether a distribution keeps the bound, and the next bound that may change that. If stages end as late as they can, that
-        says so, unless one of them can take none: no stage of any distribution ends later."""
+        """Whether a distribution keeps the bound, and the next bound that may change that. No stage of any distribution ends
+        later than where all end as late as they can, which says it, unless one of these can take no layer."""
         start, following, empty = 0, inf, False
         for stage in range(self.last + 1):
             before, end = self.before[self.speeds[stage]], self.furthest(stage, start, bound)
