@@ -146,8 +146,23 @@ class _Several:
             reached.append(after)
         return reached, following
 
+    def _tried(self, bound: float) -> tuple[bool, float]:
+        """Whether a distribution keeps the bound, and the next bound that may change that. No stage of any distribution ends
+        later than where all end as late as they can, which says it, unless one of these can take no layer."""
+        start, following, empty = 0, inf, False
+        for stage in range(self.last + 1):
+            before, end = self.before[self.speeds[stage]], self.furthest(stage, start, bound)
+            empty = empty or end == start
+            if end < self.roomy(stage, start):
+                following = min(following, before[end + 1] - before[start])
+            start = end
+        if empty and start == self.count:
+            reached, following = self._starts(bound)
+            return bool(reached[-1] >> self.count & 1), following
+        return start == self.count, following
+
     def _keeps(self, bound: float) -> bool:
-        return bool(self._starts(bound)[0][-1] >> self.count & 1)
+        return self._tried(bound)[0]
 
     def _least_bound(self, within: float) -> float | None:
         """Brought near by halving, then raised to the next value that lets some stage end later."""
@@ -161,8 +176,8 @@ class _Several:
             middle = (low + high) / 2
             low, high = (low, middle) if self._keeps(middle) else (middle, high)
         while True:
-            reached, following = self._starts(low)
-            if reached[-1] >> self.count & 1:
+            kept, following = self._tried(low)
+            if kept:
                 return low
             low = following
 
