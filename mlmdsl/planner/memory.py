@@ -18,9 +18,9 @@ Experts that the expert axis shares out are held as for 0, a share of them on ea
 of gradients beside the sums, and AdamW's 8 / c are cut over the c replicas that have the same ones.
 
 Shards are counted as FSDP2 cuts them: along a dim that d divides, or dim 0 in chunks of ceil(rows / d). Passes: what one
-micro-batch leaves on a stage, times the micro-batches that the schedule holds there; while the loss is computed, what that needs;
-in a layer's backward pass what recomputing brings back and what one operation needs. torch's pipeline stages keep a receive buffer
-for every micro-batch, in both directions, and a stage's outputs until their backward pass.
+micro-batch leaves on a stage, times the micro-batches that the schedule holds there; while the loss is computed, what that
+needs; in a layer's backward pass what recomputing brings back and what one operation needs. torch's pipeline stages keep a
+receive buffer for every micro-batch, in both directions, and a stage's outputs until their backward pass.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class Shares:
         return sum(self.shards)
 
     def made(self, moment: Moment) -> int:
-        """Gradients that a backward pass has made and not yet added to their sums, but for a layer's: of the head until its end;
-        where they are added one by one, the largest."""
+        """Gradients that a backward pass has made and not yet added to their sums, but for a layer's: of the head until its
+        end; where they are added one by one, the largest."""
         if moment.summed and not moment.makes:
             return self.largest
         return self.head * (moment.turn != "loss")
@@ -384,7 +384,7 @@ class Passing(NamedTuple):
     """Bytes that one micro-batch leaves on one part, for one way of recomputing.
 
     kept: until its backward pass; layer: of these, the least that a layer keeps; received: of a receive buffer, one direction;
-    working, transient: while one layer's backward pass runs; making: the same as transient with gradients of the layer's weights;
+    working, transient: while one layer's backward pass runs; making: as transient, with gradients of the layer's weights;
     waiting: where those are put off; loss: kept by the loss and model output; output: of these, what
     stays until the end of the backward pass; loss_transient; spare: room that the model's output leaves to nothing as small."""
 

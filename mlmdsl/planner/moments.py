@@ -1,4 +1,4 @@
-"""When a rank's memory may be fullest in the course of a step: what it holds then of passes, sums of gradients and gathered weights.
+"""When a rank's memory may be fullest in the course of a step: what it holds then of passes, sums and gathered weights.
 
     gather      of the last layer's weights in a forward pass, those of the layer before lying in their buffer still
     loss        of one micro-batch, until the backward pass of the model's head
@@ -8,9 +8,9 @@
     reduction   of a stage's gradients, after its last backward pass
     step        sums of experts that are shared out, then the optimizer: no other sums are there any more
 
-A stage's sums of gradients are there from the end of its first backward pass until they are reduced, which follows its last. So a
-schedule has few combinations that no other exceeds: the most micro-batches with the sums that are there by then, the most sums
-with the micro-batches that are left, and the reductions.
+A stage's sums of gradients are there from the end of its first backward pass until they are reduced, which follows its last.
+So a schedule has few combinations that no other exceeds: the most micro-batches with the sums that are there by then, the most
+sums with the micro-batches that are left, and the reductions.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _STEADY = 4  # micro-batches per rank of a V, after which one is as the next
 
 class Moment(NamedTuple):
     """Micro-batches held of each of the rank's virtual stages, in model order; which stages have sums of gradients, which have
-    theirs reduced; `reducing`: whose are being reduced. `waiting`: micro-batches whose gradients of weights are put off; `makes`:
-    the backward pass makes all gradients of a layer before they go anywhere."""
+    theirs reduced; `reducing`: whose are being reduced. `waiting`: micro-batches whose gradients of weights are put off;
+    `makes`: the backward pass makes all gradients of a layer before they go anywhere."""
 
     turn: Turn
     held: Counts
@@ -60,9 +60,9 @@ def moments(
     in_place: bool,
     experts: bool,
 ) -> tuple[Moment, ...]:
-    """`zero`: 0 where the replicas' weights are whole; `loss`: whether the rank has the model's last stage; `in_place`: whether a
-    backward pass adds each gradient to its sum at once, where that is there; `experts`: whether it has some that are shared
-    out."""
+    """`zero`: 0 where the replicas' weights are whole; `loss`: whether the rank has the model's last stage; `in_place`:
+    whether a backward pass adds each gradient to its sum at once, where that is there; `experts`: whether it has some that
+    are shared out."""
     mesh = (schedule, pipeline, interleave, micro_batches, rank)
     turns: tuple[Turn, ...] = ("loss", "backward") if loss else ("backward",)
     each_pass = reduces_each_pass(zero, pipeline > 1)

@@ -60,9 +60,9 @@ class PassCost:
 
     saved_bytes: from forward to backward, the pass's arguments included; entry_bytes: of these, what came from the pass before;
     working_bytes: what recomputing brings back while the backward pass runs, and what all passes share; transient_bytes: the
-    most that one operation needs besides; making_bytes: the same with the gradients of the weights that the backward pass has made
-    by then; waiting_bytes: gradients that wait where those of weights are put off; loss_bytes: of the last region, what the loss keeps, and logits_bytes the model's
-    output."""
+    most that one operation needs besides; making_bytes: the same with the gradients of the weights that the backward pass has
+    made by then; waiting_bytes: gradients that wait where those of weights are put off; loss_bytes: of the last region, what
+    the loss keeps, and logits_bytes the model's output."""
 
     flops: float  # of matrix products and attention as the kernels compute them, forward and backward
     forward_seconds: float
@@ -525,7 +525,7 @@ class Passes:
 
     @cached_property
     def crossings(self) -> tuple[tuple[int, ...], ...]:
-        """By region: bytes of each value that a stage hands on before a pass of it (none for straight code): the carried values,
+        """By region: bytes of each value that a stage hands on before a pass of it (none for straight code): what is carried,
         and values of earlier regions that it or later ones still use."""
         return tuple(self._crossing(i) if region.repeated else () for i, region in enumerate(self.graph.regions))
 

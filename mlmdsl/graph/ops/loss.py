@@ -49,7 +49,7 @@ def _on_context(types: Types, out: TensorType, weights: tuple[tuple[int, ...], .
 
 
 def _work(local: Local) -> Work:
-    """The log-probabilities are kept in fp32 for backward; their gradient and that of the logits are there beside them, in fp32.
+    """The log-probabilities are kept in fp32 for backward; their gradient and that of the logits are there beside them.
     Forward: to fp32, log-softmax; backward: zeros with the targets' places, the softmax's gradient of both, to the training
     precision."""
     count, width = float(prod(local.inputs[0])), local.input_bytes[0]
