@@ -74,7 +74,8 @@ def ledger(place: Place, c: Candidate) -> tuple[StageMemory, ...]:
     """By pipeline stage."""
     fullest = (place.fullest(c, rank, c.cut.held(rank)) for rank in range(place.pipeline))
     context = place.context_bytes + place.more_context_bytes(c)
-    return tuple(stage_memory(rank, moment.turn, *found, context) for rank, (moment, *found) in enumerate(fullest))
+    each = enumerate(fullest)
+    return tuple(stage_memory(rank, moment.turn, state, held, context) for rank, (moment, state, held) in each)
 
 
 def predicted(place: Place, c: Candidate) -> Predicted:

@@ -318,7 +318,7 @@ class Holdings:
 
 def _once(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
     """A pipeline's stages, whose gradients are reduced after their last backward pass. torch reduces the root first."""
-    _, _, summed, reduced, reducing, _, _ = moment
+    summed, reduced, reducing = moment.summed, moment.reduced, moment.reducing
     owned = has.owned
     if moment.turn == "step":
         return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
@@ -466,6 +466,7 @@ class Filling:
     def __init__(self, stages: Sequence[Passing], micro_batches: int, kind: str, turns: bool = False):
         """`turns`: the first of two stages hands its results to the second: they are the second's receive buffers."""
         self.last = stages[-1]
+        self.each = [s.kept for s in stages]
         self.kept = sorted((s.kept - s.sent * (turns and i == 0) for i, s in enumerate(stages)), reverse=True)
         self.waiting = sorted((s.waiting for s in stages), reverse=True)
         self.layer = min(s.layer for s in stages)
@@ -479,10 +480,10 @@ class Filling:
         of an interleaved step."""
         turn, last = moment.turn, self.last
         counts = sorted(moment.held, reverse=True) if len(moment.held) > 1 else moment.held
-        activations = sum(map(mul, self.kept, counts))
+        activations = sum(map(mul, self.each, moment.held) if moment.settled else map(mul, self.kept, counts))
         if moment.waiting:
             activations += sum(map(mul, self.waiting, sorted(moment.waiting, reverse=True)))
-        loss, transient = last.loss * moment.held[-1], 0
+        loss, transient = last.loss * moment.held[len(moment.held) - 1], 0
         if turn == "loss":
             loss += last.loss_transient
         elif turn in ("backward", "next"):

@@ -40,6 +40,7 @@ class Moment(NamedTuple):
     reducing: int = -1
     waiting: Counts = ()
     makes: bool = False
+    settled: bool = False  # which stage holds how many does not change in the course of the step
 
     @property
     def of_state(self) -> tuple[Turn, Counts, Counts, int, bool]:
@@ -83,7 +84,7 @@ def moments(
 
 def _without_sums(fullest: list[Moment], several: Counts) -> list[Moment]:
     """What is left of them where no sums wait for a reduction, or all the time."""
-    plain = [Moment("backward", m.held, several, waiting=m.waiting) for m in fullest if m.turn == "backward"]
+    plain = [Moment("backward", m.held, several, waiting=m.waiting, settled=m.settled) for m in fullest if m.turn == "backward"]
     return [m for m in dict.fromkeys(plain) if not any(_exceeds(other, m) for other in plain)]
 
 
@@ -121,13 +122,13 @@ def _steady(held: Counts, each: int) -> Iterator[Moment]:
 def _stage_by_stage(held: Counts, micro_batches: int) -> Iterator[Moment]:
     """Of one round: one stage's backward passes after another's, which are reduced by then."""
     last, whole = len(held) - 1, sum(held) == micro_batches * len(held)
-    yield Moment("backward", held, () if whole else (last,))
+    yield Moment("backward", held, () if whole else (last,), settled=True)
     for stage in (last, 0):
         before = (micro_batches,) * stage
         left = held[last] - whole if stage else micro_batches - 1
         reduced = tuple(range(stage + 1, last + 1))
-        yield Moment("backward", (*before, left, *(0 for _ in reduced)), (stage,), reduced)
-        yield Moment("reduction", (*before, 0, *(0 for _ in reduced)), (stage,), reduced, stage)
+        yield Moment("backward", (*before, left, *(0 for _ in reduced)), (stage,), reduced, settled=True)
+        yield Moment("reduction", (*before, 0, *(0 for _ in reduced)), (stage,), reduced, stage, settled=True)
 
 
 @cache

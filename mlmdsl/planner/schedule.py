@@ -116,7 +116,8 @@ def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_ba
     more (larger counts go with larger stages: Chebyshev's sum inequality), so the fullest of ranks that keep K bytes together
     holds at least K / sum(1 / c)."""
     counts = (in_flight(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline))
-    means = [sum(each) / len(each) for each in counts]
+    settled = schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) == 1  # no larger counts for larger stages
+    means = [min(each) if settled else sum(each) / len(each) for each in counts]
     return 1 / sum(1 / mean for mean in means), max(means)
 
 
