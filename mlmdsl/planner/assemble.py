@@ -209,7 +209,7 @@ def _cluster(place: Place) -> ClusterFacts:
         devices_per_node=setting.network.devices_per_node,
         world_size=cluster.world_size,
         links=links_of(place),
-        pools=pool_facts(cluster, place.pipeline, place.mesh.world_size // place.pipeline, precision),
+        pools=pool_facts(cluster, place.mesh, precision),
     )
 
 

@@ -1,9 +1,10 @@
 """What the ranks of a pipeline stage lie on, where a cluster has pools of unlike nodes.
 
-Ranks fill the pools in the order of the text, and the pipeline is the outermost axis of their grid: a stage is a contiguous run
-of ranks, on one pool or, where it straddles the end of one, on several. There it is planned as the weakest of these in every
-respect, since the ranks of a stage do the same work and wait for each other. Groups inside a stage (tensor, context, expert,
-data) go over the links of its own site; what crosses pools goes over the cluster's link between nodes.
+Ranks fill the pools in the order of the text, and the pipeline is the outermost axis of their grid (where a pin puts it inside
+data, every stage is planned as if it lay on all pools): a stage is a contiguous run of ranks, on one pool or, where it
+straddles the end of one, on several. There it is planned as the weakest of these in every respect, since the ranks of a stage
+do the same work and wait for each other. Groups inside a stage (tensor, context, expert, data) go over the links of its own
+site; what crosses pools goes over the cluster's link between nodes.
 """
 
 from __future__ import annotations
@@ -62,11 +63,10 @@ def mean_peak(cluster: Cluster, precision: str) -> float:
     return sum(size_of(pool) * peak for pool, peak in zip(cluster.pools, peaks, strict=True)) / cluster.world_size
 
 
-def pool_facts(cluster: Cluster, stages: int, ranks: int, precision: str) -> tuple[PoolFacts, ...]:
-    """What lies where, with as many stages of `ranks` ranks each; nothing to say of a single pool."""
+def pool_facts(cluster: Cluster, mesh: Mesh, precision: str) -> tuple[PoolFacts, ...]:
+    """What lies where; nothing to say of a single pool."""
     if len(cluster.pools) == 1:
         return ()
-    lying = pools_of(cluster, stages, ranks)
     return tuple(
         PoolFacts(
             name=pool.name,
@@ -76,10 +76,16 @@ def pool_facts(cluster: Cluster, stages: int, ranks: int, precision: str) -> tup
             nodes=pool.nodes,
             devices_per_node=pool.devices_per_node,
             first_rank=first,
-            stages=tuple(stage for stage, pools in enumerate(lying) if i in pools),
+            stages=_stages_on(first, first + size_of(pool), mesh),
         )
-        for i, (pool, first) in enumerate(zip(cluster.pools, firsts(cluster), strict=False))
+        for pool, first in zip(cluster.pools, firsts(cluster), strict=False)
     )
+
+
+def _stages_on(first: int, end: int, mesh: Mesh) -> tuple[int, ...]:
+    """Pipeline ranks that any of the ranks `first` .. `end` - 1 has."""
+    ((stages, ranks),) = mesh.levels("pipeline")
+    return tuple(sorted({run % stages for run in range(first // ranks, -(-end // ranks))}))
 
 
 class Sites:

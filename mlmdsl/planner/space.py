@@ -118,7 +118,7 @@ class Space:
         where pools differ. A pin may ask for either."""
         if "order" in self.pins:
             return (self.pins["order"],)
-        if pipeline == 1 or data == 1 or len(self.setting.spec.cluster.pools) > 1:
+        if pipeline == 1 or data == 1 or not self.setting.alike:
             return (USUAL,)
         degrees = (bench.sharding.tensor, data, pipeline, bench.sharding.context)
         crosses = (self.setting.mesh(*degrees, order=order).crosses_nodes("pipeline") for order in ORDERS)

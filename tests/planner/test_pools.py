@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mlmdsl.compile import compile_spec
 from mlmdsl.diagnostics import PlanError
+from mlmdsl.grammar.constraints import ORDERS, USUAL
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.planner.mesh import Mesh
 from mlmdsl.planner.plan import Plan
@@ -63,6 +64,21 @@ def test_a_stage_on_both_pools_is_planned_as_the_weakest_in_every_respect() -> N
 def test_the_peak_of_all_is_the_sum_of_the_pools() -> None:
     spec, _ = pooled(nodes=1, per_node=2, other_nodes=3, other_per_node=2, speed=300)
     assert mean_peak(spec.cluster, "bf16") * 8 == pytest.approx(2 * 100e12 + 6 * 300e12)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_plan_names_the_pools_of_each_stage(order: str) -> None:
+    """Of two stages a pool each, or both on both."""
+    pins = (*PIPED, f"pin order = {order}")
+    plan = planned(*pins, nodes=1, per_node=4, other_nodes=1, other_per_node=4, memory="4 GiB", other_memory="2 GiB")
+    mesh = plan.plan.mesh(plan.cluster.devices_per_node)
+    for stage in range(2):
+        ranks = [rank for rank in range(8) if mesh.coordinates(rank)[0] == stage]
+        assert [pool.name for pool in plan.cluster.pools_of(stage)] == list(
+            dict.fromkeys("one" if r < 4 else "two" for r in ranks)
+        )
+    least = 2 * 2**30
+    assert [plan.cluster.memory_of(stage) for stage in range(2)] == ([2 * least, least] if order == USUAL else [least, least])
 
 
 @given(
