@@ -106,6 +106,7 @@ TABLE = {
     "deepseek_v3": Published(671_026_404_352, 7168, 61, 128, 128, 2048, 129280, True, own_form=deepseek_v3_flops_per_token),
     "llama3_8b": Published(8_030_261_248, 4096, 32, 32, 8, 14336, 128256, True),
     "llama3_70b": Published(70_553_706_496, 8192, 80, 64, 8, 28672, 128256, True),
+    "llama3_70b_mixed": Published(70_553_706_496, 8192, 80, 64, 8, 28672, 128256, True),
     "llama3_405b": Published(405_853_388_800, 16384, 126, 128, 8, 53248, 128256, True),
     "llama3p1_8b": Published(8_030_261_248, 4096, 32, 32, 8, 14336, 128256, True),
     "llama3p2_1b": Published(1_235_814_400, 2048, 16, 32, 8, 8192, 128256, True),
