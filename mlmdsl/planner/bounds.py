@@ -19,6 +19,7 @@ Seconds of a sequence do not grow with the micro-batch: kernels and links are th
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import NamedTuple
 
 from mlmdsl.planner.communication import collective_seconds
@@ -101,11 +102,34 @@ def least_around(place: Place, overheads: Iterable[Overhead], micro_batch: int, 
     return min([once + passes * each for once, each in overheads]) + place.sync_seconds
 
 
-def least_seconds(place: Place, around: float, micro_batch: int, mode: int, schedule: Schedule, interleave: int) -> float:
-    """Of a step, under a way of recomputing and a schedule; `around`: of `least_around`."""
+def least_seconds(
+    place: Place, around: float, micro_batch: int, mode: int, schedule: Schedule, interleave: int, longer: float = 0.0
+) -> float:
+    """Of a step, under a way of recomputing and a schedule; `around`: of `least_around`; `longer`: what a micro-batch's passes
+    take besides."""
     m, send = place.micro_batches(micro_batch), place.least_send(micro_batch)
     sums = place.sums(micro_batch, mode)
+    if longer:
+        sums = sums._replace(backward=sums.backward + longer)
     return _ROUNDED * (least_pipeline(schedule, sums, send, m, place.pipeline, interleave) + around)
+
+
+def least_blended(
+    place: Place,
+    around: float,
+    micro_batch: int,
+    ways: Iterable[tuple[int, int]],
+    schedule: Schedule,
+    interleave: int,
+    shares: Iterable[tuple[int, int]],
+) -> float:
+    """Of a step that recomputes some layers in a dear way and the others in a mild one, (mild, dear), as few as its memory
+    allows under one of these ways of ZeRO."""
+    best = inf
+    for mild, dear in ways:
+        longer = min(place.least_longer(micro_batch, mild, dear, schedule, interleave, *share) for share in shares)
+        best = min(best, least_seconds(place, around, micro_batch, mild, schedule, interleave, longer))
+    return best
 
 
 def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) -> float:

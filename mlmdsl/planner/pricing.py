@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import gcd
+from math import gcd, inf
 from typing import NamedTuple
 
 from mlmdsl.grammar.constraints import USUAL, Order
@@ -239,6 +239,7 @@ class Bench:
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
     _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
     _least: dict[int, tuple[tuple[Least, ...], int]] = field(default_factory=dict[int, "tuple[tuple[Least, ...], int]"])
+    _exchanged: dict[tuple[int, int, int], float] = field(default_factory=dict[tuple[int, int, int], float])
     _balanced: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict[tuple[int, int, int], tuple[int, ...]])
     _sums: dict[tuple[int, int], Sums] = field(default_factory=dict[tuple[int, int], Sums])
 
@@ -369,6 +370,21 @@ class Bench:
         quickest = min((f + b for f, b, _ in each), default=0.0)
         return Sums(forward, backward, weight, min((f for f, _, _ in each), default=0.0), quickest, crossing)
 
+    def seconds_for_bytes(self, micro_batch: int, mild: int, dear: int) -> float:
+        """For each byte that a layer keeps less under a dearer way of recomputing, what its passes take longer: of the kind of
+        layer where that is least."""
+        key = (micro_batch, mild, dear)
+        found = self._exchanged.get(key)
+        if found is None:
+            ways = [[f + b for f, b, _ in self._region_seconds(micro_batch, mode)] for mode in (mild, dear)]
+            costs, each = self.passes(micro_batch).costs, list[float]()
+            for kind in self.setting.chain.kinds:
+                saved = sum(costs[i].saved_bytes[mild] - costs[i].saved_bytes[dear] for i in kind)
+                longer = sum(ways[1][i] - ways[0][i] for i in kind)
+                each += [longer / saved] if saved > 0 else []
+            found = self._exchanged[key] = max(0.0, min(each, default=inf))
+        return found
+
     def least_layer(self, micro_batch: int, mild: int, dear: int) -> float:
         """What a pass through a layer takes at least under one way of recomputing, as a share of that under another."""
         ways = [[f + b for f, b, _ in self._region_seconds(micro_batch, mode)] for mode in (mild, dear)]
@@ -423,6 +439,8 @@ class Place:
     _cuts: dict[tuple[object, ...], Cut] = field(default_factory=dict[tuple[object, ...], Cut])
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
     _least: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
+    _sends: dict[int, float] = field(default_factory=dict[int, float])
+    _fillings: dict[tuple[object, ...], memory.Filling] = field(default_factory=dict[tuple[object, ...], memory.Filling])
     _moments: dict[tuple[object, ...], Moments] = field(default_factory=dict[tuple[object, ...], "Moments"])
     _blends: dict[tuple[object, ...], tuple[Blend, ...]] = field(default_factory=dict[tuple[object, ...], "tuple[Blend, ...]"])
     _proportioned: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict[tuple[object, ...], tuple[int, ...]])
@@ -575,9 +593,13 @@ class Place:
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def filling(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> memory.Filling:
-        """What the rank holds besides its state."""
+        """What the rank holds besides its state; the same for every ZeRO."""
         if not c.modes:
-            return self.filling_under(c, rank, parts, (c.recompute,) * len(parts))
+            key = (c.micro_batch, c.schedule, c.interleave, c.recompute, rank, parts)
+            found = self._fillings.get(key)
+            if found is None:
+                found = self._fillings[key] = self.filling_under(c, rank, parts, (c.recompute,) * len(parts))
+            return found
         return self.filling_under(c, rank, parts, [self.how(c, stage) for stage in c.cut.placed[rank]])
 
     def filling_under(self, c: Candidate, rank: int, parts: tuple[Part, ...], hows: Sequence[How]) -> memory.Filling:
@@ -587,10 +609,6 @@ class Place:
         stages = [bench.part(part, c.micro_batch, how, piped).bytes for part, how in zip(parts, hows, strict=True)]
         turns = c.schedule in schedule.V_SHAPED and rank == self.pipeline - 1
         return memory.Filling(stages, m, bench.site.device.kind, turns)
-
-    def fillings(self, c: Candidate) -> list[memory.Filling]:
-        """By the cut's ranks; the same for every ZeRO."""
-        return [self.filling(c, rank, parts) for rank, parts in self._fullest(c)]
 
     def moments(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> Moments:
         """Those of which one is the rank's fullest."""
@@ -643,6 +661,22 @@ class Place:
         even = self._bound(state / self.pipeline, least.kept / self.pipeline + max(loss / self.pipeline, least.working))
         return max(even, self._bound(state * share / most, least.kept * share + least.working))
 
+    def least_longer(
+        self, micro_batch: int, mild: int, dear: int, kind: Schedule, interleave: int, zero: int, replicate: int
+    ) -> float:
+        """Seconds by which a micro-batch's passes are longer than under a mild way of recomputing, at least, where some layers
+        are under a dearer one so that the plan fits: each byte that `least_under` has too much costs as little as it can."""
+        each, loss = self.bench.least_activations(micro_batch)
+        share, most = schedule.least_in_flight(kind, self.pipeline, interleave, self.micro_batches(micro_batch))
+        state, working = self._least_state(zero, replicate), min(each[mild].working, each[dear].working)
+        room, slack = self.most_bytes - self.context_bytes, 1 + memory.SLACK[self.bench.setting.device.kind]
+        even = ((room - state / self.pipeline) / slack - max(loss / self.pipeline, working)) * self.pipeline
+        fullest = ((room - state * share / most) / slack - working) / share
+        over = each[mild].kept - min(even, fullest)
+        if over <= 0:
+            return 0.0
+        return over * min(bench.seconds_for_bytes(micro_batch, mild, dear) for bench in self.distinct)
+
     def _bound(self, state: float, passing: float) -> int:
         return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
 
@@ -658,15 +692,19 @@ class Place:
                 found -= state.unsharded
         return found
 
-    def peak_bytes(self, c: Candidate, fillings: Sequence[memory.Filling] | None = None) -> int:
-        """On the fullest rank."""
-        ranks = zip(self._fullest(c), self.fillings(c) if fillings is None else fillings, strict=True)
-        return max(self.rank_bytes(c, rank, parts, filling) for (rank, parts), filling in ranks) + self.more_context_bytes(c)
+    def peak_bytes(self, c: Candidate, limit: float = inf) -> int:
+        """On the fullest rank, or on the first one over the limit."""
+        most, more = 0, self.more_context_bytes(c)
+        for rank, parts in self._fullest(c):
+            most = max(most, self.rank_bytes(c, rank, parts, self.filling(c, rank, parts)) + more)
+            if most > limit:
+                break
+        return most
 
-    def over_bytes(self, c: Candidate, fillings: Sequence[memory.Filling] | None = None) -> int:
+    def over_bytes(self, c: Candidate) -> int:
         """What the fullest rank lacks of its device's memory; negative where all of them fit."""
-        ranks = zip(self._fullest(c), self.fillings(c) if fillings is None else fillings, strict=True)
-        return max(-self.left_bytes(c, rank, parts, filling) for (rank, parts), filling in ranks)
+        ranks = self._fullest(c)
+        return max(-self.left_bytes(c, rank, parts, self.filling(c, rank, parts)) for rank, parts in ranks)
 
     def left_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...], filling: memory.Filling) -> int:
         """Of what a plan may use of a rank's memory."""
@@ -700,14 +738,18 @@ class Place:
 
     def sums(self, micro_batch: int, mode: int) -> Sums:
         """Where pools are unlike, the least of any of them; of gradients of weights, which schedules can put off, the most."""
+        if self.alike:
+            return self.bench.sums(micro_batch, mode)
         each = [bench.sums(micro_batch, mode) for bench in self.distinct]
-        if len(each) == 1:
-            return each[0]
         return Sums(*map(min, zip(*each, strict=True)))._replace(weight=max(one.weight for one in each))
 
     def least_send(self, micro_batch: int) -> float:
         """Seconds of one hand-over between stages."""
-        return self._send_seconds(self.bench.sums(micro_batch, 0).crossing) if self.pipeline > 1 else 0.0
+        found = self._sends.get(micro_batch)
+        if found is None:
+            crossing = self.bench.sums(micro_batch, 0).crossing
+            found = self._sends[micro_batch] = self._send_seconds(crossing) if self.pipeline > 1 else 0.0
+        return found
 
     def crossings(self, c: Candidate, stage: int) -> tuple[bool, bool]:
         """Whether a virtual stage is given its input by another rank, and hands its output to one."""

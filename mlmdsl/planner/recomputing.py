@@ -9,28 +9,36 @@ not proved slower than the best one so far.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from math import inf
 
 from mlmdsl.planner import schedule
 from mlmdsl.planner.blend import How, blend
-from mlmdsl.planner.outcome import Found, Outcome
+from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.pricing import Candidate, Place
 
 Weigh = Callable[[Candidate, Place], None]
+Bound = Callable[
+    [Branch, Iterable[int]], float
+]  # seconds at least of what a branch has with fewer layers recomputed, by milder way
 Order = Callable[[Sequence[int], Sequence[int]], list[int]]  # from layers and micro-batches held of each of a rank's stages
 
 
-def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh) -> None:
+def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh, bound: Bound) -> None:
     """Hands plans that fit in `limit_bytes` and may be faster than the best one, which comes first, to `weigh`. Branches are
-    opened as far as theirs may be."""
+    opened as far as theirs may be; `bound` is asked when a quicker one is not enough."""
     best = outcome.found[0].order()[0]
     waiting = [promise for number in range(len(outcome.found)) for promise in _promising(outcome, number)]
     waiting += [(branch.milder, number, -1) for number, branch in outcome.branches.items()]
     heapify(waiting)
     while waiting and waiting[0][0] < best:
-        _, number, mild = heappop(waiting)
+        least, number, mild = heappop(waiting)
         if mild < 0:
+            branch = outcome.branches[number]
+            if branch.share is not None and (closer := bound(branch, range(branch.mode))) > least:
+                heappush(waiting, (closer, number, mild))
+                continue
             branches, plans = outcome.opened(number)
             for promise in [promise for new in plans for promise in _promising(outcome, new)]:
                 heappush(waiting, promise)
@@ -38,12 +46,22 @@ def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh) -> None:
                 heappush(waiting, (branch.milder, new, -1))
             continue
         found = outcome.found[number]
-        for candidate in fewest(found.place, found.candidate, mild, limit_bytes):
+        if (closer := bound(_branch_of(found), (mild,))) > least:
+            heappush(waiting, (closer, number, mild))
+            continue
+        for candidate in fewest(found.place, found.candidate, mild, limit_bytes, best):
             before = len(outcome.found)
             weigh(candidate, found.place)
             for new in range(before, len(outcome.found)):
                 if outcome.found[new].order()[0] < best:
                     best = min(best, outcome.made_exact(new).order()[0])
+
+
+def _branch_of(found: Found) -> Branch:
+    """Of which a plan is the only candidate."""
+    c = found.candidate
+    chosen = ((c.micro_batch,), c.schedule, c.interleave, c.recompute)
+    return Branch(found.objective, found.broken, found.place, *chosen, share=(c.zero, c.replicate))
 
 
 def _promising(outcome: Outcome, number: int) -> Iterator[tuple[float, int, int]]:
@@ -61,24 +79,26 @@ def _least(found: Found, mild: int) -> float:
     return times.total - (1 - share) * times.pipeline
 
 
-def fewest(place: Place, c: Candidate, mild: int, limit_bytes: float) -> Iterator[Candidate]:
+def fewest(place: Place, c: Candidate, mild: int, limit_bytes: float, seconds: float = inf) -> Iterator[Candidate]:
     """Plans with the fewest layers under `c.recompute` on each rank that fit, the others under `mild`; of a stage the first. A
     rank with several stages takes them from those that hold most micro-batches, which are the fewest of all, or evenly, so that
-    no stage is much slower than the others. Nothing where it takes none, or all do not suffice."""
+    no stage is much slower than the others. Nothing where it takes none, all do not suffice, or a rank is busy for
+    `seconds`."""
     seen: set[tuple[int, ...]] = set()
     for order in (_most_held, _evenly) if c.interleave > 1 else (_most_held,):
-        modes = _modes(place, c, mild, limit_bytes, order)
+        modes = _modes(place, c, mild, limit_bytes, order, seconds)
         if len(set(modes)) > 1 and modes not in seen:
             seen.add(modes)
             yield c._replace(modes=modes)
 
 
-def _modes(place: Place, c: Candidate, mild: int, limit_bytes: float, order: Order) -> tuple[int, ...]:
-    """Of every layer; () where a rank does not fit."""
+def _modes(place: Place, c: Candidate, mild: int, limit_bytes: float, order: Order, seconds: float) -> tuple[int, ...]:
+    """Of every layer; () where a rank does not fit, or takes too long."""
     counts, guess = dict[int, int](), 0
     for rank, stages in enumerate(c.cut.placed):
-        found = _Rank(place, c, rank, stages, mild, limit_bytes).fewest(order, guess)
-        if found is None:
+        one = _Rank(place, c, rank, stages, mild, limit_bytes)
+        found = one.fewest(order, guess)
+        if found is None or one.busy_seconds(found) >= seconds:
             return ()
         counts |= zip(stages, found, strict=True)
         guess = sum(found)  # neighbours need about as many
@@ -125,6 +145,12 @@ class _Rank:
         hows = [self.how(stage, n) for stage, n in enumerate(chosen)]
         filling = self.place.filling_under(self.c, self.rank, self.parts, hows)
         return self.place.rank_bytes(self.c, self.rank, self.parts, filling) <= self.limit_bytes
+
+    def busy_seconds(self, chosen: Sequence[int]) -> float:
+        """Of a step, sends left aside."""
+        bench, piped, micro_batch = self.place.benches[self.rank], self.place.pipeline > 1, self.c.micro_batch
+        costs = (bench.part(part, micro_batch, self.how(i, chosen[i]), piped) for i, part in enumerate(self.parts))
+        return self.place.micro_batches(micro_batch) * sum(cost.forward + cost.backward for cost in costs)
 
     def how(self, stage: int, n: int) -> How:
         """With the first n layers under the dearer way."""

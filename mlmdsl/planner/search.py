@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heapify, heappop, heappush
@@ -22,8 +22,7 @@ from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
-from mlmdsl.planner.bounds import Overhead, least_around, least_from, least_seconds, overhead_of
-from mlmdsl.planner.memory import Filling
+from mlmdsl.planner.bounds import Overhead, least_around, least_blended, least_from, least_seconds, overhead_of
 from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
@@ -93,7 +92,7 @@ def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
         judge.plant(place)
     outcome.settle()
     if outcome.found and "recompute" not in space.pins and limits.minimize != "memory":
-        recomputing.refine(outcome, judge.limit_bytes, judge.add)
+        recomputing.refine(outcome, judge.limit_bytes, judge.add, judge.least_milder)
         outcome.settle()
     if not outcome.found:
         outcome.find_closest()
@@ -119,7 +118,6 @@ class Judge:
     space: Space
     _aside: list[_Aside] = field(default_factory=list[_Aside])
     _numbers: Iterator[int] = field(default_factory=count)
-    _fillings: dict[tuple[object, ...], list[Filling]] = field(default_factory=dict[tuple[object, ...], "list[Filling]"])
     _fittings: dict[tuple[object, ...], Fitting] = field(default_factory=dict[tuple[object, ...], Fitting])
     _overheads: dict[tuple[Place, bool], list[Overhead]] = field(default_factory=dict[tuple[Place, bool], "list[Overhead]"])
 
@@ -185,6 +183,16 @@ class Judge:
                 bound = least_seconds(place, around, micro_batch, 0 if group.modes else group.mode, schedule, interleave)
                 milder = least_seconds(place, around, micro_batch, 0, schedule, interleave) if group.milder < inf else inf
                 yield group._replace(bound=bound, milder=milder, share=share)
+
+    def least_milder(self, branch: Branch, milds: Iterable[int]) -> float:
+        """A closer bound than `milder`: as few layers are recomputed as memory allows, the others in one of these ways."""
+        place, schedule, (micro_batch,), interleave = branch.place, branch.schedule, branch.micro_batches, branch.interleave
+        assert schedule is not None
+        shares = self._shares(branch)
+        overheads = zip(self.space.shares(place, schedule), self._overheads_of(place, schedule), strict=True)
+        around = least_around(place, [o for share, o in overheads if share in shares], micro_batch, interleave)
+        ways = [(mild, branch.mode) for mild in milds]
+        return least_blended(place, around, micro_batch, ways, schedule, interleave, shares)
 
     def _overheads_of(self, place: Place, schedule: Schedule = "1f1b") -> list[Overhead]:
         key = (place, schedule in V_SHAPED)
@@ -254,8 +262,8 @@ class Judge:
         while waiting and waiting[0].over < tally.distance:
             _, _, branch = heappop(waiting)
             if branch.schedule is not None:
-                for candidate, _, over in self._peaks(branch):
-                    tally.closer(over, candidate, branch.place)
+                for candidate in self._candidates(branch):
+                    tally.closer(branch.place.over_bytes(candidate), candidate, branch.place)
                 continue
             larger = branch.micro_batches[1:]
             parts = [*self._groups(branch), *([branch._replace(micro_batches=larger)] if larger else [])]
@@ -266,12 +274,21 @@ class Judge:
 
     def _price(self, branch: Branch) -> None:
         """What does not fit needs no price."""
-        for candidate, peak, over in self._peaks(branch):
+        for candidate in self._candidates(branch):
+            if branch.place.alike:
+                limit = branch.place.most_bytes
+                peak = branch.place.peak_bytes(candidate, limit)
+                if peak > limit:
+                    self._put_aside(peak - limit, branch._replace(share=(candidate.zero, candidate.replicate)))
+                else:
+                    self._weigh(candidate, branch.place, peak)
+                continue
+            over = branch.place.over_bytes(candidate)
             if over <= 0:
-                self._weigh(candidate, branch.place, peak)
+                self._weigh(candidate, branch.place, branch.place.peak_bytes(candidate))
                 continue
             self.outcome.reject("memory").add(over, candidate, branch.place)
-            if not branch.place.alike and not branch.modes and "stages" not in self.space.pins:
+            if not branch.modes and "stages" not in self.space.pins:
                 other = self._fitting(branch.place, candidate).within(candidate)
                 if other is not None:
                     self.add(other, branch.place)
@@ -283,8 +300,8 @@ class Judge:
             self._fittings[key] = Fitting(place, c)
         return self._fittings[key]
 
-    def _peaks(self, branch: Branch) -> Iterator[tuple[Candidate, int, int]]:
-        """Bytes of the fullest rank, and what the one that lacks most lacks of what a plan may use of its device."""
+    def _candidates(self, branch: Branch) -> Iterator[Candidate]:
+        """By ZeRO and its copies."""
         place, sharding, schedule = branch.place, branch.place.bench.sharding, branch.schedule
         assert schedule is not None
         given, (micro_batch,) = self.space.pins.get("stages"), branch.micro_batches
@@ -296,14 +313,7 @@ class Judge:
         chosen = (micro_batch, schedule, branch.interleave, branch.mode)
         around = (cut, place.context, place.expert)
         for zero, replicate in self._shares(branch):
-            candidate = Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes, place.order)
-            key = (place, *chosen)
-            fillings = self._fillings.get(key)
-            if fillings is None:
-                fillings = self._fillings[key] = place.fillings(candidate)
-            peak = place.peak_bytes(candidate, fillings)
-            over = peak - place.most_bytes if place.alike else place.over_bytes(candidate, fillings)
-            yield candidate, peak, over
+            yield Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes, place.order)
 
     def add(self, candidate: Candidate, place: Place) -> None:
         """One that fits."""

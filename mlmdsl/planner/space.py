@@ -50,6 +50,9 @@ class Space:
     setting: Setting
     pins: Mapping[str, Any]
     outcome: Outcome
+    _shares: dict[tuple[Place, bool], tuple[tuple[int, int], ...]] = field(
+        default_factory=dict[tuple[Place, bool], "tuple[tuple[int, int], ...]"]
+    )
     _runs: dict[tuple[int, int], Runs] = field(default_factory=dict[tuple[int, int], Runs])
 
     def within(self, name: str, values: Iterable[Any]) -> list[Any]:
@@ -192,6 +195,13 @@ class Space:
 
     def shares(self, place: Place, schedule: Schedule = "1f1b") -> tuple[tuple[int, int], ...]:
         """(zero, replicate). Over one rank with these weights ZeRO is nothing, unless asked for by name."""
+        key = (place, schedule in V_SHAPED)
+        found = self._shares.get(key)
+        if found is None:
+            found = self._shares[key] = self._found_shares(place, schedule)
+        return found
+
+    def _found_shares(self, place: Place, schedule: Schedule) -> tuple[tuple[int, int], ...]:
         pinned = (self.pins["zero"],) if "zero" in self.pins else None
         choices = pinned or (ZEROS if place.replicas > 1 else (0,))
         legal = (zero for zero in choices if zero in zeros(schedule))
