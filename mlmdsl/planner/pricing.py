@@ -643,8 +643,9 @@ class Place:
         return max(bytes + sum(filling.at(moment)) for bytes, moment, _ in self.moments(c, rank, parts)) + self.context_bytes
 
     def _fullest(self, c: Candidate) -> Sequence[tuple[int, tuple[Part, ...]]]:
-        """Ranks with their parts, of which one holds the most."""
-        return [(rank, c.cut.held(rank)) for rank in range(self.pipeline)] if c.modes else c.cut.ranks
+        """Ranks with their parts, of which one holds the most: in a V any of those that run alike parts."""
+        every = c.modes or c.schedule in schedule.V_SHAPED
+        return [(rank, c.cut.held(rank)) for rank in range(self.pipeline)] if every else c.cut.ranks
 
     def least_bytes(self, micro_batch: int, zero: int, replicate: int) -> int:
         """What the fullest rank of any plan here holds at least: even shares of state, of what one micro-batch leaves and of

@@ -196,8 +196,8 @@ class Cut:
     """A distribution of layers over pipeline * interleave virtual stages, and its distinct parts.
 
     runs: (part, how many virtual stages in a row are alike); ranks: (rank, its parts) of the ranks whose memory can be the
-    largest: of ranks that run alike parts on alike devices, the first, which holds the most micro-batches; placed: a rank's
-    virtual stages, by rank."""
+    largest: of ranks that run alike parts on alike devices, the first, which holds the most micro-batches (but in a V); placed:
+    a rank's virtual stages, by rank."""
 
     stages: tuple[int, ...]
     parts: tuple[Part, ...]

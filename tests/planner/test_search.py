@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from mlmdsl.grammar.constraints import ORDERS, USUAL
+from mlmdsl.grammar.constraints import ORDERS, SCHEDULES, USUAL
+from mlmdsl.planner.assemble import ledger
 from mlmdsl.planner.plan import Plan, PlanVariables
 from mlmdsl.planner.pricing import Setting
 from mlmdsl.planner.search import explore, search, single_device
@@ -93,6 +95,20 @@ def test_degrees_of_interleaving_that_are_left_out_gain_little(layers: int, band
     every = [(p.times(c).total, c) for p, c in legal(spec, longer) if (c.pipeline, c.tensor) == (2, 2) and fits(p, c)]
     best = min(seconds for seconds, _ in every)
     assert best * (1 - 1e-9) <= shortest(search(spec, longer)) <= 1.03 * best
+
+
+@pytest.mark.parametrize("layers", [16, 19])
+def test_the_fullest_rank_is_that_of_the_ledger(layers: int) -> None:
+    """Also where several ranks run alike stages."""
+    spec, graph = problem(batch=32)
+    regions = tuple(replace(region, count=layers) if region.repeated else region for region in graph.regions)
+    longer = replace(graph, regions=regions)
+    counted: Counter[str] = Counter()
+    for place, c in legal(spec, longer):
+        if place.pipeline >= 4 and c.zero in (0, 1) and c.interleave < 4:
+            assert place.peak_bytes(c) == max(stage.total_bytes for stage in ledger(place, c)), c
+            counted[c.schedule] += 1
+    assert min(counted[schedule] for schedule in SCHEDULES) >= 10
 
 
 # ---- layer by layer -------------------------------------------------------------------------------------------------
