@@ -3,8 +3,8 @@
 Plan: data 8, ZeRO 1, micro-batch 64, recompute none.
 Written by mlmdsl from gpt2_124m.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nproc-per-node 8 program.py --out runs/gpt2_124m
-Predicted: 0.362 s a step, 181,090 tokens/s and 144 TFLOP/s per device (MFU 46.3 % of 312 TFLOP/s, counting matrix products
-only, causal attention half); peak memory 52.75 GiB.
+Predicted: 0.365 s a step, 179,698 tokens/s and 143 TFLOP/s per device (MFU 46.0 % of 312 TFLOP/s, counting matrix products
+only, causal attention half); peak memory 65.13 GiB.
 
 Shapes: B = 64 (sequences of a micro-batch), S = 1,024 (tokens).
 Ranks: torch.arange(8).view(1, 8, 1, 1): pipeline, data, context, tensor. Collectives over data and pipeline are the runtime's.
