@@ -1,7 +1,7 @@
 """One training step of one rank of a program, without its devices: what it says to other ranks, multiplies and keeps.
 
-The process group is torch's fake one, in which every collective returns at once, and tensors are fake, with sizes and no
-values: a rank of any world runs on a laptop. They lie on torch's CPU device, whose backward pass runs in this thread, where a
+The process group is torch's fake one, in which every collective returns at once, and tensors are hollow, with sizes and no
+memory: a rank of any world runs on a laptop. They lie on torch's CPU device, whose backward pass runs in this thread, where a
 TorchDispatchMode sees every operation. What a program asks of values is answered as if all of them were ones.
 
 Memory is counted by storage, from the operation that makes it to its last reference. FLOPs are those of matrix products,
@@ -24,7 +24,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -33,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mlmdsl.runtime import attend, collectives, experts, parallel, pipeline, state, train
+from mlmdsl.runtime import attend, collectives, experts, hollow, parallel, pipeline, state, train
 from mlmdsl.runtime import mesh as meshes
 from mlmdsl.runtime.config import Parallel, Training
 from mlmdsl.runtime.measured import Heard, Measured
@@ -76,7 +75,6 @@ def measure(program: Path, rank: int, kind: str) -> Measured:
         if plan.world_size > 1:
             stack.enter_context(_fake_group(rank, plan.world_size))
         grid = meshes.create(plan, torch.device("cpu"))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         recorder = stack.enter_context(Recorder())
         stack.enter_context(_watched(recorder, kind))
         training: Training = names["TRAINING"]
@@ -143,6 +141,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.results = hollow.Results()
         self.said: Counter[Said] = Counter()
         self.flops = 0.0
         self.live: dict[int, tuple[Any, int]] = {}  # by storage: a weak reference that forgets it, bytes
@@ -181,7 +180,7 @@ class Recorder(TorchDispatchMode):
             self._hear(space, name, args)
         if packet in _COMPOSED:
             return self._composed(_COMPOSED[packet], name, args)
-        out = func(*args, **(kwargs or {}))
+        out = self.results.of(func, args, kwargs or {})
         self._multiplied(packet, name, args, kwargs or {}, out)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
@@ -245,8 +244,8 @@ class Recorder(TorchDispatchMode):
     def resized(self, storage: torch.UntypedStorage) -> None:
         """FSDP2 frees and makes again what it has gathered by the size of the storage."""
         if (found := self.live.get(storage._cdata)) is not None:
-            self.live[storage._cdata] = (found[0], storage.nbytes())
-            self.bytes += storage.nbytes() - found[1]
+            self.live[storage._cdata] = (found[0], hollow.size(storage))
+            self.bytes += hollow.size(storage) - found[1]
             if self.bytes > self.peak:
                 self._peaked()
 
@@ -308,10 +307,10 @@ def _backward(path: str, recorder: Recorder, _gradient: Tensor) -> None:
 @contextmanager
 def _watched(recorder: Recorder, kind: str) -> Iterator[None]:
     """Lets the recorder know what operations do not tell."""
-    resize, attending = torch.UntypedStorage.resize_, attend._attend
+    attending = attend._attend
 
     def resized(storage: torch.UntypedStorage, size: int) -> Any:
-        done = resize(storage, size)
+        done = hollow.resize(storage, size)
         recorder.resized(storage)
         return done
 
@@ -322,6 +321,8 @@ def _watched(recorder: Recorder, kind: str) -> Iterator[None]:
 
     changes: list[tuple[Any, str, Any]] = [
         (torch.UntypedStorage, "resize_", resized),
+        (torch.UntypedStorage, "size", hollow.size),
+        (torch.UntypedStorage, "data_ptr", lambda storage: 0),  # FSDP2 asks whether it knows a storage
         (attend, "_attend", attended),
         (experts, "listed", _evenly),
         (State, "synchronise", recorder.during("sums of gradients", State.synchronise)),
