@@ -47,7 +47,8 @@ def test_steps_on_one_device() -> None:
     found = validate(PUBLISHED.with_name("one_device.csv").read_text(encoding="utf-8"))
     compiled = sorted(abs(row.time_error or 1.0) for row in found.rows if not row.id.endswith("eager"))
     assert len(compiled) == 13 and compiled[6] < 0.06 and compiled[-1] < 0.1
-    assert all(abs(row.memory_error or 1.0) < 0.1 for row in found.rows)
+    memory = [row.memory_error for row in found.rows if row.memory_error is not None]
+    assert len(memory) == 14 and min(memory) > -0.1 and sum(map(abs, memory)) / 14 < 0.06  # which keep weights in fp32 alone
 
 
 def test_memory_is_never_far_below_what_was_measured(rows: tuple[Row, ...]) -> None:
