@@ -8,6 +8,7 @@
 # make huggingface  every family against transformers: logits both ways and gradients
 # make sc21   docs/sc21.md: plans of Narayanan et al. SC'21, Table 1, beside the planner's
 # make regret  every feasible plan of a small model on 4 and 8 ranks, timed beside the planner's choice: benchmarks/regret.md
+# make verify three ranks of Llama 3 405B on 16,384 GPUs held to the plan, each in some 20 s
 # make parity every plan of the lattice, and every architecture, against one process (long)
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo examples test check golden fuzz published huggingface sc21 parity regret clean
+.PHONY: demo examples test check golden fuzz published huggingface sc21 parity regret verify clean
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("mlmdsl needs Python 3.11 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -72,6 +73,11 @@ parity: $(STAMP)
 
 regret: $(STAMP)
 	$(BIN)/python benchmarks/regret.py
+
+verify: $(STAMP)
+	mkdir -p runs
+	$(BIN)/mlmdsl plan specs/models/llama3_405b.mlm -o runs/llama3_405b.plan.json
+	for rank in 0 8191 16383; do $(BIN)/mlmdsl verify runs/llama3_405b.plan.json --rank $$rank || exit; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -15,7 +15,7 @@ sums with the micro-batches that are left, and the reductions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -85,7 +85,7 @@ def moments(
 def _without_sums(fullest: list[Moment], several: Counts) -> list[Moment]:
     """What is left of them where no sums wait for a reduction, or all the time."""
     plain = [Moment("backward", m.held, several, waiting=m.waiting, settled=m.settled) for m in fullest if m.turn == "backward"]
-    return [m for m in dict.fromkeys(plain) if not any(_exceeds(other, m) for other in plain)]
+    return _largest(dict.fromkeys(plain))
 
 
 def reduces_each_pass(zero: int, piped: bool) -> bool:
@@ -156,7 +156,16 @@ def _in_a_v(schedule: Schedule, pipeline: int, micro_batches: int, rank: int) ->
             summed[mine] = True
             if not left[mine]:
                 note("reduction", mine)
-    return [moment for moment in found if not any(_exceeds(other, moment) for other in found)]
+    return _largest(found)
+
+
+def _largest(found: Collection[Moment]) -> list[Moment]:
+    """Those that no other exceeds, in their order. What exceeds another has more in all, and comes first here."""
+    kept: list[Moment] = []
+    for moment in sorted(found, key=lambda m: sum(m.held) + sum(m.waiting) + len(m.summed), reverse=True):
+        if not any(_exceeds(other, moment) for other in kept):
+            kept.append(moment)
+    return [moment for moment in found if moment in kept]
 
 
 def _exceeds(one: Moment, other: Moment) -> bool:
