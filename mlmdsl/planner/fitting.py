@@ -11,10 +11,9 @@ disturbed do not bend the curve; parameters that the rows say nothing of stay ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from math import exp, inf, log
 from statistics import median
-from typing import Any
 
 from mlmdsl.grammar.spec import Device
 from mlmdsl.graph.ops.base import Work
@@ -65,14 +64,6 @@ def fit(rows: Iterable[Row], device: Device, precision: str, origin: str) -> Fit
     start, both = fitter.improve(start, "attention_backward", table["sdpa_causal_fwdbwd"])
     errors = {f"matmul_{precision}": products, "sdpa_causal_fwd": forward, "sdpa_causal_fwdbwd": both}
     return Fit(start, errors, launch)
-
-
-def as_data(curves: Curves, devices: Sequence[str]) -> dict[str, Any]:
-    """The form of a file of hardware/, five digits each."""
-    parts = ("matmul", "attention_forward", "attention_backward", "memory")
-    values = {part: getattr(curves, part) for part in parts}
-    numbers = {part: {name: float(f"{number:.5g}") for name, number in asdict(v).items()} for part, v in values.items()}
-    return {"origin": curves.origin, "devices": list(devices), "measured": curves.measured, **numbers}
 
 
 def _memory(table: Mapping[str, Sequence[Row]], device: Device, elements: int) -> MemoryCurve:
