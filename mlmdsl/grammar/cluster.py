@@ -113,6 +113,7 @@ def read_device(call: CallValue, settings: Settings) -> Device | None:
     elif cpu and "fp32" in peaks:
         peaks = {"bf16": peaks["fp32"], **peaks}
     launch = inner.quantity("launch", "seconds", 10e-6)
+    cores = inner.number("cores", above=True, example="0.5") if cpu else None
     power = inner.quantity("power", "watts", 50.0 if cpu else 400.0)
     name = inner.text("name", "cpu" if cpu else "gpu")
     curves = _curves(inner)
@@ -130,6 +131,7 @@ def read_device(call: CallValue, settings: Settings) -> Device | None:
         memory_bytes_per_second=bandwidth,
         peak_flops_per_second=peaks,
         launch_seconds=launch,
+        cores=cores,
         power_watts=power,
         curves=curves,
     )

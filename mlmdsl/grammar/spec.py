@@ -36,6 +36,7 @@ class Device(Frozen):
     memory_bytes_per_second: float
     peak_flops_per_second: dict[str, float]
     launch_seconds: float  # host time to launch one kernel, eager
+    cores: float | None = None  # of a CPU, while all devices of the node are busy: below one they share them; None: not said
     power_watts: float
     curves: dict[str, dict[str, float]] | None = None  # measured: by part and parameter of planner/compute.py's curves
 

@@ -42,13 +42,22 @@ class Overhead(NamedTuple):
     each: float
 
 
-def least_pipeline(schedule: Schedule, sums: Sums, send: float, micro_batches: int, pipeline: int, interleave: int) -> float:
-    """Seconds of all micro-batches; `send`: of one hand-over between stages."""
+def least_pipeline(
+    schedule: Schedule, sums: Sums, send: float, micro_batches: int, pipeline: int, interleave: int, idle: float = 1.0
+) -> float:
+    """Seconds of all micro-batches; `send`: of one hand-over between stages; `idle`: what is left of the time that ranks wait
+    for each other (host.py)."""
     m, p = micro_batches, pipeline
     if p == 1:
         return m * (sums.forward + sums.backward)
     crossings = 2 * p - 2 if schedule in V_SHAPED else p * interleave - 1
     whole = sums.forward + sums.backward + 2 * crossings * send
+    busy = m * whole / p
+    return busy + idle * (_through(schedule, sums, send, whole, m, p) - busy)
+
+
+def _through(schedule: Schedule, sums: Sums, send: float, whole: float, m: int, p: int) -> float:
+    """From the first pass to the last where nobody shares cores; `whole`: seconds of a micro-batch through all stages."""
     if schedule in V_SHAPED:
         return max(whole - sums.weight, m * whole / p + (p - 1) / 2 * (sums.quickest_forward + send))
     if schedule == "interleaved_1f1b":
@@ -111,7 +120,7 @@ def least_seconds(
     sums = place.sums(micro_batch, mode)
     if longer:
         sums = sums._replace(backward=sums.backward + longer)
-    return _ROUNDED * (least_pipeline(schedule, sums, send, m, place.pipeline, interleave) + around)
+    return _ROUNDED * (least_pipeline(schedule, sums, send, m, place.pipeline, interleave, place.idle_share) + around)
 
 
 def least_blended(
@@ -143,4 +152,4 @@ def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) ->
     send = place.least_send(largest) / largest
     whole = (sums.forward + sums.backward) / largest + 2 * (p - 1) * send
     down = (p - 1) / 2 * (sums.quickest_forward / largest + send)
-    return _WHOLE * (rows / p * whole + rows / m * down + around)
+    return _WHOLE * (rows / p * whole + place.idle_share * rows / m * down + around)

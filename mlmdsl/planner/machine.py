@@ -51,6 +51,7 @@ def machine_of(measured: Mapping[str, Any]) -> Machine:
         memory_bytes_per_second=_bandwidth(rows),
         peak_flops_per_second=peaks,
         launch_seconds=launch,
+        cores=measured["cores"] / measured["per_node"] if measured["kind"] == "cpu" else None,
         power_watts=50.0 if measured["kind"] == "cpu" else 400.0,
     )
     found = fit(rows, device, precision, f"mlmdsl probe, torch {measured['torch']}")
@@ -116,6 +117,7 @@ def machine_text(machine: Machine, name: str = "machine") -> str:
         f"bandwidth = {device.memory_bytes_per_second / 1e9:.5g} GB/s",
         *peaks,
         f"launch = {device.launch_seconds * 1e6:.4g} us",
+        *([f"cores = {_digits(device.cores)}"] if device.cores else []),
         f"curves = {_curves_text(machine.kernels.curves)}",
     ]
     links = [f"intra = {_link_text(_LINKS[device.kind][0], machine.intra)}"] if machine.intra else []

@@ -65,6 +65,7 @@ class PassCost:
     the loss keeps, and logits_bytes the model's output."""
 
     flops: float  # of matrix products and attention as the kernels compute them, forward and backward
+    backward_kernels: int
     forward_seconds: float
     backward_seconds: float
     weight_seconds: float  # of backward_seconds those that go to gradients of weights
@@ -171,6 +172,7 @@ class Passes:
         loss = self._works[self.graph.loss] if self.graph.region_of[self.graph.loss] is region else None
         return PassCost(
             flops=sum(sum(computed_flops(work)) for _, work in works),
+            backward_kernels=sum(work.kernels_backward for _, work in works),
             forward_seconds=self._forward_seconds(region.nodes, tensor),
             backward_seconds=self._backward_seconds(region.nodes, tensor_back) + self._accumulating_seconds(region.nodes),
             weight_seconds=sum(self._priced[node.path].weight for node in region.nodes if node.weights),

@@ -17,7 +17,7 @@ from mlmdsl.grammar.constraints import USUAL, Order
 from mlmdsl.grammar.spec import Device, Spec
 from mlmdsl.graph.flops import flops_per_token
 from mlmdsl.graph.graph import Graph
-from mlmdsl.planner import memory, schedule
+from mlmdsl.planner import host, memory, schedule, zero_bubble
 from mlmdsl.planner.blend import Blend, How, blends, regions_of
 from mlmdsl.planner.communication import Group, collective_seconds, group_of, send_seconds
 from mlmdsl.planner.compute import Kernels
@@ -193,12 +193,13 @@ class Setting:
 
 
 class PartCost(NamedTuple):
-    """One virtual stage, one micro-batch: seconds without sends, of the backward ones those of weights' gradients, bytes that
-    stay."""
+    """One virtual stage, one micro-batch: seconds without sends, of the backward ones those of weights' gradients and what they
+    take longer in two parts; bytes that stay."""
 
     forward: float
     backward: float
     weight: float
+    apart: float
     bytes: memory.Passing
 
 
@@ -402,8 +403,16 @@ class Bench:
         ways = [self._region_seconds(micro_batch, mode) for mode in range(len(MODES))]
         regions = regions_of(chain, part, how)
         forward, backward, weight = (sum(n * ways[mode][i][k] for i, mode, n in regions) for k in range(3))
-        passing = memory.passing(self.passes(micro_batch), chain, part, how, 2 if piped else 1)
-        return PartCost(forward, backward, weight, passing)
+        passes = self.passes(micro_batch)
+        passing = memory.passing(passes, chain, part, how, 2 if piped else 1)
+        apart = self.host_seconds(host.apart_launches(sum(n * passes.costs[i].backward_kernels for i, _, n in regions)))
+        each = self.host_seconds(host.pass_launches()) if piped else 0.0
+        return PartCost(forward + each, backward + each, weight, apart, passing)
+
+    def host_seconds(self, launches: float) -> float:
+        """Of the runtime's work, where nothing hides it."""
+        kernels = self.site.kernels
+        return launches * kernels.launch if kernels.device.kind == "cpu" else 0.0
 
     def state(self, parts: tuple[Part, ...], sharing: memory.Sharing, moment: Moment) -> memory.State:
         key = (parts, sharing, *moment.of_state)
@@ -416,7 +425,7 @@ class Bench:
 class Exchange(NamedTuple):
     """Seconds of one rank's traffic over weights and gradients: all gathers once, all reductions once, the share of the largest
     unit in them; sums over hybrid sharding's copies; those of experts that are shared out; tied and partial gradients; the
-    optimizer."""
+    optimizer; ZeRO's hooks in a pass through all of the rank's stages."""
 
     gather: float
     reduce: float
@@ -426,6 +435,7 @@ class Exchange(NamedTuple):
     tied: float
     partial: float
     optimizer: float
+    hooks: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -728,7 +738,10 @@ class Place:
         given, handed = self.crossings(c, stage)
         onwards = self._send_seconds(cost.bytes.sent) if handed else 0.0
         back = self._send_seconds(cost.bytes.received) if given else 0.0
-        return cost.forward + onwards, cost.backward + back, cost.weight
+        apart = 0.0
+        if c.schedule in schedule.V_SHAPED and stage:  # the first has no input to give a gradient to
+            apart = cost.apart * zero_bubble.apart(c.schedule, self.pipeline, self.micro_batches(c.micro_batch))
+        return cost.forward + onwards, cost.backward + back + apart, cost.weight + apart / 2
 
     def _send_seconds(self, size: int) -> float:
         bench = self.bench
@@ -763,10 +776,16 @@ class Place:
         exchange, runs = self.exchange(c), self.with_gathers(c, self.runs(c))
         passes = clock(c.schedule, runs, m, self.pipeline, c.interleave)
         busy = m * sum(count * (f + b) for count, f, b, _ in runs) / self.pipeline
+        passes = busy + self.idle_share * (passes - busy)
         gathered, reduced = self._exposed(c, exchange, runs)
         summed = reduced + exchange.experts + exchange.tied + exchange.partial
         total = passes + gathered + summed + exchange.optimizer + self.sync_seconds
         return Times(passes, max(0.0, passes - busy) if self.pipeline > 1 else 0.0, gathered, summed, exchange.optimizer, total)
+
+    @cached_property
+    def idle_share(self) -> float:
+        """Of the time that ranks of the pipeline wait for each other, what sharing cores leaves."""
+        return host.idle_share(self.bench.setting.device.cores, self.mesh.per_node("pipeline"), self.pipeline)
 
     @property
     def _overlaps(self) -> bool:
@@ -781,9 +800,11 @@ class Place:
     def with_gathers(self, c: Candidate, runs: schedule.Runs) -> schedule.Runs:
         """ZeRO 3: weights are gathered for each forward and backward pass (under a pipeline torch leaves them gathered from a
         backward to the next forward pass). ZeRO 2 and, without a pipeline, 3: gradients are reduced after each pass."""
-        if c.zero < 2 or self.replicas == 1:
+        if not c.zero or self.replicas == 1 or (c.zero == 1 and self._overlaps):
             return runs
         e = self.exchange(c)
+        if not self._overlaps:
+            runs = tuple((n, f + e.hooks / c.interleave, b + e.hooks / c.interleave, w) for n, f, b, w in runs)
         behind = e.gather if c.zero == 3 else 0.0
         ahead = behind if self.pipeline == 1 else 0.0
         behind += e.reduce if reduces_each_pass(c.zero, self.pipeline > 1) else 0.0
@@ -827,13 +848,17 @@ class Place:
         site, group = self.benches[rank].site, self._group_on(rank, "replicas" if c.replicate == 1 else "shards", c.replicate)
         held, summed = [holdings.of(part) for part in parts], setting.execution.gradient_bytes
         elements = owned = sum(h.elements for h in held)
-        gather, reduce, unit, copied = 0.0, collective_seconds("all_reduce", summed * elements, group), 1.0, 0.0
+        gather, reduce, unit, copied, hooks = 0.0, collective_seconds("all_reduce", summed * elements, group), 1.0, 0.0, 0.0
         if zero and self.replicas > 1:
             owned = sum(holdings.shard(part, shards) for part in parts)
             each = [holdings.units(part, shards) for part in parts]
             units = [layer for unit in each for layer in unit.layers] + [(1, unit.root) for unit in each]
+            bench, count = self.benches[rank], sum(n for n, size in units if size)
+            laid_out = bench.host_seconds(host.unit_launches(count))
+            hooks = bench.host_seconds(host.hook_launches(count, sum(sum(h.keys.values()) for h in held)))
             gather = sum(n * collective_seconds("all_gather", setting.width * size, group) for n, size in units if size)
             reduce = sum(n * collective_seconds("reduce_scatter", summed * size, group) for n, size in units if size)
+            gather, reduce = gather + laid_out, reduce + laid_out
             unit = min(1.0, max(size for _, size in units) / max(1, elements))
             copies = self._group_on(rank, "replicate", c.replicate)
             copied = sum(n * collective_seconds("all_reduce", summed * size / shards, copies) for n, size in units if size)
@@ -845,7 +870,7 @@ class Place:
         tied = collective_seconds("all_reduce", 4 * self.tied_elements(c, parts), self._pair)
         stepped = sum(stack.times * stack.stepped for part in parts for stack in holdings.experts(part, self._zeroed(zero)))
         optimizer = site.kernels.optimizer_seconds(self.optimizer_bytes * (owned + stepped))
-        return Exchange(gather, reduce, unit, copied, experts, tied, partial, optimizer)
+        return Exchange(gather, reduce, unit, copied, experts, tied, partial, optimizer, hooks)
 
     @property
     def optimizer_bytes(self) -> float:

@@ -180,6 +180,13 @@ def seconds(schedule: str, forward: Seconds, backward: Seconds, weight: Seconds,
     return max(ends)
 
 
+@cache
+def apart(schedule: str, pipeline: int, micro_batches: int) -> float:
+    """The share of backward passes that are taken apart."""
+    kinds = [each.kind for rank in range(pipeline) for each in order(schedule, pipeline, micro_batches, rank)]
+    return kinds.count("W") / (kinds.count("W") + kinds.count("B"))
+
+
 def in_flight(schedule: str, pipeline: int, micro_batches: int, rank: int) -> tuple[int, int]:
     """Micro-batches of each of the rank's two stages, in model order, between forward pass and the gradients of their weights,
     when they are the most in all: those of the warm-up, after which a pass comes for each that goes."""

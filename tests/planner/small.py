@@ -80,6 +80,15 @@ def text_of(
     return TEXT.format(nodes=nodes, per_node=per_node, memory=memory, batch=batch, bandwidth=bandwidth, plan=lines)
 
 
+def on_cpu(*plan: str, cores: str = "0.5", launch: str = "10 us", batch: int = 8, ranks: int = 4) -> str:
+    """Ranks of one machine in the place of the cluster."""
+    text = text_of(*plan, nodes=1, per_node=ranks, memory="2 GiB", batch=batch)
+    before, device, after = text.partition("gpu(memory = 2 GiB, bf16 = 100 TFLOPS, fp32 = 20 TFLOPS, bandwidth = 1 TB/s)")
+    assert device
+    text = f"{before}cpu(memory = 2 GiB, fp32 = 50 GFLOPS, launch = {launch}, cores = {cores}){after}"
+    return text.replace("nvlink(bandwidth = 100 GB/s per gpu)", "loopback(2 GB/s per gpu)")
+
+
 def pooled_text_of(*plan: str, **changes: int | str) -> str:
     """`other_nodes`, `other_per_node`, `other_memory`, `speed`: of the second pool; the others as for `text_of`."""
     plain = {key: changes.pop(key) for key in ("batch",) if key in changes}
@@ -99,6 +108,13 @@ def pooled(*plan: str, **changes: int | str) -> tuple[Spec, Graph]:
 
 def problem(*plan: str, **changes: int | str) -> tuple[Spec, Graph]:
     done = compile_spec(text_of(*plan, **changes), path="/specs/x.mlm", until="graph")  # pyright: ignore[reportArgumentType]
+    assert done.spec is not None and done.graph is not None
+    return done.spec, done.graph
+
+
+def shared_cores(*plan: str) -> tuple[Spec, Graph]:
+    """A problem of four ranks on two cores."""
+    done = compile_spec(on_cpu(*plan), path="/specs/x.mlm", until="graph")
     assert done.spec is not None and done.graph is not None
     return done.spec, done.graph
 

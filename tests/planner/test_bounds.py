@@ -14,7 +14,7 @@ from mlmdsl.planner.bounds import least_around, least_from, least_seconds, overh
 from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.recomputing import least_that
 from mlmdsl.planner.search import search
-from tests.planner.small import TEXT, exhausted, planned, problem
+from tests.planner.small import TEXT, exhausted, planned, problem, shared_cores
 
 ROUTED = (
     TEXT.replace("SwiGLU(RMSNorm(h), hidden = 3 * d)", "Experts(RMSNorm(h), experts = 8, top_k = 2, hidden = 512)")
@@ -37,6 +37,7 @@ CASES = {
     "slow links": lambda: problem(memory="1100 MiB", bandwidth=1, nodes=1),
     "copies": lambda: problem(memory="4 GiB", nodes=2, per_node=2, batch=8),
     "routed": routed,
+    "shared cores": shared_cores,
 }
 
 
