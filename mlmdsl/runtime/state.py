@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -182,8 +183,12 @@ class State(ABC):
         if not self.held:
             return 0.0
         squares = torch.stack(torch._foreach_norm(self.gradients)).double().square().cpu()
-        shares = torch.tensor([(not held.info.balance) / self._copies(held) for held in self.held], dtype=torch.float64)
-        return float((squares * shares).sum())
+        return float((squares * self._shares).sum())
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        """Of each weight's squared norm, what this rank counts."""
+        return torch.tensor([(not held.info.balance) / self._copies(held) for held in self.held], dtype=torch.float64)
 
     def _copies(self, held: Held) -> int:
         """How many ranks (or stages of one rank) have the same elements."""
@@ -400,8 +405,8 @@ class Sharded(State):
     sharded = True
 
     def __init__(self, stages: Mapping[int, nn.Module], plan: Outline, parallel: Parallel, training: Training, mesh: Mesh):
-        self.stages = list(stages.values())
         super().__init__(stages, plan, parallel, training, mesh)
+        self._units = [unit for stage in stages.values() for unit in sharded_units(stage)]
         self.cut = [held for held in self.held if not held.info.expert]
         self.experts = Shared(self.held[len(self.cut) :], mesh)
 
@@ -421,9 +426,8 @@ class Sharded(State):
     def publish(self) -> None:
         """FSDP2 gathers from the masters themselves; what an evaluation has gathered is let go."""
         self.experts.publish()
-        for stage in self.stages:
-            for unit in sharded_units(stage):
-                unit.reshard()
+        for unit in self._units:
+            unit.reshard()
 
     def before_step(self) -> None:
         self.experts.flat.buffer.zero_()
@@ -433,11 +437,11 @@ class Sharded(State):
     def before_micro_batch(self, *, last: bool) -> None:
         """ZeRO 2 and 3 reduce-scatter after every micro-batch, ZeRO 1 after the last, after which 1 and 2 let go of weights and
         the copies of the shards are added up."""
-        for stage in self.stages:
-            stage.set_is_last_backward(last)
-            stage.set_requires_gradient_sync(last or self.parallel.zero > 1)  # sets the next one, too
-            stage.set_requires_all_reduce(last)
-            stage.set_reshard_after_backward(last or self.parallel.zero == 3)
+        for unit in self._units:
+            unit.set_is_last_backward(last)
+            unit.set_requires_gradient_sync(last or self.parallel.zero > 1, recurse=False)  # sets the next one, too
+            unit.set_requires_all_reduce(last, recurse=False)
+            unit.set_reshard_after_backward(last or self.parallel.zero == 3, recurse=False)
 
     def _sum_partial(self) -> None:
         parts = [g for g, held in zip(self.gradients, self.held, strict=True) if held.info.partial]
