@@ -4,7 +4,8 @@
 
 For each number of ranks the machine is probed first, and the planner chooses for the machine file that comes out. `loopback`:
 all ranks on one node. `throttled`: two network namespaces, joined by a pair of virtual interfaces whose rate tc's token bucket
-limits, are two nodes; needs root and `ip` and `tc` on Linux, and is left out with a word where they are missing.
+limits, are two nodes, each with half of the machine's cores; needs root and `ip` and `tc` on Linux, and is left out with a word
+where they are missing.
 
 All plans stay loaded in the same processes, and are stepped in turn, a few steps of each a round: what else the machine does
 strikes all alike. A plan's time is the median over the rounds of its fastest step in the round, on the slowest rank; the chosen
@@ -91,13 +92,18 @@ class Result:
 
     @property
     def regret(self) -> float:
-        index = next(i for i, plan in enumerate(self.plans) if plan.name == self.chosen)
-        rounds = zip(*self.times, strict=True)
-        return median(each[index] / each[self._best] for each in rounds) - 1
+        chosen, best = (self._index(name) for name in (self.chosen, self.best))
+        return median(each[chosen] / each[best] for each in zip(*self.times, strict=True)) - 1
 
     @property
-    def _best(self) -> int:
-        return min(range(len(self.plans)), key=lambda i: median(self.times[i]))
+    def best(self) -> str:
+        return min((plan.name for plan in self.plans), key=self.seconds)
+
+    def seconds(self, name: str) -> float:
+        return median(self.times[self._index(name)])
+
+    def _index(self, name: str) -> int:
+        return next(i for i, plan in enumerate(self.plans) if plan.name == name)
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------
@@ -137,12 +143,13 @@ def _ip(*arguments: str) -> None:
 def start(ranks: int, nodes: Sequence[str], command: Sequence[str]) -> None:
     """Runs a command on so many ranks, shared out over network namespaces ("": this process's own). RuntimeError where one
     fails; its output goes to the terminal."""
-    per_node = ranks // len(nodes)
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    per_node, cores = ranks // len(nodes), sorted(os.sched_getaffinity(0))
+    shares = [set(cores[i :: len(nodes)]) or set(cores) for i in range(len(nodes))]  # nodes have cores of their own
+    threads = max(1, len(cores) // ranks)
     running: list[subprocess.Popen[bytes]] = []
     port = str(20_000 + (os.getpid() * 7 + int(time.time())) % 20_000)
     for rank in range(ranks):
-        node = nodes[rank // per_node]
+        node, own = nodes[rank // per_node], shares[rank // per_node]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -158,7 +165,9 @@ def start(ranks: int, nodes: Sequence[str], command: Sequence[str]) -> None:
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # namespaces have no names for their hosts
         }
         enter = ["ip", "netns", "exec", node] if node else []
-        running.append(subprocess.Popen([*enter, sys.executable, *command], env=environment))
+        process = subprocess.Popen([*enter, sys.executable, *command], env=environment)
+        os.sched_setaffinity(process.pid, own)
+        running.append(process)
     try:
         while any(process.poll() is None for process in running):
             if any(process.poll() for process in running):
@@ -280,12 +289,34 @@ def run(ranks: int, nodes: Sequence[str], title: str, options: argparse.Namespac
 def table(result: Result) -> str:
     """As Markdown, fastest measured first."""
     rows = sorted(zip(result.plans, map(median, result.times), strict=True), key=lambda row: row[1])
-    lines = [f"## {result.title}", "", f"{len(rows)} plans; regret {result.regret:.1%}", ""]
+    lines = [f"## {result.title}", ""]
     lines += ["| measured rank | plan | predicted ms | measured ms |", "| --- | --- | --- | --- |"]
     for number, (plan, seconds) in enumerate(rows, 1):
         name = f"**{plan.name}** (chosen)" if plan.name == result.chosen else plan.name
         lines.append(f"| {number} | {name} | {1e3 * plan.predicted:.1f} | {1e3 * seconds:.1f} |")
     return "\n".join(lines) + "\n"
+
+
+def page(results: Sequence[Result], options: argparse.Namespace) -> str:
+    lines = ["# Regret: the planner's choice beside every other plan, measured", ""]
+    lines += [f"{len(os.sched_getaffinity(0))} cores; {options.rounds} rounds of {options.steps} steps; `make regret`.", ""]
+    lines += ["| | plans | regret | chosen, ms | best, ms |", "| --- | --- | --- | --- | --- |"]
+    for result in results:
+        chosen, best = (f"{1e3 * result.seconds(name):.1f}" for name in (result.chosen, result.best))
+        lines.append(f"| {result.title} | {len(result.plans)} | {result.regret:.1%} | {chosen} | {best} |")
+    return "\n".join(lines) + "\n\n" + "\n".join(map(table, results))
+
+
+def cases(options: argparse.Namespace) -> Iterator[Result]:
+    for ranks in options.ranks:
+        if "loopback" in options.links:
+            yield run(ranks, [""], f"{ranks} ranks, loopback", options)
+        if "throttled" in options.links:
+            try:
+                with namespaces() as nodes:
+                    yield run(ranks, nodes, f"{ranks} ranks on 2 nodes, {RATE} between them", options)
+            except RuntimeError as problem:
+                print(f"{ranks} ranks, throttled: left out, {problem}", file=sys.stderr)
 
 
 def main() -> None:
@@ -302,20 +333,10 @@ def main() -> None:
         return step_all(options.worker, options.rounds, options.steps, options.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ranks are ended and namespaces removed on the way out
     results: list[Result] = []
-    for ranks in options.ranks:
-        if "loopback" in options.links:
-            results.append(run(ranks, [""], f"{ranks} ranks, loopback", options))
-        if "throttled" in options.links:
-            try:
-                with namespaces() as nodes:
-                    results.append(run(ranks, nodes, f"{ranks} ranks on 2 nodes, {RATE} between them", options))
-            except RuntimeError as problem:
-                print(f"{ranks} ranks, throttled: left out, {problem}", file=sys.stderr)
-    heading = "# Regret: the planner's choice beside every other plan, measured\n\n"
-    setup = f"{len(os.sched_getaffinity(0))} cores; {options.rounds} rounds of {options.steps} steps; `make regret`.\n\n"
-    options.out.write_text(heading + setup + "\n".join(map(table, results)), encoding="utf-8")
-    for result in results:
-        print(f"{result.title}: {len(result.plans)} plans, regret {result.regret:.1%}")
+    for result in cases(options):
+        results.append(result)
+        options.out.write_text(page(results, options), encoding="utf-8")
+        print(f"{result.title}: {len(result.plans)} plans, regret {result.regret:.1%}", flush=True)
 
 
 if __name__ == "__main__":
