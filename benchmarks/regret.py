@@ -1,6 +1,6 @@
 """Regret of the planner: every feasible plan of a small model is run and timed; how much slower is the chosen than the best?
 
-    python benchmarks/regret.py [--ranks 4 8] [--links loopback throttled] [--rounds 3] [--steps 2] [--out benchmarks/regret.md]
+    python benchmarks/regret.py [--ranks 4 8] [--links loopback throttled] [--rounds 5] [--steps 4] [--out benchmarks/regret.md]
 
 For each number of ranks the machine is probed first, and the planner chooses for the machine file that comes out. `loopback`:
 all ranks on one node. `throttled`: two network namespaces, joined by a pair of virtual interfaces whose rate tc's token bucket
@@ -8,8 +8,9 @@ limits, are two nodes, each with half of the machine's cores; needs root and `ip
 where they are missing.
 
 All plans stay loaded in the same processes, and are stepped in turn, a few steps of each a round: what else the machine does
-strikes all alike. A plan's time is the median over the rounds of its fastest step in the round, on the slowest rank; the chosen
-plan's regret is the median over the rounds of its time over the best plan's in the same round.
+strikes all alike. After a round of all, the fastest ones and the chosen one have more rounds. A plan's time is the median over
+its rounds of its fastest step in the round, on the slowest rank; the chosen plan's regret is the median over the rounds of its
+time over the best plan's in the same round.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from mlmdsl.planner.search import explore, search
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = "400mbit"  # of the throttled link, in each direction
+CLOSE = 12  # plans that have all rounds
 SPEC = """
 import "machine.mlm" as here
 
@@ -83,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one number of ranks on one kind of link; `times`: by plan, a time for each round."""
+    """Of one number of ranks on one kind of link; `times`: by plan, a time for each round that it was in."""
 
     title: str
     plans: Sequence[Plan]
@@ -93,11 +95,15 @@ class Result:
     @property
     def regret(self) -> float:
         chosen, best = (self._index(name) for name in (self.chosen, self.best))
-        return median(each[chosen] / each[best] for each in zip(*self.times, strict=True)) - 1
+        return median(mine / least for mine, least in zip(self.times[chosen], self.times[best], strict=True)) - 1
 
     @property
     def best(self) -> str:
-        return min((plan.name for plan in self.plans), key=self.seconds)
+        """Of those that were in all rounds."""
+        rounds = max(map(len, self.times))
+        return min(
+            (plan.name for plan, times in zip(self.plans, self.times, strict=True) if len(times) == rounds), key=self.seconds
+        )
 
     def seconds(self, name: str) -> float:
         return median(self.times[self._index(name)])
@@ -186,7 +192,8 @@ def start(ranks: int, nodes: Sequence[str], command: Sequence[str]) -> None:
 
 
 def plans(folder: Path, most: int | None) -> tuple[list[Plan], str]:
-    """Programs of all feasible plans in the folder, or of `most` spread evenly over the predicted order; and the chosen one."""
+    """Programs of all feasible plans in the folder, or of `most` spread evenly over the predicted order, and first the chosen
+    one, whose name it is."""
     done = compile_spec(SPEC, path=str(folder / "spec.mlm"), until="graph")
     assert done.spec is not None and done.graph is not None
     outcome = explore(Setting(done.spec, done.graph), done.spec.plan)
@@ -197,9 +204,7 @@ def plans(folder: Path, most: int | None) -> tuple[list[Plan], str]:
     report = SearchReport(candidates=1, feasible=1, seconds=0.0, rejected=())
     every = [_written(done.spec, done.graph, assemble.plan_of(f.place, f.candidate, report), folder) for f in found]
     chosen = _written(done.spec, done.graph, search(done.spec, done.graph), folder)
-    if chosen.name not in {plan.name for plan in every}:
-        every = [chosen, *every]
-    return every, chosen.name
+    return [chosen, *(plan for plan in every if plan.name != chosen.name)], chosen.name
 
 
 def _written(spec: Spec, graph: Graph, plan: Any, folder: Path) -> Plan:
@@ -215,7 +220,7 @@ def _written(spec: Spec, graph: Graph, plan: Any, folder: Path) -> Plan:
 
 
 def step_all(listed: Path, rounds: int, steps: int, out: Path) -> None:
-    """On each rank: every plan in turn. Rank 0 writes seconds by plan and round."""
+    """On each rank: every plan in turn, the chosen first. Rank 0 writes seconds by plan and round."""
     import torch
     import torch.distributed as dist
 
@@ -223,20 +228,26 @@ def step_all(listed: Path, rounds: int, steps: int, out: Path) -> None:
     dist.init_process_group("gloo")
     grids: dict[Any, Any] = {}
     trainers = [_trainer(Path(program), grids) for program in json.loads(listed.read_text(encoding="utf-8"))]
-    times: list[list[float]] = [[] for _ in trainers]
-    for round_ in range(rounds + 1):  # the first warms up
-        if dist.get_rank() == 0:
-            print(f"round {round_} of {rounds}", flush=True)
-        for trainer, found in zip(trainers, times, strict=True):
-            seconds: list[float] = []
-            for _ in range(steps if round_ else 1):
-                dist.barrier()
-                started = time.perf_counter()
-                trainer.step()
-                taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-                dist.all_reduce(taken, dist.ReduceOp.MAX)
-                seconds.append(float(taken))
-            found += [min(seconds)] if round_ else []
+
+    def fastest(index: int, steps: int) -> float:
+        seconds: list[float] = []
+        for _ in range(steps):
+            dist.barrier()
+            started = time.perf_counter()
+            trainers[index].step()
+            taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+            dist.all_reduce(taken, dist.ReduceOp.MAX)
+            seconds.append(float(taken))
+        return min(seconds)
+
+    every = range(len(trainers))
+    for index in every:
+        fastest(index, 1)  # warms up
+    times = [[fastest(index, steps)] for index in every]
+    close = sorted(every, key=lambda index: (index > 0, times[index]))[: CLOSE + 1]
+    for _ in range(rounds - 1):
+        for index in close:
+            times[index].append(fastest(index, steps))
     if dist.get_rank() == 0:
         out.write_text(json.dumps(times), encoding="utf-8")
     dist.barrier()
@@ -299,7 +310,10 @@ def table(result: Result) -> str:
 
 def page(results: Sequence[Result], options: argparse.Namespace) -> str:
     lines = ["# Regret: the planner's choice beside every other plan, measured", ""]
-    lines += [f"{len(os.sched_getaffinity(0))} cores; {options.rounds} rounds of {options.steps} steps; `make regret`.", ""]
+    rounds = (
+        f"{options.steps} steps of each plan, and of the {CLOSE} fastest and the chosen one {options.rounds} rounds of them"
+    )
+    lines += [f"{len(os.sched_getaffinity(0))} cores; {rounds}. Written by `make regret`.", ""]
     lines += ["| | plans | regret | chosen, ms | best, ms |", "| --- | --- | --- | --- | --- |"]
     for result in results:
         chosen, best = (f"{1e3 * result.seconds(name):.1f}" for name in (result.chosen, result.best))
@@ -323,8 +337,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--links", nargs="+", choices=("loopback", "throttled"), default=["loopback", "throttled"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--most", type=int, help="no more plans than this, spread over the predicted order")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "regret.md")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
