@@ -8,7 +8,7 @@ stages and FSDP2's units of one to eight layers of 16 features, less those of th
     a pass through a stage of torch's pipelining: its inputs looked up, its outputs kept, the hand-overs made ready      22
     a backward pass in two parts, gradients of inputs and of weights: the graph is walked in Python, a kernel            4.5
     a unit of FSDP2 that is gathered and reduced: buffers laid out, copied and cut                                       110
-    its hooks in a micro-batch, forward and backward, and those of each of its weights                                   15, 10
+    its hooks in a micro-batch, forward and backward, and those of each of its weights                                   15, 5
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PASS = 22.0
 _APART = 4.5
 _UNIT = 110.0
 _HOOKS = 15.0
-_WEIGHT = 10.0
+_WEIGHT = 5.0
 
 
 def pass_launches() -> float:
