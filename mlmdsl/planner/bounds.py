@@ -18,7 +18,7 @@ Seconds of a sequence do not grow with the micro-batch: kernels and links are th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pools import group_on
 from mlmdsl.planner.pricing import Bench, Place, Sums
-from mlmdsl.planner.schedule import V_SHAPED
+from mlmdsl.planner.schedule import V_SHAPED, Course
 
 # Sums of the same numbers in another order differ in their last digits, and plans are compared by nine (outcome.py)
 _ROUNDED = 1 - 1e-8
@@ -56,6 +56,18 @@ def least_pipeline(schedule: Schedule, sums: Sums, send: float, micro_batches: i
     if schedule == "1f1b" and m == p:
         return whole * 2 * p / (p + 1)
     return whole + (m - 1) * whole / p
+
+
+class Share(NamedTuple):
+    """A way of ZeRO on a place: what it takes, and bytes of state that a rank has at least, of all together
+    (`Place.least_state`)."""
+
+    overhead: Overhead
+    state: float
+
+
+def share_of(place: Place, zero: int, replicate: int) -> Share:
+    return Share(overhead_of(place, zero, replicate), place.least_state(zero, replicate))
 
 
 def overhead_of(place: Place, zero: int, replicate: int) -> Overhead:
@@ -96,39 +108,33 @@ def _overhead_on(place: Place, bench: Bench, zero: int, replicate: int) -> Overh
     return Overhead(once + of_experts + step, passes)
 
 
-def least_around(place: Place, overheads: Iterable[Overhead], micro_batch: int, interleave: int) -> float:
-    """Of a step besides the way through the pipeline: of the ways of ZeRO the quickest."""
-    passes = place.micro_batches(micro_batch) * interleave
-    return min([once + passes * each for once, each in overheads]) + place.sync_seconds
-
-
 def least_seconds(
-    place: Place, around: float, micro_batch: int, mode: int, schedule: Schedule, interleave: int, longer: float = 0.0
+    place: Place, overheads: Sequence[Overhead], micro_batch: int, mode: int, courses: Iterable[Course], longer: float = 0.0
 ) -> float:
-    """Of a step, under a way of recomputing and a schedule; `around`: of `least_around`; `longer`: what a micro-batch's passes
-    take besides."""
-    m, send = place.micro_batches(micro_batch), place.least_send(micro_batch)
-    sums = place.sums(micro_batch, mode)
+    """Of a step, under a way of recomputing and the quickest ways of ZeRO and schedules: of each of these the one with the
+    fewest virtual stages, which comes first. `longer`: what a micro-batch's passes take besides."""
+    m, send, sums = place.micro_batches(micro_batch), place.least_send(micro_batch), place.sums(micro_batch, mode)
     if longer:
         sums = sums._replace(backward=sums.backward + longer)
-    return _ROUNDED * (least_pipeline(schedule, sums, send, m, place.pipeline, interleave) + around)
+    best, seen = inf, set[Schedule]()
+    for schedule, interleave in courses:
+        if schedule in seen:
+            continue
+        seen.add(schedule)
+        around = min([once + m * interleave * each for once, each in overheads])
+        best = min(best, around + least_pipeline(schedule, sums, send, m, place.pipeline, interleave))
+    return _ROUNDED * (best + place.sync_seconds)
 
 
 def least_blended(
-    place: Place,
-    around: float,
-    micro_batch: int,
-    ways: Iterable[tuple[int, int]],
-    schedule: Schedule,
-    interleave: int,
-    shares: Iterable[tuple[int, int]],
+    place: Place, share: Share, micro_batch: int, ways: Iterable[tuple[int, int]], courses: tuple[Course, ...]
 ) -> float:
     """Of a step that recomputes some layers in a dear way and the others in a mild one, (mild, dear), as few as its memory
-    allows under one of these ways of ZeRO."""
+    allows under one of these ways of ZeRO and schedules."""
     best = inf
     for mild, dear in ways:
-        longer = min(place.least_longer(micro_batch, mild, dear, schedule, interleave, *share) for share in shares)
-        best = min(best, least_seconds(place, around, micro_batch, mild, schedule, interleave, longer))
+        longer = place.least_longer(micro_batch, mild, dear, courses, share.state)
+        best = min(best, least_seconds(place, (share.overhead,), micro_batch, mild, courses, longer))
     return best
 
 

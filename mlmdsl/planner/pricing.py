@@ -647,32 +647,38 @@ class Place:
         every = c.modes or c.schedule in schedule.V_SHAPED
         return [(rank, c.cut.held(rank)) for rank in range(self.pipeline)] if every else c.cut.ranks
 
-    def least_bytes(self, micro_batch: int, zero: int, replicate: int) -> int:
-        """What the fullest rank of any plan here holds at least: even shares of state, of what one micro-batch leaves and of
-        the loss. Grows with the micro-batch."""
+    def least_bytes(self, micro_batch: int, state: float) -> int:
+        """What the fullest rank of any plan here holds at least: even shares of state (of `least_state`), of what one
+        micro-batch leaves and of the loss. Grows with the micro-batch."""
         each, loss = self.bench.least_activations(micro_batch)
         passing = min(least.kept / self.pipeline + max(loss / self.pipeline, least.working) for least in each)
-        return self._bound(self._least_state(zero, replicate) / self.pipeline, passing)
+        return self._bound(state / self.pipeline, passing)
 
-    def least_under(self, micro_batch: int, mode: int, kind: Schedule, interleave: int, zero: int, replicate: int) -> int:
-        """The same under a way of recomputing and a schedule, whose ranks hold different numbers of micro-batches."""
+    def least_under(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...], state: float) -> int:
+        """The same under a way of recomputing and any of some schedules, whose ranks hold different numbers of
+        micro-batches."""
         each, loss = self.bench.least_activations(micro_batch)
-        share, most = schedule.least_in_flight(kind, self.pipeline, interleave, self.micro_batches(micro_batch))
-        state, least = self._least_state(zero, replicate), each[mode]
+        fullest, least = schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)), each[mode]
         even = self._bound(state / self.pipeline, least.kept / self.pipeline + max(loss / self.pipeline, least.working))
-        return max(even, self._bound(state * share / most, least.kept * share + least.working))
+        return max(even, self._bound(state * fullest.state, least.kept * fullest.kept + least.working))
 
-    def least_longer(
-        self, micro_batch: int, mild: int, dear: int, kind: Schedule, interleave: int, zero: int, replicate: int
-    ) -> float:
+    def most_state(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...]) -> float:
+        """Bytes of state with which `least_under` is what a plan may use."""
+        each, loss = self.bench.least_activations(micro_batch)
+        fullest, least = schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)), each[mode]
+        room, slack = self.most_bytes - self.context_bytes + 1, 1 + memory.SLACK[self.bench.setting.device.kind]
+        even = (room - slack * (least.kept / self.pipeline + max(loss / self.pipeline, least.working))) * self.pipeline
+        return min(even, (room - slack * (least.kept * fullest.kept + least.working)) / fullest.state)
+
+    def least_longer(self, micro_batch: int, mild: int, dear: int, courses: tuple[schedule.Course, ...], state: float) -> float:
         """Seconds by which a micro-batch's passes are longer than under a mild way of recomputing, at least, where some layers
         are under a dearer one so that the plan fits: each byte that `least_under` has too much costs as little as it can."""
         each, loss = self.bench.least_activations(micro_batch)
-        share, most = schedule.least_in_flight(kind, self.pipeline, interleave, self.micro_batches(micro_batch))
-        state, working = self._least_state(zero, replicate), min(each[mild].working, each[dear].working)
+        share = schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch))
+        working = min(each[mild].working, each[dear].working)
         room, slack = self.most_bytes - self.context_bytes, 1 + memory.SLACK[self.bench.setting.device.kind]
         even = ((room - state / self.pipeline) / slack - max(loss / self.pipeline, working)) * self.pipeline
-        fullest = ((room - state * share / most) / slack - working) / share
+        fullest = ((room - state * share.state) / slack - working) / share.kept
         over = each[mild].kept - min(even, fullest)
         if over <= 0:
             return 0.0
@@ -681,7 +687,7 @@ class Place:
     def _bound(self, state: float, passing: float) -> int:
         return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
 
-    def _least_state(self, zero: int, replicate: int) -> float:
+    def least_state(self, zero: int, replicate: int) -> float:
         """Of all pipeline ranks together when the first backward pass begins, but for what torch makes room for one unit at a
         time."""
         found = self._least.get((zero, replicate))

@@ -10,7 +10,7 @@ import pytest
 from mlmdsl.compile import compile_spec
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
-from mlmdsl.planner.bounds import least_around, least_from, least_seconds, overhead_of
+from mlmdsl.planner.bounds import least_from, least_seconds, overhead_of
 from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.recomputing import least_that
 from mlmdsl.planner.search import search
@@ -52,8 +52,7 @@ def test_no_plan_takes_less_than_its_bounds(outcome: Outcome) -> None:
         c, place = found.candidate, found.place
         mildest = min(c.modes, default=c.recompute)
         overheads = [overhead_of(place, c.zero, c.replicate)]
-        around = least_around(place, overheads, c.micro_batch, c.interleave)
-        bound = least_seconds(place, around, c.micro_batch, mildest, c.schedule, c.interleave)
+        bound = least_seconds(place, overheads, c.micro_batch, mildest, ((c.schedule, c.interleave),))
         total = (found if found.exact else outcome.made_exact(number)).times.total
         assert 0 < least_from(place, overheads, c.micro_batch) <= total and 0.2 * total < bound <= total
 
@@ -64,8 +63,7 @@ def test_without_a_pipeline_and_zero_the_bound_is_the_time(outcome: Outcome) -> 
     assert plain
     for found in plain:
         c, place = found.candidate, found.place
-        around = least_around(place, [overhead_of(place, 0, 1)], c.micro_batch, 1)
-        bound = least_seconds(place, around, c.micro_batch, c.recompute, c.schedule, 1)
+        bound = least_seconds(place, [overhead_of(place, 0, 1)], c.micro_batch, c.recompute, ((c.schedule, 1),))
         assert bound == pytest.approx(place.times(c).total, rel=1e-6)
 
 
