@@ -10,7 +10,8 @@ Work is taken as if it were spread evenly over the pipeline, whose schedule then
 for W seconds of a micro-batch through all p stages with what they send. (1f1b: of the ways through the schedule that
 schedule.py lists, the one that stays on stage s and goes down and up the stages after it takes W + (m - p + s) c_s + c_(s+1) +
 .. + c_(p-1). If all of these were shorter than W + (m - 1) W / p, then by induction from the last stage down the c would not
-add up to W.) The fullest rank has the mean rank's weights at least, and so exchanges these and steps them.
+add up to W.) The fullest rank has the mean rank's weights at least, and so exchanges these and steps them. Where pools are
+unlike, W is that of the quickest, and `least_uneven` bounds the ranks that work is spread over by their paces.
 
 Seconds of a sequence do not grow with the micro-batch: kernels and links are the faster the more there is to do at once
 (compute.py, communication.py). So one large micro-batch bounds all smaller ones.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import inf
+from operator import mul
 from typing import NamedTuple
 
 from mlmdsl.planner.communication import collective_seconds
@@ -27,6 +29,7 @@ from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pools import group_on
 from mlmdsl.planner.pricing import Bench, Place, Sums
+from mlmdsl.planner.proportion import Paces
 from mlmdsl.planner.schedule import V_SHAPED, Course
 
 # Sums of the same numbers in another order differ in their last digits, and plans are compared by nine (outcome.py)
@@ -70,6 +73,29 @@ def share_of(place: Place, zero: int, replicate: int) -> Share:
     return Share(overhead_of(place, zero, replicate), place.least_state(zero, replicate))
 
 
+def least_uneven(schedule: Schedule, sums: Sums, send: float, micro_batches: int, paces: Paces) -> float:
+    """Seconds of all micro-batches where ranks differ in pace. Ranks that are busy with a micro-batch for c_s seconds do
+    sum(c_s pace_s) of its work w at the most: weighted by pace, the mean of c_s is w / sum(pace) at least. No schedule is
+    shorter than any of these, for every s, nor than their mean:
+
+        gpipe               W + (m - 1) c_s
+        interleaved_1f1b    m c_s and the way to s, down over the shortest of layers and up again
+        zb_v, dualpipe_v    m c_s and the way down to s
+        1f1b                W + (m - p + s) c_s + c_(s+1) + .. + c_(p-1), weighted so that each c_t counts at its pace
+    """
+    m, p, total = micro_batches, len(paces.ranks), sum(paces.ranks)
+    mean, whole = paces.work / total, sums.forward + sums.backward + 2 * (p - 1) * send
+    if schedule == "gpipe":
+        return whole + (m - 1) * mean
+    if schedule == "1f1b":
+        weights = 0.0
+        for rank, pace in enumerate(paces.ranks if m > p else ()):
+            weights += max(0.0, pace - weights) / (m - p + rank)
+        return whole + paces.work / weights if weights else m * mean
+    way = send + (sums.quickest_forward if schedule in V_SHAPED else sums.quickest)
+    return m * mean + way * sum(rank * pace for rank, pace in enumerate(paces.ranks)) / total
+
+
 def overhead_of(place: Place, zero: int, replicate: int) -> Overhead:
     """Of the rank with the mean rank's weights; where pools are unlike, the least of any of them."""
     each = [_overhead_on(place, bench, zero, replicate) for bench in place.distinct]
@@ -109,20 +135,34 @@ def _overhead_on(place: Place, bench: Bench, zero: int, replicate: int) -> Overh
 
 
 def least_seconds(
-    place: Place, overheads: Sequence[Overhead], micro_batch: int, mode: int, courses: Iterable[Course], longer: float = 0.0
+    place: Place,
+    overheads: Sequence[Overhead],
+    micro_batch: int,
+    mode: int,
+    courses: Iterable[Course],
+    excess: float = 0.0,
+    dear: int = 0,
 ) -> float:
     """Of a step, under a way of recomputing and the quickest ways of ZeRO and schedules: of each of these the one with the
-    fewest virtual stages, which comes first. `longer`: what a micro-batch's passes take besides."""
+    fewest virtual stages, which comes first. `excess`: bytes that layers under a dearer way keep less, each of which costs as
+    little as it can."""
     m, send, sums = place.micro_batches(micro_batch), place.least_send(micro_batch), place.sums(micro_batch, mode)
-    if longer:
-        sums = sums._replace(backward=sums.backward + longer)
+    paces = None if place.alike else place.paces(micro_batch, mode)
+    if excess:
+        costs = [bench.seconds_for_bytes(micro_batch, mode, dear) for bench in place.benches]
+        sums = sums._replace(backward=sums.backward + excess * min(costs))
+        if paces is not None:
+            paces = paces._replace(work=paces.work + excess * min(map(mul, costs, paces.ranks)))
     best, seen = inf, set[Schedule]()
     for schedule, interleave in courses:
         if schedule in seen:
             continue
         seen.add(schedule)
         around = min([once + m * interleave * each for once, each in overheads])
-        best = min(best, around + least_pipeline(schedule, sums, send, m, place.pipeline, interleave))
+        passes = least_pipeline(schedule, sums, send, m, place.pipeline, interleave)
+        if paces is not None:
+            passes = max(passes, least_uneven(schedule, sums, send, m, paces))
+        best = min(best, around + passes)
     return _ROUNDED * (best + place.sync_seconds)
 
 
@@ -133,8 +173,8 @@ def least_blended(
     allows under one of these ways of ZeRO and schedules."""
     best = inf
     for mild, dear in ways:
-        longer = place.least_longer(micro_batch, mild, dear, courses, share.state)
-        best = min(best, least_seconds(place, (share.overhead,), micro_batch, mild, courses, longer))
+        excess = place.least_excess(micro_batch, mild, dear, courses, share.state)
+        best = min(best, least_seconds(place, (share.overhead,), micro_batch, mild, courses, excess, dear))
     return best
 
 
@@ -149,4 +189,8 @@ def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) ->
     send = place.least_send(largest) / largest
     whole = (sums.forward + sums.backward) / largest + 2 * (p - 1) * send
     down = (p - 1) / 2 * (sums.quickest_forward / largest + send)
-    return _WHOLE * (rows / p * whole + rows / m * down + around)
+    passes = rows / p * whole + rows / m * down
+    if not place.alike:
+        work, paces = place.paces(largest, 0)
+        passes = max(passes, rows / largest * work / sum(paces))
+    return _WHOLE * (passes + around)

@@ -28,7 +28,7 @@ from mlmdsl.planner.moments import Moment, moments, reduces_each_pass
 from mlmdsl.planner.passes import MODES, Layout, Passes, Prices
 from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
 from mlmdsl.planner.pools import Site, Sites, group_on, mean_peak
-from mlmdsl.planner.proportion import Speed, proportion
+from mlmdsl.planner.proportion import Paces, Speed, paces, proportion
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
 
@@ -440,6 +440,7 @@ class Place:
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
     _least: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
     _sends: dict[int, float] = field(default_factory=dict[int, float])
+    _paces: dict[tuple[int, int], Paces] = field(default_factory=dict[tuple[int, int], Paces])
     _fillings: dict[tuple[object, ...], memory.Filling] = field(default_factory=dict[tuple[object, ...], memory.Filling])
     _moments: dict[tuple[object, ...], Moments] = field(default_factory=dict[tuple[object, ...], "Moments"])
     _blends: dict[tuple[object, ...], tuple[Blend, ...]] = field(default_factory=dict[tuple[object, ...], "tuple[Blend, ...]"])
@@ -670,19 +671,16 @@ class Place:
         even = (room - slack * (least.kept / self.pipeline + max(loss / self.pipeline, least.working))) * self.pipeline
         return min(even, (room - slack * (least.kept * fullest.kept + least.working)) / fullest.state)
 
-    def least_longer(self, micro_batch: int, mild: int, dear: int, courses: tuple[schedule.Course, ...], state: float) -> float:
-        """Seconds by which a micro-batch's passes are longer than under a mild way of recomputing, at least, where some layers
-        are under a dearer one so that the plan fits: each byte that `least_under` has too much costs as little as it can."""
+    def least_excess(self, micro_batch: int, mild: int, dear: int, courses: tuple[schedule.Course, ...], state: float) -> float:
+        """Bytes of one micro-batch that all layers have to keep less than under a mild way of recomputing, at least, where some
+        are under a dearer one so that the plan fits: what `least_under` has too much."""
         each, loss = self.bench.least_activations(micro_batch)
         share = schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch))
         working = min(each[mild].working, each[dear].working)
         room, slack = self.most_bytes - self.context_bytes, 1 + memory.SLACK[self.bench.setting.device.kind]
         even = ((room - state / self.pipeline) / slack - max(loss / self.pipeline, working)) * self.pipeline
         fullest = ((room - state * share.state) / slack - working) / share.kept
-        over = each[mild].kept - min(even, fullest)
-        if over <= 0:
-            return 0.0
-        return over * min(bench.seconds_for_bytes(micro_batch, mild, dear) for bench in self.distinct)
+        return max(0.0, each[mild].kept - min(even, fullest))
 
     def _bound(self, state: float, passing: float) -> int:
         return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
@@ -749,6 +747,14 @@ class Place:
             return self.bench.sums(micro_batch, mode)
         each = [bench.sums(micro_batch, mode) for bench in self.distinct]
         return Sums(*map(min, zip(*each, strict=True)))._replace(weight=max(one.weight for one in each))
+
+    def paces(self, micro_batch: int, mode: int) -> Paces:
+        """Where pools are unlike."""
+        found = self._paces.get((micro_batch, mode))
+        if found is None:
+            speeds = [bench.speed(micro_batch, mode) for bench in self.benches]
+            found = self._paces[micro_batch, mode] = paces(self.bench.setting.chain, speeds)
+        return found
 
     def least_send(self, micro_batch: int) -> float:
         """Seconds of one hand-over between stages."""
