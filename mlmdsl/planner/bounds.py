@@ -20,8 +20,9 @@ Seconds of a sequence do not grow with the micro-batch: kernels and links are th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from math import inf
-from operator import mul
+from operator import itemgetter, mul
 from typing import NamedTuple
 
 from mlmdsl.planner.communication import collective_seconds
@@ -139,31 +140,34 @@ def least_seconds(
     overheads: Sequence[Overhead],
     micro_batch: int,
     mode: int,
-    courses: Iterable[Course],
+    courses: tuple[Course, ...],
     excess: float = 0.0,
     dear: int = 0,
 ) -> float:
-    """Of a step, under a way of recomputing and the quickest ways of ZeRO and schedules: of each of these the one with the
-    fewest virtual stages, which comes first. `excess`: bytes that layers under a dearer way keep less, each of which costs as
-    little as it can."""
+    """Of a step, under a way of recomputing and the quickest ways of ZeRO and schedules. `excess`: bytes that layers under a
+    dearer way keep less, each of which costs as little as it can."""
     m, send, sums = place.micro_batches(micro_batch), place.least_send(micro_batch), place.sums(micro_batch, mode)
     paces = None if place.alike else place.paces(micro_batch, mode)
     if excess:
-        costs = [bench.seconds_for_bytes(micro_batch, mode, dear) for bench in place.benches]
+        ranks = place.benches[:1] if place.alike else place.benches
+        costs = [bench.seconds_for_bytes(micro_batch, mode, dear) for bench in ranks]
         sums = sums._replace(backward=sums.backward + excess * min(costs))
         if paces is not None:
             paces = paces._replace(work=paces.work + excess * min(map(mul, costs, paces.ranks)))
-    best, seen = inf, set[Schedule]()
-    for schedule, interleave in courses:
-        if schedule in seen:
-            continue
-        seen.add(schedule)
+    best = inf
+    for schedule, interleave in _quickest(courses):
         around = min([once + m * interleave * each for once, each in overheads])
         passes = least_pipeline(schedule, sums, send, m, place.pipeline, interleave)
         if paces is not None:
             passes = max(passes, least_uneven(schedule, sums, send, m, paces))
         best = min(best, around + passes)
     return _ROUNDED * (best + place.sync_seconds)
+
+
+@cache
+def _quickest(courses: tuple[Course, ...]) -> tuple[Course, ...]:
+    """Of each schedule the one with the fewest virtual stages."""
+    return tuple(dict(sorted(courses, key=itemgetter(1), reverse=True)).items())
 
 
 def least_blended(

@@ -53,8 +53,8 @@ class Branch(NamedTuple):
     """Candidates of one place: all with these micro-batches, the smallest first; or (`mode`) those with one of them and one way
     of recomputing; or (`schedule`) with one schedule, too, which differ in `shares` alone: ZeRO and its copies.
 
-    bound: the objective is no less; milder: nor is it of plans that recompute some of the layers in a milder way; broken: a bit
-    for each wish that none of them keeps; modes: of every layer, where a pin says so."""
+    bound: the objective is no less; milder: nor is it of plans that recompute some of the layers in a milder way, if there is
+    one; broken: a bit for each wish that none of them keeps; modes: of every layer, where a pin says so."""
 
     bound: float
     broken: int

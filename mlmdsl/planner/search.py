@@ -159,11 +159,11 @@ class Judge:
 
     def _ways(self, branch: Branch) -> Iterator[Branch]:
         """With the first micro-batch, by way of recomputing; all with larger ones."""
-        place, (micro_batch, *larger), mildest = branch.place, branch.micro_batches, inf
+        place, (micro_batch, *larger), milder = branch.place, branch.micro_batches, inf
         for mode, modes in self.space.ways():
             if self.space.courses(place, micro_batch, (mode, modes)):
-                yield Branch(0.0, branch.broken, place, (micro_batch,), self.space.shares(place), mode, modes, mildest)
-                mildest = 0.0
+                yield Branch(0.0, branch.broken, place, (micro_batch,), self.space.shares(place), mode, modes, milder)
+                milder = branch.bound
         if larger:
             yield self._from(place, tuple(larger))
 
@@ -193,15 +193,13 @@ class Judge:
         return branch._replace(shares=fitting)
 
     def _bounded(self, branch: Branch) -> Branch:
-        """One with a way of recomputing; `milder` is infinite where there is none."""
+        """One with a way of recomputing."""
         if self.minimize == "memory":
             return branch._replace(bound=self._least_under(branch) * (1 - 1e-8))
         place, (micro_batch,), mode, courses = branch.place, branch.micro_batches, branch.mode, self._courses(branch)
         assert mode is not None
         overheads = [self._on(place)[share].overhead for share in branch.shares]
-        bound = least_seconds(place, overheads, micro_batch, 0 if branch.modes else mode, courses)
-        milder = least_seconds(place, overheads, micro_batch, 0, courses) if branch.milder < inf else inf
-        return branch._replace(bound=bound, milder=milder)
+        return branch._replace(bound=least_seconds(place, overheads, micro_batch, 0 if branch.modes else mode, courses))
 
     def least_milder(self, branch: Branch, milds: Iterable[int]) -> float:
         """A closer bound than `milder`: as few layers are recomputed as memory allows, the others in one of these ways."""
