@@ -29,7 +29,7 @@ from mlmdsl.planner.communication import collective_seconds
 from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pools import group_on
-from mlmdsl.planner.pricing import Bench, Place, Sums
+from mlmdsl.planner.pricing import Bench, Place, States, Sums
 from mlmdsl.planner.proportion import Paces
 from mlmdsl.planner.schedule import V_SHAPED, Course
 
@@ -63,15 +63,14 @@ def least_pipeline(schedule: Schedule, sums: Sums, send: float, micro_batches: i
 
 
 class Share(NamedTuple):
-    """A way of ZeRO on a place: what it takes, and bytes of state that a rank has at least, of all together
-    (`Place.least_state`)."""
+    """A way of ZeRO on a place: what it takes in time, and in state at least."""
 
     overhead: Overhead
-    state: float
+    states: States
 
 
 def share_of(place: Place, zero: int, replicate: int) -> Share:
-    return Share(overhead_of(place, zero, replicate), place.least_state(zero, replicate))
+    return Share(overhead_of(place, zero, replicate), place.least_states(zero, replicate))
 
 
 def least_uneven(schedule: Schedule, sums: Sums, send: float, micro_batches: int, paces: Paces) -> float:
@@ -177,7 +176,7 @@ def least_blended(
     allows under one of these ways of ZeRO and schedules."""
     best = inf
     for mild, dear in ways:
-        excess = place.least_excess(micro_batch, mild, dear, courses, share.state)
+        excess = place.least_excess(micro_batch, mild, dear, courses, share.states)
         best = min(best, least_seconds(place, (share.overhead,), micro_batch, mild, courses, excess, dear))
     return best
 

@@ -214,6 +214,13 @@ class Sums(NamedTuple):
     crossing: int
 
 
+class States(NamedTuple):
+    """Bytes of all pipeline ranks' states together, without and with sums of gradients."""
+
+    plain: float
+    summed: float
+
+
 class Least(NamedTuple):
     """Bytes that all layers keep for one micro-batch, and that a rank with layers needs while the backward pass of one runs."""
 
@@ -438,7 +445,7 @@ class Place:
     order: Order = USUAL
     _cuts: dict[tuple[object, ...], Cut] = field(default_factory=dict[tuple[object, ...], Cut])
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
-    _least: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
+    _least: dict[tuple[int, int], States] = field(default_factory=dict[tuple[int, int], "States"])
     _sends: dict[int, float] = field(default_factory=dict[int, float])
     _paces: dict[tuple[int, int], Paces] = field(default_factory=dict[tuple[int, int], Paces])
     _fillings: dict[tuple[object, ...], memory.Filling] = field(default_factory=dict[tuple[object, ...], memory.Filling])
@@ -649,52 +656,65 @@ class Place:
         return [(rank, c.cut.held(rank)) for rank in range(self.pipeline)] if every else c.cut.ranks
 
     def least_bytes(self, micro_batch: int, state: float) -> int:
-        """What the fullest rank of any plan here holds at least: even shares of state (of `least_state`), of what one
+        """What the fullest rank of any plan here holds at least: even shares of state (of `least_states`), of what one
         micro-batch leaves and of the loss. Grows with the micro-batch."""
         each, loss = self.bench.least_activations(micro_batch)
         passing = min(least.kept / self.pipeline + max(loss / self.pipeline, least.working) for least in each)
         return self._bound(state / self.pipeline, passing)
 
-    def least_under(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...], state: float) -> int:
+    def least_under(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...], states: States) -> int:
         """The same under a way of recomputing and any of some schedules, whose ranks hold different numbers of
         micro-batches."""
         each, loss = self.bench.least_activations(micro_batch)
-        fullest, least = schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)), each[mode]
-        even = self._bound(state / self.pipeline, least.kept / self.pipeline + max(loss / self.pipeline, least.working))
-        return max(even, self._bound(state * fullest.state, least.kept * fullest.kept + least.working))
+        least, found = each[mode], list[int]()
+        passing = least.kept / self.pipeline + max(loss / self.pipeline, least.working)
+        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
+            even = self._bound(states[summed] / self.pipeline, passing)
+            found.append(max(even, self._bound(states[summed] * fullest.state, least.kept * fullest.kept + least.working)))
+        return min(found)
 
-    def most_state(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...]) -> float:
-        """Bytes of state with which `least_under` is what a plan may use."""
+    def most_states(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...]) -> States:
+        """With which `least_under` is what a plan may use: one of them is not exceeded where it fits."""
         each, loss = self.bench.least_activations(micro_batch)
-        fullest, least = schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)), each[mode]
+        least, found = each[mode], [-inf, -inf]
         room, slack = self.most_bytes - self.context_bytes + 1, 1 + memory.SLACK[self.bench.setting.device.kind]
         even = (room - slack * (least.kept / self.pipeline + max(loss / self.pipeline, least.working))) * self.pipeline
-        return min(even, (room - slack * (least.kept * fullest.kept + least.working)) / fullest.state)
+        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
+            found[summed] = min(even, (room - slack * (least.kept * fullest.kept + least.working)) / fullest.state)
+        return States(*found)
 
-    def least_excess(self, micro_batch: int, mild: int, dear: int, courses: tuple[schedule.Course, ...], state: float) -> float:
+    def least_excess(
+        self, micro_batch: int, mild: int, dear: int, courses: tuple[schedule.Course, ...], states: States
+    ) -> float:
         """Bytes of one micro-batch that all layers have to keep less than under a mild way of recomputing, at least, where some
         are under a dearer one so that the plan fits: what `least_under` has too much."""
         each, loss = self.bench.least_activations(micro_batch)
-        share = schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch))
         working = min(each[mild].working, each[dear].working)
         room, slack = self.most_bytes - self.context_bytes, 1 + memory.SLACK[self.bench.setting.device.kind]
-        even = ((room - state / self.pipeline) / slack - max(loss / self.pipeline, working)) * self.pipeline
-        fullest = ((room - state * share.state) / slack - working) / share.kept
-        return max(0.0, each[mild].kept - min(even, fullest))
+        kept = 0.0
+        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
+            state = states[summed]
+            even = ((room - state / self.pipeline) / slack - max(loss / self.pipeline, working)) * self.pipeline
+            kept = max(kept, min(even, ((room - state * fullest.state) / slack - working) / fullest.kept))
+        return max(0.0, each[mild].kept - kept)
 
     def _bound(self, state: float, passing: float) -> int:
         return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
 
-    def least_state(self, zero: int, replicate: int) -> float:
+    def least_states(self, zero: int, replicate: int) -> States:
         """Of all pipeline ranks together when the first backward pass begins, but for what torch makes room for one unit at a
-        time."""
+        time; and in a later one."""
         found = self._least.get((zero, replicate))
         if found is None:
             whole, sharing = self.bench.setting.chain.whole, self.sharing(zero, replicate, 1)
             state = self.bench.state(whole, sharing, Moment("loss", (1,)))
-            found = self._least[zero, replicate] = sum(state) - state.buffers
+            plain = summed = float(sum(state) - state.buffers)
             if zero == 3 and sharing.piped:
-                found -= state.unsharded
+                plain -= state.unsharded
+            if sharing.piped and sharing.zero and not reduces_each_pass(sharing.zero, sharing.piped):
+                state = self.bench.state(whole, sharing, Moment("loss", (1,), (0,)))
+                summed = float(sum(state) - state.buffers)
+            found = self._least[zero, replicate] = States(plain, summed)
         return found
 
     def peak_bytes(self, c: Candidate, limit: float = inf) -> int:

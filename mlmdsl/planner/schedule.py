@@ -131,11 +131,24 @@ def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_ba
     return Fullest(share, share / max(means))
 
 
+def sums_while_full(schedule: Schedule, pipeline: int, micro_batches: int) -> bool:
+    """Whether each rank has sums of the gradients of all its stages at a time when it holds the most micro-batches: a backward
+    pass of each has been by then (moments.py)."""
+    if schedule == "1f1b":
+        return micro_batches > pipeline
+    return schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) > 1
+
+
 @cache
-def least_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int) -> Fullest:
-    """Under any of the schedules."""
-    each = [least_in_flight(schedule, pipeline, interleave, micro_batches) for schedule, interleave in courses]
-    return Fullest(min(one.kept for one in each), min(one.state for one in each))
+def least_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int) -> tuple[tuple[bool, Fullest], ...]:
+    """Under any of the schedules: of those without and with sums while a rank is full, if there are some."""
+    found: list[tuple[bool, Fullest]] = []
+    for summed in (False, True):
+        mine = [course for course in courses if sums_while_full(course[0], pipeline, micro_batches) == summed]
+        each = [least_in_flight(schedule, pipeline, interleave, micro_batches) for schedule, interleave in mine]
+        if each:
+            found.append((summed, Fullest(min(one.kept for one in each), min(one.state for one in each))))
+    return tuple(found)
 
 
 def warm_up(pipeline: int, interleave: int, micro_batches: int, rank: int) -> int:

@@ -16,6 +16,7 @@ from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
+from operator import le
 from typing import Any, NamedTuple
 
 from mlmdsl.grammar.constraints import USUAL
@@ -184,8 +185,11 @@ class Judge:
         if branch.modes:
             return branch
         assert branch.mode is not None
-        most = branch.place.most_state(branch.micro_batches[0], branch.mode, self._courses(branch))
-        fitting = tuple(share for share in branch.shares if self._on(branch.place)[share].state <= most)
+        most, known = (
+            branch.place.most_states(branch.micro_batches[0], branch.mode, self._courses(branch)),
+            self._on(branch.place),
+        )
+        fitting = tuple(share for share in branch.shares if any(map(le, known[share].states, most)))
         if len(fitting) == len(branch.shares):
             return branch
         rest = branch._replace(shares=tuple(share for share in branch.shares if share not in fitting))
@@ -249,13 +253,14 @@ class Judge:
 
     def _least_bytes(self, place: Place, micro_batch: int) -> int:
         """Grows with the micro-batch."""
-        return place.least_bytes(micro_batch, min(share.state for share in self._on(place).values()))
+        return place.least_bytes(micro_batch, min(share.states.plain for share in self._on(place).values()))
 
     def _least_under(self, branch: Branch) -> int:
         """Of one with a way of recomputing."""
         assert branch.mode is not None
-        state = min(self._on(branch.place)[share].state for share in branch.shares)
-        return branch.place.least_under(branch.micro_batches[0], branch.mode, self._courses(branch), state)
+        chosen = (branch.micro_batches[0], branch.mode, self._courses(branch))
+        states = (self._on(branch.place)[share].states for share in branch.shares)
+        return min(branch.place.least_under(*chosen, each) for each in states)
 
     def _put_aside(self, over: int, branch: Branch) -> None:
         """Not looked at, unless it may be the closest to fit."""
