@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import core_schema
 
 from mlmdsl.diagnostics import Span
 from mlmdsl.grammar import syntax
 from mlmdsl.runtime import config
+
+
+class _Made:
+    """Of a field whose values are made by the passes before: their type is trusted, not looked into."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(*_: object) -> core_schema.CoreSchema:
+        return core_schema.any_schema()
 
 
 class Frozen(BaseModel):
@@ -171,7 +180,7 @@ class Rule(Frozen):
     facts `<axis>.crosses_nodes`."""
 
     form: Literal["require", "prefer", "avoid", "forbid"]
-    condition: syntax.Expr
+    condition: Annotated[syntax.Expr, _Made]
     text: str
     span: Span
 
@@ -190,13 +199,13 @@ class ModelSource(Frozen):
     (after `--set`) by name; `blocks` every block that the model can call, by the name it is called by, with the values of the
     file it was written in."""
 
-    model: syntax.Model
+    model: Annotated[syntax.Model, _Made]
     values: dict[str, object]
     blocks: dict[str, BlockSource]
 
 
 class BlockSource(Frozen):
-    block: syntax.Block
+    block: Annotated[syntax.Block, _Made]
     values: dict[str, object]
     blocks: dict[str, str]  # names as written inside this block's file -> keys of ModelSource.blocks
     qualified: str  # "std/attention.mlm:Attention"

@@ -10,7 +10,8 @@ Work is taken as if it were spread evenly over the pipeline, whose schedule then
 for W seconds of a micro-batch through all p stages with what they send. (1f1b: of the ways through the schedule that
 schedule.py lists, the one that stays on stage s and goes down and up the stages after it takes W + (m - p + s) c_s + c_(s+1) +
 .. + c_(p-1). If all of these were shorter than W + (m - 1) W / p, then by induction from the last stage down the c would not
-add up to W.) The fullest rank has the mean rank's weights at least, and so exchanges these and steps them.
+add up to W.) The fullest rank has the mean rank's weights at least, and so exchanges these and steps them. Where pools are
+unlike, W is that of the quickest, and `least_uneven` bounds the ranks that work is spread over by their paces.
 
 Seconds of a sequence do not grow with the micro-batch: kernels and links are the faster the more there is to do at once
 (compute.py, communication.py). So one large micro-batch bounds all smaller ones.
@@ -18,16 +19,19 @@ Seconds of a sequence do not grow with the micro-batch: kernels and links are th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 from math import inf
+from operator import itemgetter, mul
 from typing import NamedTuple
 
 from mlmdsl.planner.communication import collective_seconds
 from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pools import group_on
-from mlmdsl.planner.pricing import Bench, Place, Sums
-from mlmdsl.planner.schedule import V_SHAPED
+from mlmdsl.planner.pricing import Bench, Place, States, Sums
+from mlmdsl.planner.proportion import Paces
+from mlmdsl.planner.schedule import V_SHAPED, Course
 
 # Sums of the same numbers in another order differ in their last digits, and plans are compared by nine (outcome.py)
 _ROUNDED = 1 - 1e-8
@@ -65,6 +69,40 @@ def _through(schedule: Schedule, sums: Sums, send: float, whole: float, m: int, 
     if schedule == "1f1b" and m == p:
         return whole * 2 * p / (p + 1)
     return whole + (m - 1) * whole / p
+
+
+class Share(NamedTuple):
+    """A way of ZeRO on a place: what it takes in time, and in state at least."""
+
+    overhead: Overhead
+    states: States
+
+
+def share_of(place: Place, zero: int, replicate: int) -> Share:
+    return Share(overhead_of(place, zero, replicate), place.least_states(zero, replicate))
+
+
+def least_uneven(schedule: Schedule, sums: Sums, send: float, micro_batches: int, paces: Paces) -> float:
+    """Seconds of all micro-batches where ranks differ in pace. Ranks that are busy with a micro-batch for c_s seconds do
+    sum(c_s pace_s) of its work w at the most: weighted by pace, the mean of c_s is w / sum(pace) at least. No schedule is
+    shorter than any of these, for every s, nor than their mean:
+
+        gpipe               W + (m - 1) c_s
+        interleaved_1f1b    m c_s and the way to s, down over the shortest of layers and up again
+        zb_v, dualpipe_v    m c_s and the way down to s
+        1f1b                W + (m - p + s) c_s + c_(s+1) + .. + c_(p-1), weighted so that each c_t counts at its pace
+    """
+    m, p, total = micro_batches, len(paces.ranks), sum(paces.ranks)
+    mean, whole = paces.work / total, sums.forward + sums.backward + 2 * (p - 1) * send
+    if schedule == "gpipe":
+        return whole + (m - 1) * mean
+    if schedule == "1f1b":
+        weights = 0.0
+        for rank, pace in enumerate(paces.ranks if m > p else ()):
+            weights += max(0.0, pace - weights) / (m - p + rank)
+        return whole + paces.work / weights if weights else m * mean
+    way = send + (sums.quickest_forward if schedule in V_SHAPED else sums.quickest)
+    return m * mean + way * sum(rank * pace for rank, pace in enumerate(paces.ranks)) / total
 
 
 def overhead_of(place: Place, zero: int, replicate: int) -> Overhead:
@@ -105,39 +143,50 @@ def _overhead_on(place: Place, bench: Bench, zero: int, replicate: int) -> Overh
     return Overhead(once + of_experts + step, passes)
 
 
-def least_around(place: Place, overheads: Iterable[Overhead], micro_batch: int, interleave: int) -> float:
-    """Of a step besides the way through the pipeline: of the ways of ZeRO the quickest."""
-    passes = place.micro_batches(micro_batch) * interleave
-    return min([once + passes * each for once, each in overheads]) + place.sync_seconds
-
-
 def least_seconds(
-    place: Place, around: float, micro_batch: int, mode: int, schedule: Schedule, interleave: int, longer: float = 0.0
+    place: Place,
+    overheads: Sequence[Overhead],
+    micro_batch: int,
+    mode: int,
+    courses: tuple[Course, ...],
+    excess: float = 0.0,
+    dear: int = 0,
 ) -> float:
-    """Of a step, under a way of recomputing and a schedule; `around`: of `least_around`; `longer`: what a micro-batch's passes
-    take besides."""
-    m, send = place.micro_batches(micro_batch), place.least_send(micro_batch)
-    sums = place.sums(micro_batch, mode)
-    if longer:
-        sums = sums._replace(backward=sums.backward + longer)
-    return _ROUNDED * (least_pipeline(schedule, sums, send, m, place.pipeline, interleave, place.idle_share) + around)
+    """Of a step, under a way of recomputing and the quickest ways of ZeRO and schedules. `excess`: bytes that layers under a
+    dearer way keep less, each of which costs as little as it can."""
+    m, send, sums = place.micro_batches(micro_batch), place.least_send(micro_batch), place.sums(micro_batch, mode)
+    paces = None if place.alike else place.paces(micro_batch, mode)
+    if excess:
+        ranks = place.benches[:1] if place.alike else place.benches
+        costs = [bench.seconds_for_bytes(micro_batch, mode, dear) for bench in ranks]
+        sums = sums._replace(backward=sums.backward + excess * min(costs))
+        if paces is not None:
+            paces = paces._replace(work=paces.work + excess * min(map(mul, costs, paces.ranks)))
+    best = inf
+    for schedule, interleave in _quickest(courses):
+        around = min([once + m * interleave * each for once, each in overheads])
+        passes = least_pipeline(schedule, sums, send, m, place.pipeline, interleave, place.idle_share)
+        if paces is not None:
+            passes = max(passes, least_uneven(schedule, sums, send, m, paces))
+        best = min(best, around + passes)
+    return _ROUNDED * (best + place.sync_seconds)
+
+
+@cache
+def _quickest(courses: tuple[Course, ...]) -> tuple[Course, ...]:
+    """Of each schedule the one with the fewest virtual stages."""
+    return tuple(dict(sorted(courses, key=itemgetter(1), reverse=True)).items())
 
 
 def least_blended(
-    place: Place,
-    around: float,
-    micro_batch: int,
-    ways: Iterable[tuple[int, int]],
-    schedule: Schedule,
-    interleave: int,
-    shares: Iterable[tuple[int, int]],
+    place: Place, share: Share, micro_batch: int, ways: Iterable[tuple[int, int]], courses: tuple[Course, ...]
 ) -> float:
     """Of a step that recomputes some layers in a dear way and the others in a mild one, (mild, dear), as few as its memory
-    allows under one of these ways of ZeRO."""
+    allows under one of these ways of ZeRO and schedules."""
     best = inf
     for mild, dear in ways:
-        longer = min(place.least_longer(micro_batch, mild, dear, schedule, interleave, *share) for share in shares)
-        best = min(best, least_seconds(place, around, micro_batch, mild, schedule, interleave, longer))
+        excess = place.least_excess(micro_batch, mild, dear, courses, share.states)
+        best = min(best, least_seconds(place, (share.overhead,), micro_batch, mild, courses, excess, dear))
     return best
 
 
@@ -152,4 +201,8 @@ def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) ->
     send = place.least_send(largest) / largest
     whole = (sums.forward + sums.backward) / largest + 2 * (p - 1) * send
     down = (p - 1) / 2 * (sums.quickest_forward / largest + send)
-    return _WHOLE * (rows / p * whole + place.idle_share * rows / m * down + around)
+    passes = rows / p * whole + place.idle_share * rows / m * down
+    if not place.alike:
+        work, paces = place.paces(largest, 0)
+        passes = max(passes, rows / largest * work / sum(paces))
+    return _WHOLE * (passes + around)

@@ -47,7 +47,7 @@ _HOST_LINKS = ("loopback", "shm")
 @dataclass(frozen=True, slots=True)
 class Group:
     """What the time of a collective depends on: members, members per node, and the two links as messages see them.
-    `sums_whole`: a reduce_scatter sums everything everywhere and keeps a part (torch's ProcessGroupGloo does)."""
+    `sums_whole`: a reduce_scatter sums everything everywhere and keeps a part (torch's gloo does: pytorch #118911)."""
 
     size: int
     per_node: int

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import cache
+from operator import le
 from typing import Literal, NamedTuple
 
 from mlmdsl.planner import zero_bubble
@@ -135,12 +136,15 @@ def _stage_by_stage(held: Counts, micro_batches: int) -> Iterator[Moment]:
 def _in_a_v(schedule: Schedule, pipeline: int, micro_batches: int, rank: int) -> list[Moment]:
     """Pass by pass. The first stage, which has no gradient of an input, puts none off."""
     held, waiting, summed, left = [0, 0], [0, 0], [False, False], [micro_batches, micro_batches]
-    found: dict[Moment, None] = {}
+    found: dict[tuple[Counts, Counts], None] = {}  # but for what falls short of the one before
+    last: tuple[Counts, Counts] = ((), ())
 
-    def note(turn: Turn, reducing: int = -1) -> None:
-        present = tuple(i for i in (0, 1) if summed[i] and (left[i] or i == reducing))
-        reduced = tuple(i for i in (0, 1) if not left[i] and i != reducing)
-        found[Moment(turn, (held[0], held[1]), present, reduced, reducing, (waiting[0], waiting[1]))] = None
+    def note(reducing: int = -1) -> None:
+        nonlocal last
+        here = (*held, *waiting), (*summed, not left[0], not left[1], reducing)
+        if here[1] != last[1] or not all(map(le, here[0], last[0])):
+            found[here] = None
+            last = here
 
     for kind, stage, _ in zero_bubble.order(schedule, pipeline, micro_batches, rank):
         mine = int(stage >= pipeline)
@@ -148,15 +152,23 @@ def _in_a_v(schedule: Schedule, pipeline: int, micro_batches: int, rank: int) ->
         held[mine] += kind == "F"
         waiting[mine] += kind == "I" and apart
         if kind != "F":
-            note("backward")
+            note()
         if kind in "WB":
             held[mine] -= 1
             waiting[mine] -= apart
             left[mine] -= 1
             summed[mine] = True
             if not left[mine]:
-                note("reduction", mine)
-    return _largest(found)
+                note(mine)
+    return _largest([_on_two_stages(*here) for here in found])
+
+
+def _on_two_stages(counts: Counts, sums: Counts) -> Moment:
+    """Of two stages: micro-batches held and waiting; whether they have sums, whether they are through, which is reduced."""
+    reducing = sums[-1]
+    present = tuple(i for i in (0, 1) if sums[i] and (not sums[2 + i] or i == reducing))
+    reduced = tuple(i for i in (0, 1) if sums[2 + i] and i != reducing)
+    return Moment("backward" if reducing < 0 else "reduction", counts[:2], present, reduced, reducing, counts[2:])
 
 
 def _largest(found: Collection[Moment]) -> list[Moment]:

@@ -50,22 +50,22 @@ class Found(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Candidates of one place: all with these micro-batches, the smallest first; or (`schedule`) those with one of them, one
-    schedule and one way of recomputing, which differ in ZeRO and its copies alone; or (`share`) one of these.
+    """Candidates of one place: all with these micro-batches, the smallest first; or (`mode`) those with one of them and one way
+    of recomputing; or (`schedule`) with one schedule, too, which differ in `shares` alone: ZeRO and its copies.
 
-    bound: the objective is no less; milder: nor is it of plans that recompute some of the layers in a milder way; broken: a bit
-    for each wish that none of them keeps; modes: of every layer, where a pin says so."""
+    bound: the objective is no less; milder: nor is it of plans that recompute some of the layers in a milder way, if there is
+    one; broken: a bit for each wish that none of them keeps; modes: of every layer, where a pin says so."""
 
     bound: float
     broken: int
     place: Place
     micro_batches: tuple[int, ...]
-    schedule: Schedule | None = None
-    interleave: int = 1
-    mode: int = 0
+    shares: tuple[tuple[int, int], ...]
+    mode: int | None = None
     modes: tuple[int, ...] = ()
     milder: float = inf
-    share: tuple[int, int] | None = None
+    schedule: Schedule | None = None
+    interleave: int = 1
 
     @property
     def mesh(self) -> Mesh:

@@ -28,7 +28,7 @@ from mlmdsl.planner.moments import Moment, moments, reduces_each_pass
 from mlmdsl.planner.passes import MODES, Layout, Passes, Prices
 from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
 from mlmdsl.planner.pools import Site, Sites, group_on, mean_peak
-from mlmdsl.planner.proportion import Speed, proportion
+from mlmdsl.planner.proportion import Paces, Speed, paces, proportion
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
 
@@ -213,6 +213,13 @@ class Sums(NamedTuple):
     quickest_forward: float
     quickest: float
     crossing: int
+
+
+class States(NamedTuple):
+    """Bytes of all pipeline ranks' states together, without and with sums of gradients."""
+
+    plain: float
+    summed: float
 
 
 class Least(NamedTuple):
@@ -448,8 +455,9 @@ class Place:
     order: Order = USUAL
     _cuts: dict[tuple[object, ...], Cut] = field(default_factory=dict[tuple[object, ...], Cut])
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
-    _least: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
+    _least: dict[tuple[int, int], States] = field(default_factory=dict[tuple[int, int], "States"])
     _sends: dict[int, float] = field(default_factory=dict[int, float])
+    _paces: dict[tuple[int, int], Paces] = field(default_factory=dict[tuple[int, int], Paces])
     _fillings: dict[tuple[object, ...], memory.Filling] = field(default_factory=dict[tuple[object, ...], memory.Filling])
     _moments: dict[tuple[object, ...], Moments] = field(default_factory=dict[tuple[object, ...], "Moments"])
     _blends: dict[tuple[object, ...], tuple[Blend, ...]] = field(default_factory=dict[tuple[object, ...], "tuple[Blend, ...]"])
@@ -657,50 +665,66 @@ class Place:
         every = c.modes or c.schedule in schedule.V_SHAPED
         return [(rank, c.cut.held(rank)) for rank in range(self.pipeline)] if every else c.cut.ranks
 
-    def least_bytes(self, micro_batch: int, zero: int, replicate: int) -> int:
-        """What the fullest rank of any plan here holds at least: even shares of state, of what one micro-batch leaves and of
-        the loss. Grows with the micro-batch."""
+    def least_bytes(self, micro_batch: int, state: float) -> int:
+        """What the fullest rank of any plan here holds at least: even shares of state (of `least_states`), of what one
+        micro-batch leaves and of the loss. Grows with the micro-batch."""
         each, loss = self.bench.least_activations(micro_batch)
         passing = min(least.kept / self.pipeline + max(loss / self.pipeline, least.working) for least in each)
-        return self._bound(self._least_state(zero, replicate) / self.pipeline, passing)
+        return self._bound(state / self.pipeline, passing)
 
-    def least_under(self, micro_batch: int, mode: int, kind: Schedule, interleave: int, zero: int, replicate: int) -> int:
-        """The same under a way of recomputing and a schedule, whose ranks hold different numbers of micro-batches."""
+    def least_under(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...], states: States) -> int:
+        """The same under a way of recomputing and any of some schedules, whose ranks hold different numbers of
+        micro-batches."""
         each, loss = self.bench.least_activations(micro_batch)
-        share, most = schedule.least_in_flight(kind, self.pipeline, interleave, self.micro_batches(micro_batch))
-        state, least = self._least_state(zero, replicate), each[mode]
-        even = self._bound(state / self.pipeline, least.kept / self.pipeline + max(loss / self.pipeline, least.working))
-        return max(even, self._bound(state * share / most, least.kept * share + least.working))
+        least, found = each[mode], list[int]()
+        passing = least.kept / self.pipeline + max(loss / self.pipeline, least.working)
+        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
+            even = self._bound(states[summed] / self.pipeline, passing)
+            found.append(max(even, self._bound(states[summed] * fullest.state, least.kept * fullest.kept + least.working)))
+        return min(found)
 
-    def least_longer(
-        self, micro_batch: int, mild: int, dear: int, kind: Schedule, interleave: int, zero: int, replicate: int
+    def most_states(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...]) -> States:
+        """With which `least_under` is what a plan may use: one of them is not exceeded where it fits."""
+        each, loss = self.bench.least_activations(micro_batch)
+        least, found = each[mode], [-inf, -inf]
+        room, slack = self.most_bytes - self.context_bytes + 1, 1 + memory.SLACK[self.bench.setting.device.kind]
+        even = (room - slack * (least.kept / self.pipeline + max(loss / self.pipeline, least.working))) * self.pipeline
+        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
+            found[summed] = min(even, (room - slack * (least.kept * fullest.kept + least.working)) / fullest.state)
+        return States(*found)
+
+    def least_excess(
+        self, micro_batch: int, mild: int, dear: int, courses: tuple[schedule.Course, ...], states: States
     ) -> float:
-        """Seconds by which a micro-batch's passes are longer than under a mild way of recomputing, at least, where some layers
-        are under a dearer one so that the plan fits: each byte that `least_under` has too much costs as little as it can."""
+        """Bytes of one micro-batch that all layers have to keep less than under a mild way of recomputing, at least, where some
+        are under a dearer one so that the plan fits: what `least_under` has too much."""
         each, loss = self.bench.least_activations(micro_batch)
-        share, most = schedule.least_in_flight(kind, self.pipeline, interleave, self.micro_batches(micro_batch))
-        state, working = self._least_state(zero, replicate), min(each[mild].working, each[dear].working)
+        working = min(each[mild].working, each[dear].working)
         room, slack = self.most_bytes - self.context_bytes, 1 + memory.SLACK[self.bench.setting.device.kind]
-        even = ((room - state / self.pipeline) / slack - max(loss / self.pipeline, working)) * self.pipeline
-        fullest = ((room - state * share / most) / slack - working) / share
-        over = each[mild].kept - min(even, fullest)
-        if over <= 0:
-            return 0.0
-        return over * min(bench.seconds_for_bytes(micro_batch, mild, dear) for bench in self.distinct)
+        kept = 0.0
+        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
+            state = states[summed]
+            even = ((room - state / self.pipeline) / slack - max(loss / self.pipeline, working)) * self.pipeline
+            kept = max(kept, min(even, ((room - state * fullest.state) / slack - working) / fullest.kept))
+        return max(0.0, each[mild].kept - kept)
 
     def _bound(self, state: float, passing: float) -> int:
         return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
 
-    def _least_state(self, zero: int, replicate: int) -> float:
+    def least_states(self, zero: int, replicate: int) -> States:
         """Of all pipeline ranks together when the first backward pass begins, but for what torch makes room for one unit at a
-        time."""
+        time; and in a later one."""
         found = self._least.get((zero, replicate))
         if found is None:
             whole, sharing = self.bench.setting.chain.whole, self.sharing(zero, replicate, 1)
             state = self.bench.state(whole, sharing, Moment("loss", (1,)))
-            found = self._least[zero, replicate] = sum(state) - state.buffers
+            plain = summed = float(sum(state) - state.buffers)
             if zero == 3 and sharing.piped:
-                found -= state.unsharded
+                plain -= state.unsharded
+            if sharing.piped and sharing.zero and not reduces_each_pass(sharing.zero, sharing.piped):
+                state = self.bench.state(whole, sharing, Moment("loss", (1,), (0,)))
+                summed = float(sum(state) - state.buffers)
+            found = self._least[zero, replicate] = States(plain, summed)
         return found
 
     def peak_bytes(self, c: Candidate, limit: float = inf) -> int:
@@ -757,6 +781,14 @@ class Place:
         each = [bench.sums(micro_batch, mode) for bench in self.distinct]
         return Sums(*map(min, zip(*each, strict=True)))._replace(weight=max(one.weight for one in each))
 
+    def paces(self, micro_batch: int, mode: int) -> Paces:
+        """Where pools are unlike."""
+        found = self._paces.get((micro_batch, mode))
+        if found is None:
+            speeds = [bench.speed(micro_batch, mode) for bench in self.benches]
+            found = self._paces[micro_batch, mode] = paces(self.bench.setting.chain, speeds)
+        return found
+
     def least_send(self, micro_batch: int) -> float:
         """Seconds of one hand-over between stages."""
         found = self._sends.get(micro_batch)
@@ -784,8 +816,9 @@ class Place:
 
     @cached_property
     def idle_share(self) -> float:
-        """Of the time that ranks of the pipeline wait for each other, what sharing cores leaves."""
-        return host.idle_share(self.bench.setting.device.cores, self.mesh.per_node("pipeline"), self.pipeline)
+        """Of the time that ranks of the pipeline wait for each other, what sharing cores leaves; on unlike nodes all."""
+        cores = self.bench.setting.device.cores if self.alike else None
+        return host.idle_share(cores, self.mesh.per_node("pipeline"), self.pipeline)
 
     @property
     def _overlaps(self) -> bool:

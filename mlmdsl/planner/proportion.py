@@ -32,6 +32,24 @@ class Speed(NamedTuple):
     last: float
 
 
+class Paces(NamedTuple):
+    """Work of one micro-batch, and how much of it each rank does in a second at the most, whichever parts of the model it runs:
+    a rank that is busy for t seconds has done t times its pace."""
+
+    work: float
+    ranks: tuple[float, ...]
+
+
+def paces(chain: Chain, speeds: Sequence[Speed]) -> Paces:
+    """Of ranks, in units of the time that all layers take there. Each part of the model counts as what it is worth on the
+    device where that is least."""
+    layers = {speed: sum(count * speed.layers[kind] for kind, count in chain.layers) for speed in set(speeds)}
+    each = ([seconds / whole for seconds in (*speed.layers, speed.first, speed.last)] for speed, whole in layers.items())
+    *kinds, first, last = map(min, zip(*each, strict=True))
+    work = sum(count * kinds[kind] for kind, count in chain.layers) + first + last
+    return Paces(work, tuple(1 / layers[speed] for speed in speeds))
+
+
 def proportion(
     chain: Chain, speeds: Sequence[Speed], most: Sequence[int] | None = None, room: Room | None = None, within: float = inf
 ) -> tuple[int, ...] | None:

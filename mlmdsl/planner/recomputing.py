@@ -36,7 +36,7 @@ def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh, bound: Bound) -> 
         least, number, mild = heappop(waiting)
         if mild < 0:
             branch = outcome.branches[number]
-            if branch.share is not None and (closer := bound(branch, range(branch.mode))) > least:
+            if branch.mode is not None and (closer := bound(branch, range(branch.mode))) > least:
                 heappush(waiting, (closer, number, mild))
                 continue
             branches, plans = outcome.opened(number)
@@ -60,8 +60,9 @@ def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh, bound: Bound) -> 
 def _branch_of(found: Found) -> Branch:
     """Of which a plan is the only candidate."""
     c = found.candidate
-    chosen = ((c.micro_batch,), c.schedule, c.interleave, c.recompute)
-    return Branch(found.objective, found.broken, found.place, *chosen, share=(c.zero, c.replicate))
+    share = (c.zero, c.replicate)
+    branch = Branch(found.objective, found.broken, found.place, (c.micro_batch,), (share,), c.recompute)
+    return branch._replace(schedule=c.schedule, interleave=c.interleave)
 
 
 def _promising(outcome: Outcome, number: int) -> Iterator[tuple[float, int, int]]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from functools import cache, lru_cache
 from itertools import accumulate, product
-from typing import Protocol, get_args
+from typing import NamedTuple, Protocol, get_args
 
 from mlmdsl.grammar.constraints import ZEROS
 from mlmdsl.planner import zero_bubble
 from mlmdsl.planner.plan import Recompute, Schedule
 
+Course = tuple[Schedule, int]  # a schedule, and its virtual stages a rank
 V_SHAPED: tuple[Schedule, ...] = ("zb_v", "dualpipe_v")  # two stages on a rank: down over the ranks, and back
 _ROUNDS = 4  # of an interleaved schedule, after which rounds are alike
 _STEADY = 4  # micro-batches per rank of a V, after which one takes as long as the next
@@ -110,15 +111,44 @@ def in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches:
     return tuple(whole * each + min(max(rest - i * each, 0), each) for i in range(interleave))
 
 
+class Fullest(NamedTuple):
+    """What the fullest rank of a pipeline has at least: of the bytes that all ranks together keep for one micro-batch, and of
+    those of their states."""
+
+    kept: float
+    state: float
+
+
 @cache
-def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> tuple[float, float]:
-    """Of the ranks' mean counts c: 1 / sum(1 / c), and the largest. A rank that keeps k bytes for a micro-batch holds c k or
-    more (larger counts go with larger stages: Chebyshev's sum inequality), so the fullest of ranks that keep K bytes together
-    holds at least K / sum(1 / c)."""
+def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> Fullest:
+    """Of the ranks' mean counts c: 1 / sum(1 / c), and this over the largest. A rank that keeps k bytes for a micro-batch holds
+    c k or more (larger counts go with larger stages: Chebyshev's sum inequality), so the fullest of ranks that keep K bytes
+    together holds at least K / sum(1 / c)."""
     counts = (in_flight(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline))
     settled = schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) == 1  # no larger counts for larger stages
     means = [min(each) if settled else sum(each) / len(each) for each in counts]
-    return 1 / sum(1 / mean for mean in means), max(means)
+    share = 1 / sum(1 / mean for mean in means)
+    return Fullest(share, share / max(means))
+
+
+def sums_while_full(schedule: Schedule, pipeline: int, micro_batches: int) -> bool:
+    """Whether each rank has sums of the gradients of all its stages at a time when it holds the most micro-batches: a backward
+    pass of each has been by then (moments.py)."""
+    if schedule == "1f1b":
+        return micro_batches > pipeline
+    return schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) > 1
+
+
+@cache
+def least_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int) -> tuple[tuple[bool, Fullest], ...]:
+    """Under any of the schedules: of those without and with sums while a rank is full, if there are some."""
+    found: list[tuple[bool, Fullest]] = []
+    for summed in (False, True):
+        mine = [course for course in courses if sums_while_full(course[0], pipeline, micro_batches) == summed]
+        each = [least_in_flight(schedule, pipeline, interleave, micro_batches) for schedule, interleave in mine]
+        if each:
+            found.append((summed, Fullest(min(one.kept for one in each), min(one.state for one in each))))
+    return tuple(found)
 
 
 def warm_up(pipeline: int, interleave: int, micro_batches: int, rank: int) -> int:

@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heapify, heappop, heappush
-from itertools import count, cycle
+from itertools import count
 from math import inf
+from operator import le
 from typing import Any, NamedTuple
 
 from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
-from mlmdsl.planner.bounds import Overhead, least_around, least_blended, least_from, least_seconds, overhead_of
+from mlmdsl.planner.bounds import Share, least_blended, least_from, least_seconds, share_of
 from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
 from mlmdsl.planner.refitting import Fitting
 from mlmdsl.planner.rules import CompiledRule, compile_rule
-from mlmdsl.planner.schedule import V_SHAPED, pipeline_bound
+from mlmdsl.planner.schedule import V_SHAPED, Course, pipeline_bound
 from mlmdsl.planner.space import Space
 
 _TIMES = frozenset({"step_time", "bubble", "mfu", "cost"})  # facts that follow from times
@@ -119,7 +120,7 @@ class Judge:
     _aside: list[_Aside] = field(default_factory=list[_Aside])
     _numbers: Iterator[int] = field(default_factory=count)
     _fittings: dict[tuple[object, ...], Fitting] = field(default_factory=dict[tuple[object, ...], Fitting])
-    _overheads: dict[tuple[Place, bool], list[Overhead]] = field(default_factory=dict[tuple[Place, bool], "list[Overhead]"])
+    _shares: dict[Place, dict[tuple[int, int], Share]] = field(default_factory=dict[Place, "dict[tuple[int, int], Share]"])
 
     # ---- branches ---------------------------------------------------------------------------------------------------
 
@@ -135,76 +136,100 @@ class Judge:
         if self.minimize == "memory":
             bound = self._least_bytes(place, sizes[0]) * (1 - 1e-8)
         else:
-            bound = least_from(place, self._overheads_of(place), sizes[0])
-        return Branch(bound, self._broken(place), place, sizes)
+            bound = least_from(place, [share.overhead for share in self._on(place).values()], sizes[0])
+        return Branch(bound, self._broken(place), place, sizes, self.space.shares(place))
 
     def open_up(self, branch: Branch) -> Iterator[Branch]:
         """Smaller branches; a plan that fits goes to the outcome."""
-        if branch.share is not None:
+        if branch.schedule is not None and len(branch.shares) == 1:
             self._price(branch)
-        elif branch.schedule is not None:
-            yield from self._leaves(branch)
-        elif (over := self._over(branch)) > 0:
+        elif branch.mode is None and (over := self._over(branch)) > 0:
             self._put_aside(over, branch)
         else:
-            yield from self._groups(branch)
-            if branch.micro_batches[1:]:
-                yield self._from(branch.place, branch.micro_batches[1:])
+            for part in self._parts(branch):
+                if part.mode is None:
+                    yield part
+                elif (fitting := self._fitting(part)).shares:
+                    yield self._bounded(fitting)
 
-    def _groups(self, branch: Branch) -> Iterator[Branch]:
-        """With the first micro-batch, by schedule and way of recomputing."""
-        place, micro_batch = branch.place, branch.micro_batches[0]
-        for schedule, interleave in self.space.runs(place).courses[micro_batch]:
-            around, mildest = least_around(place, self._overheads_of(place, schedule), micro_batch, interleave), inf
-            for mode, modes in self.space.ways(schedule):
-                bound = least_seconds(place, around, micro_batch, 0 if modes else mode, schedule, interleave)
-                milder, mildest = mildest, min(bound, mildest)
-                group = Branch(bound, 0, place, (micro_batch,), schedule, interleave, mode, modes, milder)
-                if self.minimize == "memory":
-                    group = group._replace(bound=min(self._least_under(group)) * (1 - 1e-8))
-                yield group._replace(broken=self._broken(place, group)) if self.outcome.wishes else group
+    def _parts(self, branch: Branch) -> Iterator[Branch]:
+        """All that a branch consists of."""
+        if branch.mode is None:
+            return self._ways(branch)
+        return self._groups(branch) if branch.schedule is None else self._leaves(branch)
+
+    def _ways(self, branch: Branch) -> Iterator[Branch]:
+        """With the first micro-batch, by way of recomputing; all with larger ones."""
+        place, (micro_batch, *larger), milder = branch.place, branch.micro_batches, inf
+        for mode, modes in self.space.ways():
+            if self.space.courses(place, micro_batch, (mode, modes)):
+                yield Branch(0.0, branch.broken, place, (micro_batch,), self.space.shares(place), mode, modes, milder)
+                milder = branch.bound
+        if larger:
+            yield self._from(place, tuple(larger))
+
+    def _groups(self, way: Branch) -> Iterator[Branch]:
+        """By schedule."""
+        for schedule, interleave in self._courses(way):
+            shares = tuple(share for share in self.space.shares(way.place, schedule) if share in way.shares)
+            if shares:
+                group = way._replace(shares=shares, schedule=schedule, interleave=interleave)
+                yield group._replace(broken=self._broken(way.place, group)) if self.outcome.wishes else group
 
     def _leaves(self, group: Branch) -> Iterator[Branch]:
         """By ZeRO and its copies."""
-        place, schedule, (micro_batch,), interleave = group.place, group.schedule, group.micro_batches, group.interleave
-        assert schedule is not None
-        overs = [0] if group.modes else [least - place.most_bytes for least in self._least_under(group)]
-        if min(overs) > 0:
-            self._put_aside(min(overs), group)
-            return
-        several = zip(self.space.shares(place, schedule), self._overheads_of(place, schedule), cycle(overs))
-        for share, overhead, over in several:
-            if over > 0:
-                self._put_aside(over, group._replace(share=share))
-            elif self.minimize == "memory":
-                yield group._replace(share=share)
-            else:
-                around = least_around(place, (overhead,), micro_batch, interleave)
-                bound = least_seconds(place, around, micro_batch, 0 if group.modes else group.mode, schedule, interleave)
-                milder = least_seconds(place, around, micro_batch, 0, schedule, interleave) if group.milder < inf else inf
-                yield group._replace(bound=bound, milder=milder, share=share)
+        return (group._replace(shares=(share,)) for share in group.shares)
+
+    def _fitting(self, branch: Branch) -> Branch:
+        """What may fit of one with a way of recomputing; the rest is put aside."""
+        if branch.modes:
+            return branch
+        assert branch.mode is not None
+        most, known = (
+            branch.place.most_states(branch.micro_batches[0], branch.mode, self._courses(branch)),
+            self._on(branch.place),
+        )
+        fitting = tuple(share for share in branch.shares if any(map(le, known[share].states, most)))
+        if len(fitting) == len(branch.shares):
+            return branch
+        rest = branch._replace(shares=tuple(share for share in branch.shares if share not in fitting))
+        self._put_aside(self._over(rest), rest)
+        return branch._replace(shares=fitting)
+
+    def _bounded(self, branch: Branch) -> Branch:
+        """One with a way of recomputing."""
+        if self.minimize == "memory":
+            return branch._replace(bound=self._least_under(branch) * (1 - 1e-8))
+        place, (micro_batch,), mode, courses = branch.place, branch.micro_batches, branch.mode, self._courses(branch)
+        assert mode is not None
+        overheads = [self._on(place)[share].overhead for share in branch.shares]
+        return branch._replace(bound=least_seconds(place, overheads, micro_batch, 0 if branch.modes else mode, courses))
 
     def least_milder(self, branch: Branch, milds: Iterable[int]) -> float:
         """A closer bound than `milder`: as few layers are recomputed as memory allows, the others in one of these ways."""
-        place, schedule, (micro_batch,), interleave = branch.place, branch.schedule, branch.micro_batches, branch.interleave
-        assert schedule is not None
-        shares = self._shares(branch)
-        overheads = zip(self.space.shares(place, schedule), self._overheads_of(place, schedule), strict=True)
-        around = least_around(place, [o for share, o in overheads if share in shares], micro_batch, interleave)
-        ways = [(mild, branch.mode) for mild in milds]
-        return least_blended(place, around, micro_batch, ways, schedule, interleave, shares)
+        assert branch.mode is not None
+        courses, ways = self._courses(branch), [(mild, branch.mode) for mild in milds]
+        shares = (self._on(branch.place)[share] for share in branch.shares)
+        return min(least_blended(branch.place, share, branch.micro_batches[0], ways, courses) for share in shares)
 
-    def _overheads_of(self, place: Place, schedule: Schedule = "1f1b") -> list[Overhead]:
-        key = (place, schedule in V_SHAPED)
-        found = self._overheads.get(key)
+    def _courses(self, branch: Branch) -> tuple[Course, ...]:
+        """Of one with a way of recomputing."""
+        if branch.schedule is not None:
+            return ((branch.schedule, branch.interleave),)
+        assert branch.mode is not None
+        return self.space.courses(branch.place, branch.micro_batches[0], (branch.mode, branch.modes))
+
+    def _on(self, place: Place) -> Mapping[tuple[int, int], Share]:
+        """What ways of ZeRO take on a place."""
+        found = self._shares.get(place)
         if found is None:
-            found = self._overheads[key] = [overhead_of(place, *share) for share in self.space.shares(place, schedule)]
+            found = self._shares[place] = {share: share_of(place, *share) for share in self.space.shares(place)}
         return found
 
     def _broken(self, place: Place, group: Branch | None = None) -> int:
         """Wishes that no candidate of a branch keeps, as far as they speak of what all have in common."""
         known, unknown = self._facts_of(place) if self.outcome.wishes else {}, _LATE | _GROUPED
-        if group is not None and not group.modes:
+        if group is not None and group.mode is not None and not group.modes:
             known |= {
                 "micro_batch": group.micro_batches[0],
                 "schedule": group.schedule,
@@ -220,25 +245,22 @@ class Judge:
     def _over(self, branch: Branch) -> int:
         """Bytes by which all of its candidates exceed what a plan may use, at least. What layers keep that are recomputed in
         several ways has no bound."""
-        if branch.modes or (branch.schedule is None and isinstance(self.space.pins.get("recompute"), tuple)):
+        if branch.modes or (branch.mode is None and isinstance(self.space.pins.get("recompute"), tuple)):
             return 0
-        if branch.schedule is None:
+        if branch.mode is None:
             return self._least_bytes(branch.place, branch.micro_batches[0]) - branch.place.most_bytes
-        return min(self._least_under(branch)) - branch.place.most_bytes
+        return self._least_under(branch) - branch.place.most_bytes
 
     def _least_bytes(self, place: Place, micro_batch: int) -> int:
         """Grows with the micro-batch."""
-        return min(place.least_bytes(micro_batch, *share) for share in self.space.shares(place))
+        return place.least_bytes(micro_batch, min(share.states.plain for share in self._on(place).values()))
 
-    def _least_under(self, branch: Branch) -> list[int]:
-        """By ZeRO and its copies."""
-        assert branch.schedule is not None
-        chosen = (branch.micro_batches[0], branch.mode, branch.schedule, branch.interleave)
-        return [branch.place.least_under(*chosen, *share) for share in self._shares(branch)]
-
-    def _shares(self, branch: Branch) -> tuple[tuple[int, int], ...]:
-        assert branch.schedule is not None
-        return (branch.share,) if branch.share is not None else self.space.shares(branch.place, branch.schedule)
+    def _least_under(self, branch: Branch) -> int:
+        """Of one with a way of recomputing."""
+        assert branch.mode is not None
+        chosen = (branch.micro_batches[0], branch.mode, self._courses(branch))
+        states = (self._on(branch.place)[share].states for share in branch.shares)
+        return min(branch.place.least_under(*chosen, each) for each in states)
 
     def _put_aside(self, over: int, branch: Branch) -> None:
         """Not looked at, unless it may be the closest to fit."""
@@ -248,9 +270,9 @@ class Judge:
         self._aside.append(_Aside(over, next(self._numbers), branch))
 
     def _count(self, branch: Branch) -> int:
-        if branch.schedule is None:
+        if branch.mode is None:
             return self.space.count(branch.place, branch.micro_batches)
-        return len(self._shares(branch))
+        return sum(len(group.shares) for group in self._groups(branch)) if branch.schedule is None else len(branch.shares)
 
     def find_closest(self) -> None:
         """Of what was put aside, what may be closer to fitting than anything so far: the least bound first."""
@@ -265,9 +287,7 @@ class Judge:
                 for candidate in self._candidates(branch):
                     tally.closer(branch.place.over_bytes(candidate), candidate, branch.place)
                 continue
-            larger = branch.micro_batches[1:]
-            parts = [*self._groups(branch), *([branch._replace(micro_batches=larger)] if larger else [])]
-            for part in parts:
+            for part in self._parts(branch):
                 heappush(waiting, _Aside(self._over(part), next(self._numbers), part))
 
     # ---- prices -----------------------------------------------------------------------------------------------------
@@ -279,7 +299,7 @@ class Judge:
                 limit = branch.place.most_bytes
                 peak = branch.place.peak_bytes(candidate, limit)
                 if peak > limit:
-                    self._put_aside(peak - limit, branch._replace(share=(candidate.zero, candidate.replicate)))
+                    self._put_aside(peak - limit, branch)
                 else:
                     self._weigh(candidate, branch.place, peak)
                 continue
@@ -289,11 +309,11 @@ class Judge:
                 continue
             self.outcome.reject("memory").add(over, candidate, branch.place)
             if not branch.modes and "stages" not in self.space.pins:
-                other = self._fitting(branch.place, candidate).within(candidate)
+                other = self._refitting(branch.place, candidate).within(candidate)
                 if other is not None:
                     self.add(other, branch.place)
 
-    def _fitting(self, place: Place, c: Candidate) -> Fitting:
+    def _refitting(self, place: Place, c: Candidate) -> Fitting:
         """Alike for plans that differ in ZeRO alone."""
         key = (place, c.micro_batch, c.schedule, c.interleave, c.recompute)
         if key not in self._fittings:
@@ -303,7 +323,7 @@ class Judge:
     def _candidates(self, branch: Branch) -> Iterator[Candidate]:
         """By ZeRO and its copies."""
         place, sharding, schedule = branch.place, branch.place.bench.sharding, branch.schedule
-        assert schedule is not None
+        assert schedule is not None and branch.mode is not None
         given, (micro_batch,) = self.space.pins.get("stages"), branch.micro_batches
         if given is not None:
             cut = place.given(given, schedule)
@@ -312,7 +332,7 @@ class Judge:
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
         chosen = (micro_batch, schedule, branch.interleave, branch.mode)
         around = (cut, place.context, place.expert)
-        for zero, replicate in self._shares(branch):
+        for zero, replicate in branch.shares:
             yield Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes, place.order)
 
     def add(self, candidate: Candidate, place: Place) -> None:

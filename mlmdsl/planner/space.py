@@ -21,15 +21,12 @@ from mlmdsl.planner.outcome import Outcome, Tally
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pricing import Bench, Place, Setting
-from mlmdsl.planner.schedule import V_SHAPED, cannot_run, executable, recomputes, zeros
+from mlmdsl.planner.schedule import V_SHAPED, Course, cannot_run, executable, recomputes, zeros
 from mlmdsl.planner.sharding import Infeasible
 
 _LONG = 8192  # tokens
 
-Course = tuple[Schedule, int]  # a schedule, and its virtual stages a rank
-Ways = tuple[
-    tuple[int, tuple[int, ...]], ...
-]  # of recomputing, as indices into MODES: the dearest; of every layer if pinned so
+Way = tuple[int, tuple[int, ...]]  # of recomputing, as indices into MODES: the dearest; of every layer if pinned so
 
 
 class Runs(NamedTuple):
@@ -54,6 +51,9 @@ class Space:
         default_factory=dict[tuple[Place, bool], "tuple[tuple[int, int], ...]"]
     )
     _runs: dict[tuple[int, int], Runs] = field(default_factory=dict[tuple[int, int], Runs])
+    _courses: dict[tuple[object, ...], tuple[Course, ...]] = field(
+        default_factory=dict[tuple[object, ...], "tuple[Course, ...]"]
+    )
 
     def within(self, name: str, values: Iterable[Any]) -> list[Any]:
         """The values that a pin leaves."""
@@ -143,7 +143,7 @@ class Space:
 
     def _made_runs(self, pipeline: int, rows: int) -> Runs:
         refused, courses = Tally(), dict[int, tuple[Course, ...]]()
-        meant = [course for course in self._courses(pipeline) if self._asked(*course)]
+        meant = [course for course in self._schedules(pipeline) if self._asked(*course)]
         stages = self.pins.get("stages")
         for micro_batch in self.within("micro_batch", divisors(rows)):
             legal: list[Course] = []
@@ -162,8 +162,8 @@ class Space:
         mine = self.within("schedule", (schedule,)) and self.within("interleave", (interleave,))
         return bool(mine and self.within("zero", zeros(schedule)))
 
-    def _courses(self, pipeline: int) -> Iterator[Course]:
-        """Schedules with their virtual stages a rank, simplest first."""
+    def _schedules(self, pipeline: int) -> Iterator[Course]:
+        """With their virtual stages a rank, simplest first."""
         if pipeline == 1:
             yield ("gpipe" if self.pins.get("schedule") == "gpipe" else "1f1b"), 1
             return
@@ -184,8 +184,17 @@ class Space:
             return several
         return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
 
-    def ways(self, schedule: Schedule) -> Ways:
-        """Ways of recomputing; as a pin says for every layer, if it does."""
+    def courses(self, place: Place, micro_batch: int, way: Way) -> tuple[Course, ...]:
+        """Those that go with a way of recomputing."""
+        key = (place.pipeline, place.micro_batches(1), micro_batch, way)
+        found = self._courses.get(key)
+        if found is None:
+            every = self.runs(place).courses[micro_batch]
+            found = self._courses[key] = tuple(course for course in every if way in self.ways(course[0]))
+        return found
+
+    def ways(self, schedule: Schedule = "1f1b") -> tuple[Way, ...]:
+        """Ways of recomputing, the mildest first; as a pin says for every layer, if it does."""
         legal = recomputes(schedule) if self.setting.chain.layers else MODES[:1]
         if isinstance(asked := self.pins.get("recompute"), tuple):
             several = cast(tuple[str, ...], asked)

@@ -229,9 +229,9 @@ def _search(plan: Plan, ink: Ink, width: int) -> Iterator[str]:
     search = plan.search
     took = f" in {search.seconds:.2f} s" if search.seconds else ""
     yield f"{ink.bold('search')}  {search.candidates:,} candidates{took}, {search.feasible:,} found to fit"
-    if search.bounded or search.outpaced:
-        proved = f"bounds prove {search.outpaced:,} to be slower, {search.bounded:,} not to fit; the others are measured"
-        yield from wrapped(proved, width, "        ")
+    proofs = ((search.outpaced, "to be slower"), (search.bounded, "not to fit"))
+    if proved := ", ".join(f"{count:,} {what}" for count, what in proofs if count):
+        yield from wrapped(f"bounds prove {proved}; the others are measured", width, "        ")
     for rejection in search.rejected:
         yield from wrapped(f"{rejection.count:>9,} {rejection.reason}: {rejection.closest}", width, "        ", " " * 18)
 
