@@ -37,7 +37,7 @@ from mlmdsl.graph.graph import Graph, Weight
 from mlmdsl.planner.blend import How, first_of, layers_of, regions_of
 from mlmdsl.planner.choice import cut
 from mlmdsl.planner.moments import Moment, Turn, reduces_each_pass
-from mlmdsl.planner.passes import PassCost, Passes
+from mlmdsl.planner.passes import Passes
 from mlmdsl.planner.plan import StageMemory
 from mlmdsl.planner.sharding import Sharding
 from mlmdsl.planner.stages import Chain, Part
@@ -423,13 +423,13 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
         transient=max((cost.transient_bytes for cost in layered + beginning), default=0),
         making=max([*(cost.making_bytes for cost in layered), *(cost.making_bytes - kept for cost in beginning)], default=0),
         waiting=max(0, sum(count * costs[i].waiting_bytes for i, _, count in regions) - sent),  # which lies in a receive buffer
-        loss=_loss(running, pipeline) if part.last else 0,
+        loss=sum(cost.loss_bytes + cost.logits_bytes * (pipeline > 1 or cost.keeps_logits) for cost in running) * part.last,
         output=logits if pipeline > 1 else 0,
         loss_transient=max(
             [*(c.loss_transient_bytes for c in running), *(c.making_bytes - c.loss_bytes for c in ending)], default=0
         )
         * part.last,
-        spare=logits if pipeline == 1 and passes.float_bytes < 4 else 0,
+        spare=logits if pipeline == 1 and passes.float_bytes < 4 and not any(cost.keeps_logits for cost in running) else 0,
     )
 
 
@@ -443,11 +443,6 @@ def crossings(passes: Passes, chain: Chain, part: Part) -> tuple[tuple[int, ...]
     last = kinds[-1]
     following = last[0] if len(last) == 1 else next(kind[0] for kind in chain.kinds if kind[0] > last[-1])
     return received, passes.crossings[following]
-
-
-def _loss(running: Iterable[PassCost], pipeline: int) -> int:
-    """A pipeline's last stage keeps the model's output, too."""
-    return sum(cost.loss_bytes + (cost.logits_bytes if pipeline > 1 else 0) for cost in running)
 
 
 class Held(NamedTuple):

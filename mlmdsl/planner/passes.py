@@ -62,7 +62,7 @@ class PassCost:
     working_bytes: what recomputing brings back while the backward pass runs, and what all passes share; transient_bytes: the
     most that one operation needs besides; making_bytes: the same with the gradients of the weights that the backward pass has
     made by then; waiting_bytes: gradients that wait where those of weights are put off; loss_bytes: of the last region, what
-    the loss keeps, and logits_bytes the model's output."""
+    the loss keeps, but for the model's output, which has logits_bytes; keeps_logits: whether the loss keeps that, too."""
 
     flops: float  # of matrix products and attention as the kernels compute them, forward and backward
     forward_seconds: float
@@ -84,6 +84,7 @@ class PassCost:
     loss_bytes: int = 0
     loss_transient_bytes: int = 0
     logits_bytes: int = 0
+    keeps_logits: bool = False
 
 
 class Priced(NamedTuple):
@@ -95,7 +96,8 @@ class Priced(NamedTuple):
     weight: float
 
 
-Prices = dict[tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...], tuple[tuple[int, ...], ...]], Priced]
+Shapes = tuple[tuple[int, ...], ...]
+Prices = dict[tuple[str, Shapes, tuple[int, ...], Shapes, Callable[[Local], Work]], Priced]  # nodes by local shapes
 
 
 class Form(NamedTuple):
@@ -184,6 +186,7 @@ class Passes:
             loss_bytes=int(loss.extra_saved_bytes) if loss else 0,
             loss_transient_bytes=int(loss.transient_bytes) if loss else 0,
             logits_bytes=self._bytes(self.graph.output, self.sharding.left(self.graph.output)) if loss else 0,
+            keeps_logits=loss is not None and "in0" in loss.saved,
             transient_bytes=transient,
             making_bytes=making,
             waiting_bytes=self._waiting(region),
@@ -217,10 +220,12 @@ class Passes:
 
     def _plainly(self, node: Node, local: Local) -> Priced:
         """As the emitted program executes it."""
-        key = (node.path, local.inputs, local.output, local.weights)
+        op, strategy = CATALOGUE[node.op], self.sharding.strategies[node.path].name
+        work = op.work if self.execution.probabilities else op.work_under.get(strategy, op.work)
+        key = (node.path, local.inputs, local.output, local.weights, work)
         found = self.prices.get(key)
         if found is None:
-            found = self.prices[key] = self._price(CATALOGUE[node.op].work(local))
+            found = self.prices[key] = self._price(work(local))
         return found
 
     def _price(self, work: Work) -> Priced:
@@ -412,6 +417,8 @@ class Passes:
         for node in region.nodes:
             left = self.sharding.left(node.path)
             for name in self._works[node.path].saved:
+                if node.path == self.graph.loss and name == "in0":
+                    continue  # `keeps_logits`
                 if name == "out":
                     yield node.path, self._storage(node.path), self._number(node.path, left)
                 else:

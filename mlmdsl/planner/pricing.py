@@ -334,7 +334,7 @@ class Bench:
             )
             for mode in range(len(MODES))
         ]
-        return tuple(each), sum(cost.loss_bytes for cost in costs)
+        return tuple(each), sum(cost.loss_bytes + cost.logits_bytes * cost.keeps_logits for cost in costs)
 
     def _region_seconds(self, micro_batch: int, mode: int) -> list[tuple[float, float, float]]:
         """(forward, backward, weights' share of it) of one pass, with what is recomputed in the backward pass."""
