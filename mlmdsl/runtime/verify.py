@@ -180,6 +180,9 @@ class Recorder(TorchDispatchMode):
             self._hear(space, name, args)
         if packet in _COMPOSED:
             return self._composed(_COMPOSED[packet], name, args)
+        if self.results.is_composite(func):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         out = self.results.of(func, args, kwargs or {})
         self._multiplied(packet, name, args, kwargs or {}, out)
         for x in tree_leaves(out):
