@@ -134,14 +134,13 @@ class Sharing(NamedTuple):
 @dataclass(frozen=True)
 class Shares:
     """A rank's local elements, by stage: of all weights, of its shards, of the largest layer, of what stands around the layers;
-    of what stands behind the last stage's, of the largest weight, of experts that are shared out."""
+    of what stands behind the last stage's, of experts that are shared out."""
 
     elements: tuple[int, ...]
     shards: tuple[int, ...]
     layers: tuple[int, ...]
     roots: tuple[int, ...]
     head: int
-    largest: int
     experts: int
 
     @cached_property
@@ -154,10 +153,8 @@ class Shares:
 
     def made(self, moment: Moment) -> int:
         """Gradients that a backward pass has made and not yet added to their sums, but for a layer's: of the head until its
-        end; where they are added one by one, the largest."""
-        if moment.summed and not moment.makes:
-            return self.largest
-        return self.head * (moment.turn != "loss")
+        end, unless they are added one by one."""
+        return self.head * (moment.turn != "loss" and (moment.makes or not moment.summed))
 
 
 class Stack(NamedTuple):
@@ -280,7 +277,7 @@ class Holdings:
         """Of a rank that runs `parts`, at a moment."""
         has = self._shares_of(parts, sharing.shards)
         if not sharing.zero:
-            return _whole(has.whole + has.experts, width, width * has.largest)
+            return _whole(has.whole + has.experts, width)
         once = sharing.piped and not reduces_each_pass(sharing.zero, sharing.piped)
         sharded = (_once if once else _layer_by_layer)(has, sharing, width, moment)
         if not has.experts:
@@ -297,7 +294,6 @@ class Holdings:
                 tuple(unit.layer for unit in units),
                 tuple(unit.root for unit in units),
                 units[-1].head,
-                max(h.largest for h in held),
                 sum(h.experts for h in held),
             )
         return self._shares[key]
@@ -312,7 +308,7 @@ class Holdings:
             master += 4 * stepped * (cut or width < 4)
             gradients += 4 * whole + 4 * stepped * cut
             optimizer += 8 * stepped
-            buffers = max(buffers, 4 * stack.elements * cut if turn == "step" else width * stack.elements)
+            buffers = max(buffers, 4 * stack.elements * cut * (turn == "step"))
         return State(weights, master, gradients, optimizer, 0, buffers)
 
 
@@ -372,9 +368,9 @@ def shard_elements(shape: Sequence[int], shards: int) -> int:
     return prod(shape) // shape[dim] * -(-shape[dim] // shards)
 
 
-def _whole(elements: int, width: int, buffers: int) -> State:
+def _whole(elements: int, width: int) -> State:
     """Held without ZeRO."""
-    return State(width * elements, 4 * elements if width < 4 else 0, 4 * elements, 8 * elements, 0, buffers)
+    return State(width * elements, 4 * elements if width < 4 else 0, 4 * elements, 8 * elements, 0, 0)
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------
@@ -384,7 +380,7 @@ class Passing(NamedTuple):
     """Bytes that one micro-batch leaves on one part, for one way of recomputing.
 
     kept: until its backward pass; layer: of these, the least that a layer keeps; received: of a receive buffer, one direction;
-    working, transient: while one layer's backward pass runs; making: as transient, with gradients of the layer's weights;
+    working, transient: while one layer's backward pass runs; making: as transient, with gradients of the layer's weights; adding: with those of one operation;
     waiting: where those are put off; loss: kept by the loss and model output; output: of these, what
     stays until the end of the backward pass; loss_transient; spare: room that the model's output leaves to nothing as small."""
 
@@ -395,6 +391,7 @@ class Passing(NamedTuple):
     working: int
     transient: int
     making: int
+    adding: int
     waiting: int
     loss: int
     output: int
@@ -406,10 +403,11 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
     costs, kinds = passes.costs, [chain.kinds[kind] for kind, count in enumerate(part.layers) if count]
     regions = regions_of(chain, part, how)
     kept = sum(count * costs[i].saved_bytes[mode] for i, mode, count in regions)
-    running = [costs[i] for i, _, _ in regions]
     beginning = [costs[i] for i in chain.first] if part.first else []
     layered, ending = [costs[i] for kind in kinds for i in kind], [costs[i] for i in chain.last] if part.last else []
-    logits = sum(cost.logits_bytes for cost in running) if part.last else 0
+    logits = sum(cost.logits_bytes for cost in ending)
+    output = logits if pipeline > 1 else 0
+    loss = sum(cost.loss_bytes + cost.logits_bytes * (pipeline > 1 or cost.keeps_logits) for cost in ending)
     received, sent = map(sum, crossings(passes, chain, part))
     if not part.first:  # lies in the receive buffer
         kept -= min(received, costs[kinds[0][0]].entry_bytes[first_of(how)])
@@ -422,14 +420,12 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
         working=max((costs[i].working_bytes[mode] for i, mode, _ in regions), default=0),
         transient=max((cost.transient_bytes for cost in layered + beginning), default=0),
         making=max([*(cost.making_bytes for cost in layered), *(cost.making_bytes - kept for cost in beginning)], default=0),
+        adding=max([*(cost.adding_bytes for cost in layered), *(cost.adding_bytes - kept for cost in beginning)], default=0),
         waiting=max(0, sum(count * costs[i].waiting_bytes for i, _, count in regions) - sent),  # which lies in a receive buffer
-        loss=sum(cost.loss_bytes + cost.logits_bytes * (pipeline > 1 or cost.keeps_logits) for cost in running) * part.last,
-        output=logits if pipeline > 1 else 0,
-        loss_transient=max(
-            [*(c.loss_transient_bytes for c in running), *(c.making_bytes - c.loss_bytes for c in ending)], default=0
-        )
-        * part.last,
-        spare=logits if pipeline == 1 and passes.float_bytes < 4 and not any(cost.keeps_logits for cost in running) else 0,
+        loss=loss,
+        output=output,
+        loss_transient=max([*(c.loss_transient_bytes for c in ending), *(c.making_bytes - (loss - output) for c in ending)], default=0),
+        spare=logits if pipeline == 1 and passes.float_bytes < 4 and not any(cost.keeps_logits for cost in ending) else 0,
     )
 
 
@@ -467,6 +463,7 @@ class Filling:
         self.layer = min(s.layer for s in stages)
         self.working, self.transient = max(s.working for s in stages), max(s.transient for s in stages)
         self.making = max(self.transient, *(s.making for s in stages))
+        self.adding = max(self.transient, *(s.adding for s in stages))
         self.buffers = micro_batches * sum(s.received + s.sent for s in stages)
         self.slack, self.unused = SLACK[kind], (self.working + self.transient + self.last.spare) * (kind != "cpu")
 
@@ -483,7 +480,7 @@ class Filling:
             loss += last.loss_transient
         elif turn in ("backward", "next"):
             activations += self.working
-            transient = self.making if moment.makes else self.transient
+            transient = self.making if moment.makes else self.adding
         if turn in ("gather", "backward", "layer", "next") and loss:
             loss += last.output - last.loss
         if turn in ("gather", "layer", "next"):
