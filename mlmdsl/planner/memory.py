@@ -424,7 +424,9 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
         waiting=max(0, sum(count * costs[i].waiting_bytes for i, _, count in regions) - sent),  # which lies in a receive buffer
         loss=loss,
         output=output,
-        loss_transient=max([*(c.loss_transient_bytes for c in ending), *(c.making_bytes - (loss - output) for c in ending)], default=0),
+        loss_transient=max(
+            [*(c.loss_transient_bytes for c in ending), *(c.making_bytes - (loss - output) for c in ending)], default=0
+        ),
         spare=logits if pipeline == 1 and passes.float_bytes < 4 and not any(cost.keeps_logits for cost in ending) else 0,
     )
 
