@@ -314,11 +314,12 @@ class Holdings:
 
 def _once(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
     """A pipeline's stages, whose gradients are reduced after their last backward pass. torch reduces the root first."""
-    summed, reduced, reducing = moment.summed, moment.reduced, moment.reducing
+    summed, fresh, reduced, reducing = moment.summed, moment.fresh, moment.reduced, moment.reducing
     owned = has.owned
     if moment.turn == "step":
         return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
     sums = 4 * sum(has.elements[i] for i in summed) + 4 * sum(has.shards[i] for i in reduced)
+    sums += width * sum(has.elements[i] for i in fresh if width < 4 or i not in summed)  # in fp32 they are the sums themselves
     stages = [i for i in range(len(has.elements)) if i not in reduced and i != reducing]
     gathered = sum(has.elements[i] for i in stages if sharing.zero < 3 or i in summed)
     if sharing.zero == 3 and (others := [i for i in stages if i not in summed]):  # before their first backward pass
@@ -382,7 +383,8 @@ class Passing(NamedTuple):
     kept: until its backward pass; layer: of these, the least that a layer keeps; received: of a receive buffer, one direction;
     working, transient: while one layer's backward pass runs; making: as transient, with gradients of the layer's weights; adding: with those of one operation;
     waiting: where those are put off; loss: kept by the loss and model output; output: of these, what
-    stays until the end of the backward pass; loss_transient; spare: room that the model's output leaves to nothing as small."""
+    stays until the end of the backward pass; loss_transient: besides, with the gradients of the head's weights, and
+    least_transient without; spare: room that the model's output leaves to nothing as small."""
 
     kept: int
     layer: int
@@ -396,6 +398,7 @@ class Passing(NamedTuple):
     loss: int
     output: int
     loss_transient: int
+    least_transient: int
     spare: int
 
 
@@ -424,6 +427,7 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
         waiting=max(0, sum(count * costs[i].waiting_bytes for i, _, count in regions) - sent),  # which lies in a receive buffer
         loss=loss,
         output=output,
+        least_transient=sum(c.loss_transient_bytes for c in ending),
         loss_transient=max(
             [*(c.loss_transient_bytes for c in ending), *(c.making_bytes - (loss - output) for c in ending)], default=0
         ),
@@ -459,9 +463,9 @@ class Filling:
     def __init__(self, stages: Sequence[Passing], micro_batches: int, kind: str, turns: bool = False):
         """`turns`: the first of two stages hands its results to the second: they are the second's receive buffers."""
         self.last = stages[-1]
-        self.each = [s.kept for s in stages]
-        self.kept = sorted((s.kept - s.sent * (turns and i == 0) for i, s in enumerate(stages)), reverse=True)
-        self.waiting = sorted((s.waiting for s in stages), reverse=True)
+        self.each = [s.kept - s.sent * (turns and i == 0) for i, s in enumerate(stages)]
+        self.kept = sorted(self.each, reverse=True)
+        self.waiting = [s.waiting for s in stages]
         self.layer = min(s.layer for s in stages)
         self.working, self.transient = max(s.working for s in stages), max(s.transient for s in stages)
         self.making = max(self.transient, *(s.making for s in stages))
@@ -476,14 +480,14 @@ class Filling:
         counts = sorted(moment.held, reverse=True) if len(moment.held) > 1 else moment.held
         activations = sum(map(mul, self.each, moment.held) if moment.settled else map(mul, self.kept, counts))
         if moment.waiting:
-            activations += sum(map(mul, self.waiting, sorted(moment.waiting, reverse=True)))
-        loss, transient = last.loss * moment.held[len(moment.held) - 1], 0
+            activations += sum(map(mul, self.waiting, moment.waiting))
+        loss, transient = last.loss * (moment.held[len(moment.held) - 1] - moment.past), 0
         if turn == "loss":
-            loss += last.loss_transient
+            loss += last.least_transient if moment.apart else last.loss_transient
         elif turn in ("backward", "next"):
             activations += self.working
-            transient = self.making if moment.makes else self.adding
-        if turn in ("gather", "backward", "layer", "next") and loss:
+            transient = self.transient if moment.apart else self.making if moment.makes else self.adding
+        if turn in ("gather", "backward", "layer", "next") and loss and not moment.apart:
             loss += last.output - last.loss
         if turn in ("gather", "layer", "next"):
             activations -= self.layer
