@@ -91,14 +91,14 @@ class Results:
         self.composite: dict[Any, bool] = {}
 
     def is_composite(self, func: Any) -> bool:
-        """Whether torch writes it as other operations, of which some may be views. Within an operation of our own, where autograd
-        is done with, it hands such ones on as they are."""
+        """Whether torch has no kernel of it but writes it as other operations, of which some may be views. Within an operation
+        of our own, where autograd is done with, it hands such ones on as they are."""
         found = self.composite.get(func)
         if found is None:
-            found = func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(
-                func.name(), "CompositeImplicitAutograd"
+            composed, kernel = (
+                torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in ("CompositeImplicitAutograd", "CPU")
             )
-            self.composite[func] = found
+            found = self.composite[func] = func.namespace == "aten" and composed and not kernel
         return found
 
     def of(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
