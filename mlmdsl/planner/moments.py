@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from mlmdsl.planner import zero_bubble
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.schedule import V_SHAPED, in_flight, rounds
+from mlmdsl.planner.schedule import V_SHAPED, in_flight, interleaved, rounds
 
 Turn = Literal["gather", "loss", "backward", "layer", "next", "reduction", "step"]
 Counts = tuple[int, ...]
@@ -110,16 +110,20 @@ def _fullest(schedule: Schedule, pipeline: int, interleave: int, micro_batches: 
             found.append(Moment("backward", (most - 1,), (0,)))
         return [*found, Moment("reduction", (0,), (0,), reducing=0)]
     if rounds(pipeline, micro_batches) > 1:
-        return list(_steady(held, micro_batches // rounds(pipeline, micro_batches)))
+        extremes = interleaved(pipeline, interleave, micro_batches, rank)
+        return list(_steady(held, extremes, micro_batches // rounds(pipeline, micro_batches)))
     return list(_stage_by_stage(held, micro_batches))
 
 
-def _steady(held: Counts, each: int) -> Iterator[Moment]:
+def _steady(held: Counts, extremes: Collection[Counts], each: int) -> Iterator[Moment]:
     """Of an interleaved schedule with several rounds: all stages have sums when the second begins. In the last one a stage is
-    reduced while those before it hold a round's micro-batches."""
+    reduced while those before it hold a round's micro-batches. `extremes`: when the first stage holds the most, and the last."""
     stages = tuple(range(len(held)))
     last = stages[-1]
     yield Moment("backward", held, stages)
+    for counts in extremes:
+        if counts != held:
+            yield Moment("backward", counts, stages, settled=True)
     yield Moment("reduction", (each,) * last + (0,), stages, reducing=last)
     yield Moment("reduction", (0,) * len(held), (0,), stages[1:], reducing=0)
 

@@ -111,6 +111,21 @@ def in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches:
 
 
 @cache
+def interleaved(pipeline: int, interleave: int, micro_batches: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Of the interleaved schedule with several rounds: what each of the rank's stages holds when the first one holds the most,
+    and when the last one does. In a round passes go through the stages, backward passes from the last one on."""
+    each, first = micro_batches // rounds(pipeline, micro_batches), warm_up(pipeline, interleave, micro_batches, rank)
+    held = [0] * interleave
+    found: list[tuple[int, ...]] = []
+    for number in range(min(micro_batches * interleave, first + 2 * each * interleave)):
+        held[number // each % interleave] += 1
+        if number >= first:
+            found.append(tuple(held))
+            held[-1 - (number - first) // each % interleave] -= 1
+    return tuple(dict.fromkeys(max(found, key=lambda counts: counts[i]) for i in (0, -1))) if found else ()
+
+
+@cache
 def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> tuple[float, float]:
     """Of the ranks' mean counts c: 1 / sum(1 / c), and the largest. A rank that keeps k bytes for a micro-batch holds c k or
     more (larger counts go with larger stages: Chebyshev's sum inequality), so the fullest of ranks that keep K bytes together
