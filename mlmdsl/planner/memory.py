@@ -381,9 +381,9 @@ class Passing(NamedTuple):
     """Bytes that one micro-batch leaves on one part, for one way of recomputing.
 
     kept: until its backward pass; layer: of these, the least that a layer keeps; received: of a receive buffer, one direction;
-    working, transient: while one layer's backward pass runs; making: as transient, with gradients of the layer's weights; adding: with those of one operation;
-    waiting: where those are put off; loss: kept by the loss and model output; output: of these, what
-    stays until the end of the backward pass; loss_transient: besides, with the gradients of the head's weights, and
+    working, transient: while one layer's backward pass runs; making: as transient, with gradients of the layer's weights;
+    adding: with those of one operation; waiting: where those are put off; loss: kept by the loss and model output; output: of
+    these, what stays until the end of the backward pass; loss_transient: besides, with the gradients of the head's weights, and
     least_transient without; spare: room that the model's output leaves to nothing as small."""
 
     kept: int

@@ -117,12 +117,14 @@ def _fullest(schedule: Schedule, pipeline: int, interleave: int, micro_batches: 
 
 def _steady(held: Counts, extremes: Collection[Counts], each: int) -> Iterator[Moment]:
     """Of an interleaved schedule with several rounds: all stages have sums when the second begins. In the last one a stage is
-    reduced while those before it hold a round's micro-batches. `extremes`: when the first stage holds the most, and the last."""
+    reduced while those before it hold a round's micro-batches. `extremes`: when the first stage holds the most, and the last:
+    of two stages, which hold as many together all the time, no other moment exceeds both."""
     stages = tuple(range(len(held)))
     last = stages[-1]
-    yield Moment("backward", held, stages)
+    if last > 1:
+        yield Moment("backward", held, stages)
     for counts in extremes:
-        if counts != held:
+        if counts != held or last == 1:
             yield Moment("backward", counts, stages, settled=True)
     yield Moment("reduction", (each,) * last + (0,), stages, reducing=last)
     yield Moment("reduction", (0,) * len(held), (0,), stages[1:], reducing=0)
