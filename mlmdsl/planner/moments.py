@@ -193,6 +193,6 @@ def _largest(found: Collection[Moment]) -> list[Moment]:
 def _exceeds(one: Moment, other: Moment) -> bool:
     """Whether it has all that the other has, and more."""
     alike = (one.turn, one.reducing, one.reduced, one.apart) == (other.turn, other.reducing, other.reduced, other.apart)
-    counts = zip((*one.held, *one.waiting, one.held[-1] - one.past), (*other.held, *other.waiting, other.held[-1] - other.past))
+    mine, others = ((*m.held, *m.waiting, m.held[-1] - m.past) for m in (one, other))
     sums = set(one.summed) >= set(other.summed) and set(one.fresh) >= set(other.fresh)
-    return alike and sums and all(a >= b for a, b in counts) and one != other
+    return alike and sums and all(a >= b for a, b in zip(mine, others, strict=True)) and one != other

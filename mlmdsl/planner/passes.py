@@ -61,8 +61,9 @@ class PassCost:
     saved_bytes: from forward to backward, the pass's arguments included; entry_bytes: of these, what came from the pass before;
     working_bytes: what recomputing brings back while the backward pass runs, and what all passes share; transient_bytes: the
     most that one operation needs besides; making_bytes: the same with the gradients of the weights that the backward pass has
-    made by then; adding_bytes: with those of that operation's alone, which are added to their sums at once; waiting_bytes: gradients that wait where those of weights are put off; loss_bytes: of the last region, what
-    the loss keeps, but for the model's output, which has logits_bytes; keeps_logits: whether the loss keeps that, too."""
+    made by then; adding_bytes: with those of that operation alone, which are added to their sums at once; waiting_bytes:
+    gradients that wait where those of weights are put off; loss_bytes: of the last region, what the loss keeps, but for the
+    model's output, which has logits_bytes; keeps_logits: whether the loss keeps that, too."""
 
     flops: float  # of matrix products and attention as the kernels compute them, forward and backward
     forward_seconds: float
@@ -505,8 +506,8 @@ class Passes:
         return most, max(making, gradients - free), adding
 
     def _own_weight_bytes(self, region: Region, node: Node) -> tuple[int, int]:
-        """Of the node's weights that are no other pass' too; of these the experts that are shared out, whose gradients are added
-        up at once."""
+        """Of the node's weights that are no other pass' too: common ones, and experts that are shared out, whose gradients are
+        added up at once."""
         found = [0, 0]
         for key, shape in zip(node.weights, self._locals[node.path].weights, strict=True):
             weight = self.graph.weights[key]

@@ -128,8 +128,8 @@ def interleaved(pipeline: int, interleave: int, micro_batches: int, rank: int) -
 
 @cache
 def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> tuple[float, float]:
-    """Of the ranks' counts c: 1 / sum(1 / c), and the largest. A rank that keeps k bytes for a micro-batch holds c k or more, so
-    the fullest of ranks that keep K bytes together holds at least K / sum(1 / c)."""
+    """Of the ranks' counts c: 1 / sum(1 / c), and the largest. A rank that keeps k bytes for a micro-batch holds c k or more,
+    so the fullest of ranks that keep K bytes together holds at least K / sum(1 / c)."""
     counts = [_least_count(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline)]
     return 1 / sum(1 / count for count in counts), max(counts)
 

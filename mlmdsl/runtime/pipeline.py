@@ -166,8 +166,8 @@ class Pipelined:
 class _Stage(PipelineStage):
     """torch's, mended where stages lie in a V: in an evaluation nothing is handed back between two stages of one rank (torch
     asserts that gradients are there), gradients of weights that were put off are added up (torch calls no hooks of theirs),
-    neighbours are not greeted beforehand (torch 2.11 does so in an order that hangs on gloo), and gradients of inputs, which have
-    been handed on, are not kept beside the receive buffers. `scatters` (ZeRO 2): every backward pass reduce-scatters its
+    neighbours are not greeted beforehand (torch 2.11 does so in an order that hangs on gloo), and gradients of inputs, which
+    have been handed on, are not kept beside the receive buffers. `scatters` (ZeRO 2): every backward pass reduce-scatters its
     gradients, where torch's stages add them up whole and do so once."""
 
     scatters = False
