@@ -43,6 +43,7 @@ def plan_of(place: Place, candidate: Candidate, report: SearchReport) -> Plan:
         batch=train.batch,
         precision=train.precision,
         memory=ledger(place, candidate),
+        tensors=ledger(place, candidate, tensors=True),
         layout=place.bench.sharding.layouts(sizes, setting.width),
         context_layout=place.bench.sharding.context_layouts(sizes, setting.width),
         collectives=collectives(place, candidate),
@@ -70,9 +71,9 @@ def variables(c: Candidate) -> PlanVariables:
     )
 
 
-def ledger(place: Place, c: Candidate) -> tuple[StageMemory, ...]:
-    """By pipeline stage."""
-    fullest = (place.fullest(c, rank, c.cut.held(rank)) for rank in range(place.pipeline))
+def ledger(place: Place, c: Candidate, *, tensors: bool = False) -> tuple[StageMemory, ...]:
+    """By pipeline stage, at the moment when the device holds the most, or when tensors alone are the most."""
+    fullest = (place.fullest(c, rank, c.cut.held(rank), tensors=tensors) for rank in range(place.pipeline))
     context = place.context_bytes + place.more_context_bytes(c)
     each = enumerate(fullest)
     return tuple(stage_memory(rank, moment.turn, state, held, context) for rank, (moment, state, held) in each)

@@ -41,7 +41,8 @@ class Execution:
     `fused_gates`: a gate's activation and its product are one kernel; `fused_rotary`: so are rotary positions.
     `shards_sums`: ZeRO 1 keeps this rank's part of the sums beside the whole ones, and buffers for both (FSDP2).
     `static_buffers`: pipeline stages keep a receive buffer for every micro-batch (torch), not for those in flight.
-    `loss_copies`: of the logits in fp32 that the loss makes besides."""
+    `loss_copies`: of the logits in fp32 that the loss makes besides. `probabilities`: the loss over a cut vocabulary, too,
+    keeps those in fp32 and not the logits."""
 
     compiled: bool = False
     attention: Literal["flash", "unfused"] = "flash"
@@ -60,6 +61,7 @@ class Execution:
     shards_sums: bool = True
     static_buffers: bool = True
     loss_copies: int = 0
+    probabilities: bool = False
     gathers_wait: bool = False
     sums_wait: bool = False
     overlapped_sums: bool = False

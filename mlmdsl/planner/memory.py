@@ -37,7 +37,7 @@ from mlmdsl.graph.graph import Graph, Weight
 from mlmdsl.planner.blend import How, first_of, layers_of, regions_of
 from mlmdsl.planner.choice import cut
 from mlmdsl.planner.moments import Moment, Turn, reduces_each_pass
-from mlmdsl.planner.passes import PassCost, Passes
+from mlmdsl.planner.passes import Passes
 from mlmdsl.planner.plan import StageMemory
 from mlmdsl.planner.sharding import Sharding
 from mlmdsl.planner.stages import Chain, Part
@@ -134,14 +134,13 @@ class Sharing(NamedTuple):
 @dataclass(frozen=True)
 class Shares:
     """A rank's local elements, by stage: of all weights, of its shards, of the largest layer, of what stands around the layers;
-    of what stands behind the last stage's, of the largest weight, of experts that are shared out."""
+    of what stands behind the last stage's, of experts that are shared out."""
 
     elements: tuple[int, ...]
     shards: tuple[int, ...]
     layers: tuple[int, ...]
     roots: tuple[int, ...]
     head: int
-    largest: int
     experts: int
 
     @cached_property
@@ -154,10 +153,8 @@ class Shares:
 
     def made(self, moment: Moment) -> int:
         """Gradients that a backward pass has made and not yet added to their sums, but for a layer's: of the head until its
-        end; where they are added one by one, the largest."""
-        if moment.summed and not moment.makes:
-            return self.largest
-        return self.head * (moment.turn != "loss")
+        end, unless they are added one by one."""
+        return self.head * (moment.turn != "loss" and (moment.makes or not moment.summed))
 
 
 class Stack(NamedTuple):
@@ -280,7 +277,7 @@ class Holdings:
         """Of a rank that runs `parts`, at a moment."""
         has = self._shares_of(parts, sharing.shards)
         if not sharing.zero:
-            return _whole(has.whole + has.experts, width, width * has.largest)
+            return _whole(has.whole + has.experts, width)
         once = sharing.piped and not reduces_each_pass(sharing.zero, sharing.piped)
         sharded = (_once if once else _layer_by_layer)(has, sharing, width, moment)
         if not has.experts:
@@ -297,7 +294,6 @@ class Holdings:
                 tuple(unit.layer for unit in units),
                 tuple(unit.root for unit in units),
                 units[-1].head,
-                max(h.largest for h in held),
                 sum(h.experts for h in held),
             )
         return self._shares[key]
@@ -312,17 +308,18 @@ class Holdings:
             master += 4 * stepped * (cut or width < 4)
             gradients += 4 * whole + 4 * stepped * cut
             optimizer += 8 * stepped
-            buffers = max(buffers, 4 * stack.elements * cut if turn == "step" else width * stack.elements)
+            buffers = max(buffers, 4 * stack.elements * cut * (turn == "step"))
         return State(weights, master, gradients, optimizer, 0, buffers)
 
 
 def _once(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
     """A pipeline's stages, whose gradients are reduced after their last backward pass. torch reduces the root first."""
-    summed, reduced, reducing = moment.summed, moment.reduced, moment.reducing
+    summed, fresh, reduced, reducing = moment.summed, moment.fresh, moment.reduced, moment.reducing
     owned = has.owned
     if moment.turn == "step":
         return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
     sums = 4 * sum(has.elements[i] for i in summed) + 4 * sum(has.shards[i] for i in reduced)
+    sums += width * sum(has.elements[i] for i in fresh if width < 4 or i not in summed)  # in fp32 they are the sums themselves
     stages = [i for i in range(len(has.elements)) if i not in reduced and i != reducing]
     gathered = sum(has.elements[i] for i in stages if sharing.zero < 3 or i in summed)
     if sharing.zero == 3 and (others := [i for i in stages if i not in summed]):  # before their first backward pass
@@ -372,9 +369,9 @@ def shard_elements(shape: Sequence[int], shards: int) -> int:
     return prod(shape) // shape[dim] * -(-shape[dim] // shards)
 
 
-def _whole(elements: int, width: int, buffers: int) -> State:
+def _whole(elements: int, width: int) -> State:
     """Held without ZeRO."""
-    return State(width * elements, 4 * elements if width < 4 else 0, 4 * elements, 8 * elements, 0, buffers)
+    return State(width * elements, 4 * elements if width < 4 else 0, 4 * elements, 8 * elements, 0, 0)
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------
@@ -385,8 +382,9 @@ class Passing(NamedTuple):
 
     kept: until its backward pass; layer: of these, the least that a layer keeps; received: of a receive buffer, one direction;
     working, transient: while one layer's backward pass runs; making: as transient, with gradients of the layer's weights;
-    waiting: where those are put off; loss: kept by the loss and model output; output: of these, what
-    stays until the end of the backward pass; loss_transient; spare: room that the model's output leaves to nothing as small."""
+    adding: with those of one operation; waiting: where those are put off; loss: kept by the loss and model output; output: of
+    these, what stays until the end of the backward pass; loss_transient: besides, with the gradients of the head's weights, and
+    least_transient without; spare: room that the model's output leaves to nothing as small."""
 
     kept: int
     layer: int
@@ -395,10 +393,12 @@ class Passing(NamedTuple):
     working: int
     transient: int
     making: int
+    adding: int
     waiting: int
     loss: int
     output: int
     loss_transient: int
+    least_transient: int
     spare: int
 
 
@@ -406,10 +406,11 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
     costs, kinds = passes.costs, [chain.kinds[kind] for kind, count in enumerate(part.layers) if count]
     regions = regions_of(chain, part, how)
     kept = sum(count * costs[i].saved_bytes[mode] for i, mode, count in regions)
-    running = [costs[i] for i, _, _ in regions]
     beginning = [costs[i] for i in chain.first] if part.first else []
     layered, ending = [costs[i] for kind in kinds for i in kind], [costs[i] for i in chain.last] if part.last else []
-    logits = sum(cost.logits_bytes for cost in running) if part.last else 0
+    logits = sum(cost.logits_bytes for cost in ending)
+    output = logits if pipeline > 1 else 0
+    loss = sum(cost.loss_bytes + cost.logits_bytes * (pipeline > 1 or cost.keeps_logits) for cost in ending)
     received, sent = map(sum, crossings(passes, chain, part))
     if not part.first:  # lies in the receive buffer
         kept -= min(received, costs[kinds[0][0]].entry_bytes[first_of(how)])
@@ -422,14 +423,15 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
         working=max((costs[i].working_bytes[mode] for i, mode, _ in regions), default=0),
         transient=max((cost.transient_bytes for cost in layered + beginning), default=0),
         making=max([*(cost.making_bytes for cost in layered), *(cost.making_bytes - kept for cost in beginning)], default=0),
+        adding=max([*(cost.adding_bytes for cost in layered), *(cost.adding_bytes - kept for cost in beginning)], default=0),
         waiting=max(0, sum(count * costs[i].waiting_bytes for i, _, count in regions) - sent),  # which lies in a receive buffer
-        loss=_loss(running, pipeline) if part.last else 0,
-        output=logits if pipeline > 1 else 0,
+        loss=loss,
+        output=output,
+        least_transient=sum(c.loss_transient_bytes for c in ending),
         loss_transient=max(
-            [*(c.loss_transient_bytes for c in running), *(c.making_bytes - c.loss_bytes for c in ending)], default=0
-        )
-        * part.last,
-        spare=logits if pipeline == 1 and passes.float_bytes < 4 else 0,
+            [*(c.loss_transient_bytes for c in ending), *(c.making_bytes - (loss - output) for c in ending)], default=0
+        ),
+        spare=logits if pipeline == 1 and passes.float_bytes < 4 and not any(cost.keeps_logits for cost in ending) else 0,
     )
 
 
@@ -443,11 +445,6 @@ def crossings(passes: Passes, chain: Chain, part: Part) -> tuple[tuple[int, ...]
     last = kinds[-1]
     following = last[0] if len(last) == 1 else next(kind[0] for kind in chain.kinds if kind[0] > last[-1])
     return received, passes.crossings[following]
-
-
-def _loss(running: Iterable[PassCost], pipeline: int) -> int:
-    """A pipeline's last stage keeps the model's output, too."""
-    return sum(cost.loss_bytes + (cost.logits_bytes if pipeline > 1 else 0) for cost in running)
 
 
 class Held(NamedTuple):
@@ -466,12 +463,13 @@ class Filling:
     def __init__(self, stages: Sequence[Passing], micro_batches: int, kind: str, turns: bool = False):
         """`turns`: the first of two stages hands its results to the second: they are the second's receive buffers."""
         self.last = stages[-1]
-        self.each = [s.kept for s in stages]
-        self.kept = sorted((s.kept - s.sent * (turns and i == 0) for i, s in enumerate(stages)), reverse=True)
-        self.waiting = sorted((s.waiting for s in stages), reverse=True)
+        self.each = [s.kept - s.sent * (turns and i == 0) for i, s in enumerate(stages)]
+        self.kept = sorted(self.each, reverse=True)
+        self.waiting = [s.waiting for s in stages]
         self.layer = min(s.layer for s in stages)
         self.working, self.transient = max(s.working for s in stages), max(s.transient for s in stages)
         self.making = max(self.transient, *(s.making for s in stages))
+        self.adding = max(self.transient, *(s.adding for s in stages))
         self.buffers = micro_batches * sum(s.received + s.sent for s in stages)
         self.slack, self.unused = SLACK[kind], (self.working + self.transient + self.last.spare) * (kind != "cpu")
 
@@ -482,14 +480,14 @@ class Filling:
         counts = sorted(moment.held, reverse=True) if len(moment.held) > 1 else moment.held
         activations = sum(map(mul, self.each, moment.held) if moment.settled else map(mul, self.kept, counts))
         if moment.waiting:
-            activations += sum(map(mul, self.waiting, sorted(moment.waiting, reverse=True)))
-        loss, transient = last.loss * moment.held[len(moment.held) - 1], 0
+            activations += sum(map(mul, self.waiting, moment.waiting))
+        loss, transient = last.loss * (moment.held[len(moment.held) - 1] - moment.past), 0
         if turn == "loss":
-            loss += last.loss_transient
+            loss += last.least_transient if moment.apart else last.loss_transient
         elif turn in ("backward", "next"):
             activations += self.working
-            transient = self.making if moment.makes else self.transient
-        if turn in ("gather", "backward", "layer", "next") and loss:
+            transient = self.transient if moment.apart else self.making if moment.makes else self.adding
+        if turn in ("gather", "backward", "layer", "next") and loss and not moment.apart:
             loss += last.output - last.loss
         if turn in ("gather", "layer", "next"):
             activations -= self.layer

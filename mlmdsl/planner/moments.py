@@ -17,12 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import cache
-from operator import le
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mlmdsl.planner import zero_bubble
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.schedule import V_SHAPED, in_flight, rounds
+from mlmdsl.planner.schedule import V_SHAPED, in_flight, interleaved, rounds
 
 Turn = Literal["gather", "loss", "backward", "layer", "next", "reduction", "step"]
 Counts = tuple[int, ...]
@@ -32,7 +31,9 @@ _STEADY = 4  # micro-batches per rank of a V, after which one is as the next
 class Moment(NamedTuple):
     """Micro-batches held of each of the rank's virtual stages, in model order; which stages have sums of gradients, which have
     theirs reduced; `reducing`: whose are being reduced. `waiting`: micro-batches whose gradients of weights are put off;
-    `makes`: the backward pass makes all gradients of a layer before they go anywhere."""
+    `fresh`: stages whose last ones are there and not yet added up; `apart`: the backward pass makes none, and frees nothing;
+    `past`: of the last stage's micro-batches those whose loss is gone. `makes`: the backward pass makes all gradients of a
+    layer before they go anywhere."""
 
     turn: Turn
     held: Counts
@@ -40,13 +41,16 @@ class Moment(NamedTuple):
     reduced: Counts = ()
     reducing: int = -1
     waiting: Counts = ()
+    fresh: Counts = ()
+    apart: bool = False
+    past: int = 0
     makes: bool = False
     settled: bool = False  # which stage holds how many does not change in the course of the step
 
     @property
-    def of_state(self) -> tuple[Turn, Counts, Counts, int, bool]:
+    def of_state(self) -> tuple[Turn, Counts, Counts, int, Counts, bool, bool]:
         """What weights and their gradients depend on."""
-        return self.turn, self.summed, self.reduced, self.reducing, self.makes
+        return self.turn, self.summed, self.reduced, self.reducing, self.fresh, self.apart, self.makes
 
 
 @cache
@@ -66,13 +70,13 @@ def moments(
     whether a backward pass adds each gradient to its sum at once, where that is there; `experts`: whether it has some that
     are shared out."""
     mesh = (schedule, pipeline, interleave, micro_batches, rank)
-    turns: tuple[Turn, ...] = ("loss", "backward") if loss else ("backward",)
+    turns: tuple[Turn, ...] = ("loss", "backward") if loss and schedule not in V_SHAPED else ("backward",)
     each_pass = reduces_each_pass(zero, pipeline > 1)
     several = () if pipeline > 1 or micro_batches == 1 or zero != 1 else (0,)
     fullest = _fullest(*mesh)
     if not zero or each_pass or pipeline == 1:
         fullest = _without_sums(fullest, several)
-    makes = [m._replace(makes=zero > 0 and (each_pass or not (m.summed and in_place))) for m in fullest]
+    makes = [m._replace(makes=zero > 0 and (each_pass or not (m.summed and in_place)) and not m.apart) for m in fullest]
     found = [m._replace(turn=turn) for m in makes for turn in (turns if m.turn == "backward" else (m.turn,))]
     if zero and (each_pass or pipeline == 1):
         layerwise: tuple[Turn, ...] = ("layer", "next")
@@ -85,7 +89,7 @@ def moments(
 
 def _without_sums(fullest: list[Moment], several: Counts) -> list[Moment]:
     """What is left of them where no sums wait for a reduction, or all the time."""
-    plain = [Moment("backward", m.held, several, waiting=m.waiting, settled=m.settled) for m in fullest if m.turn == "backward"]
+    plain = [m._replace(summed=several, reduced=(), reducing=-1, fresh=()) for m in fullest if m.turn != "reduction"]
     return _largest(dict.fromkeys(plain))
 
 
@@ -106,16 +110,22 @@ def _fullest(schedule: Schedule, pipeline: int, interleave: int, micro_batches: 
             found.append(Moment("backward", (most - 1,), (0,)))
         return [*found, Moment("reduction", (0,), (0,), reducing=0)]
     if rounds(pipeline, micro_batches) > 1:
-        return list(_steady(held, micro_batches // rounds(pipeline, micro_batches)))
+        extremes = interleaved(pipeline, interleave, micro_batches, rank)
+        return list(_steady(held, extremes, micro_batches // rounds(pipeline, micro_batches)))
     return list(_stage_by_stage(held, micro_batches))
 
 
-def _steady(held: Counts, each: int) -> Iterator[Moment]:
+def _steady(held: Counts, extremes: Collection[Counts], each: int) -> Iterator[Moment]:
     """Of an interleaved schedule with several rounds: all stages have sums when the second begins. In the last one a stage is
-    reduced while those before it hold a round's micro-batches."""
+    reduced while those before it hold a round's micro-batches. `extremes`: when the first stage holds the most, and the last:
+    of two stages, which hold as many together all the time, no other moment exceeds both."""
     stages = tuple(range(len(held)))
     last = stages[-1]
-    yield Moment("backward", held, stages)
+    if last > 1:
+        yield Moment("backward", held, stages)
+    for counts in extremes:
+        if counts != held or last == 1:
+            yield Moment("backward", counts, stages, settled=True)
     yield Moment("reduction", (each,) * last + (0,), stages, reducing=last)
     yield Moment("reduction", (0,) * len(held), (0,), stages[1:], reducing=0)
 
@@ -134,47 +144,47 @@ def _stage_by_stage(held: Counts, micro_batches: int) -> Iterator[Moment]:
 
 @cache
 def _in_a_v(schedule: Schedule, pipeline: int, micro_batches: int, rank: int) -> list[Moment]:
-    """Pass by pass. The first stage, which has no gradient of an input, puts none off."""
-    held, waiting, summed, left = [0, 0], [0, 0], [False, False], [micro_batches, micro_batches]
-    found: dict[tuple[Counts, Counts], None] = {}  # but for what falls short of the one before
-    last: tuple[Counts, Counts] = ((), ())
+    """Pass by pass, of the rank's two stages. The first stage, which has no gradient of an input, puts none off. FSDP2 adds the
+    gradients of a pass to the sums when the next one comes by."""
+    held, waiting, left = [0, 0], [0, 0], [micro_batches, micro_batches]
+    summed, fresh = set[int](), set[int]()
+    found: dict[Moment, None] = {}
 
-    def note(reducing: int = -1) -> None:
-        nonlocal last
-        here = (*held, *waiting), (*summed, not left[0], not left[1], reducing)
-        if here[1] != last[1] or not all(map(le, here[0], last[0])):
-            found[here] = None
-            last = here
+    def note(turn: Turn, *, reducing: int = -1, apart: bool = False, past: int = 0) -> None:
+        present, new = (tuple(i for i in (0, 1) if i in of and (left[i] or i == reducing)) for of in (summed, fresh))
+        reduced = tuple(i for i in (0, 1) if not left[i] and i != reducing)
+        counts: dict[str, Any] = {"held": (held[0], held[1]), "waiting": (waiting[0], waiting[1])}
+        moment = Moment(turn, **counts, summed=present, reduced=reduced, reducing=reducing, fresh=new)
+        found[moment._replace(apart=apart, past=past, settled=True)] = None
 
     for kind, stage, _ in zero_bubble.order(schedule, pipeline, micro_batches, rank):
-        mine = int(stage >= pipeline)
-        apart = stage > 0 and kind != "B"
+        mine, last = int(stage >= pipeline), stage == 2 * pipeline - 1
+        apart, past = stage > 0 and kind in "IW", waiting[1]
         held[mine] += kind == "F"
-        waiting[mine] += kind == "I" and apart
-        if kind != "F":
-            note()
+        if kind == "B" or (kind == "I" and apart) or (kind == "W" and not apart):
+            if last:
+                note("loss", apart=apart, past=past)
+            note("backward", apart=apart, past=past)
+            summed |= fresh & {mine}
+            fresh -= {mine}
+            waiting[mine] += apart
+            note("backward", apart=apart, past=past)
         if kind in "WB":
             held[mine] -= 1
             waiting[mine] -= apart
             left[mine] -= 1
-            summed[mine] = True
+            fresh.add(mine)
             if not left[mine]:
-                note(mine)
-    return _largest([_on_two_stages(*here) for here in found])
-
-
-def _on_two_stages(counts: Counts, sums: Counts) -> Moment:
-    """Of two stages: micro-batches held and waiting; whether they have sums, whether they are through, which is reduced."""
-    reducing = sums[-1]
-    present = tuple(i for i in (0, 1) if sums[i] and (not sums[2 + i] or i == reducing))
-    reduced = tuple(i for i in (0, 1) if sums[2 + i] and i != reducing)
-    return Moment("backward" if reducing < 0 else "reduction", counts[:2], present, reduced, reducing, counts[2:])
+                note("reduction", reducing=mine, past=waiting[1])
+    return _largest(found)
 
 
 def _largest(found: Collection[Moment]) -> list[Moment]:
     """Those that no other exceeds, in their order. What exceeds another has more in all, and comes first here."""
     kept: list[Moment] = []
-    for moment in sorted(found, key=lambda m: sum(m.held) + sum(m.waiting) + len(m.summed), reverse=True):
+    for moment in sorted(
+        found, key=lambda m: sum(m.held) + sum(m.waiting) + len(m.summed) + len(m.fresh) - m.past, reverse=True
+    ):
         if not any(_exceeds(other, moment) for other in kept):
             kept.append(moment)
     return [moment for moment in found if moment in kept]
@@ -182,6 +192,7 @@ def _largest(found: Collection[Moment]) -> list[Moment]:
 
 def _exceeds(one: Moment, other: Moment) -> bool:
     """Whether it has all that the other has, and more."""
-    alike = one.turn == other.turn and one.reducing == other.reducing and one.reduced == other.reduced
-    counts = zip((*one.held, *one.waiting), (*other.held, *other.waiting), strict=True)
-    return alike and set(one.summed) >= set(other.summed) and all(a >= b for a, b in counts) and one != other
+    alike = (one.turn, one.reducing, one.reduced, one.apart) == (other.turn, other.reducing, other.reduced, other.apart)
+    mine, others = ((*m.held, *m.waiting, m.held[-1] - m.past) for m in (one, other))
+    sums = set(one.summed) >= set(other.summed) and set(one.fresh) >= set(other.fresh)
+    return alike and sums and all(a >= b for a, b in zip(mine, others, strict=True)) and one != other

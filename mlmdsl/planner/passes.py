@@ -61,8 +61,9 @@ class PassCost:
     saved_bytes: from forward to backward, the pass's arguments included; entry_bytes: of these, what came from the pass before;
     working_bytes: what recomputing brings back while the backward pass runs, and what all passes share; transient_bytes: the
     most that one operation needs besides; making_bytes: the same with the gradients of the weights that the backward pass has
-    made by then; waiting_bytes: gradients that wait where those of weights are put off; loss_bytes: of the last region, what
-    the loss keeps, and logits_bytes the model's output."""
+    made by then; adding_bytes: with those of that operation alone, which are added to their sums at once; waiting_bytes:
+    gradients that wait where those of weights are put off; loss_bytes: of the last region, what the loss keeps, but for the
+    model's output, which has logits_bytes; keeps_logits: whether the loss keeps that, too."""
 
     flops: float  # of matrix products and attention as the kernels compute them, forward and backward
     backward_kernels: int
@@ -81,10 +82,12 @@ class PassCost:
     working_bytes: tuple[int, int, int]
     transient_bytes: int
     making_bytes: int
+    adding_bytes: int
     waiting_bytes: int
     loss_bytes: int = 0
     loss_transient_bytes: int = 0
     logits_bytes: int = 0
+    keeps_logits: bool = False
 
 
 class Priced(NamedTuple):
@@ -96,7 +99,8 @@ class Priced(NamedTuple):
     weight: float
 
 
-Prices = dict[tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...], tuple[tuple[int, ...], ...]], Priced]
+Shapes = tuple[tuple[int, ...], ...]
+Prices = dict[tuple[str, Shapes, tuple[int, ...], Shapes, Callable[[Local], Work]], Priced]  # nodes by local shapes
 
 
 class Form(NamedTuple):
@@ -168,7 +172,7 @@ class Passes:
             again = (Again(), self._again(region, moves, "selective"), self._again(region, moves, "full"))
         tensor = self._moved(over["tensor"]) + sum(self._inner_seconds(node) for node in region.nodes)
         tensor_back = self._moved_back(over["tensor"])
-        transient, making = self._most_transient(region)
+        transient, making, adding = self._most_transient(region)
         loss = self._works[self.graph.loss] if self.graph.region_of[self.graph.loss] is region else None
         return PassCost(
             flops=sum(sum(computed_flops(work)) for _, work in works),
@@ -186,8 +190,10 @@ class Passes:
             loss_bytes=int(loss.extra_saved_bytes) if loss else 0,
             loss_transient_bytes=int(loss.transient_bytes) if loss else 0,
             logits_bytes=self._bytes(self.graph.output, self.sharding.left(self.graph.output)) if loss else 0,
+            keeps_logits=loss is not None and "in0" in loss.saved,
             transient_bytes=transient,
             making_bytes=making,
+            adding_bytes=adding,
             waiting_bytes=self._waiting(region),
             **kept,
         )
@@ -219,10 +225,12 @@ class Passes:
 
     def _plainly(self, node: Node, local: Local) -> Priced:
         """As the emitted program executes it."""
-        key = (node.path, local.inputs, local.output, local.weights)
+        op, strategy = CATALOGUE[node.op], self.sharding.strategies[node.path].name
+        work = op.work if self.execution.probabilities else op.work_under.get(strategy, op.work)
+        key = (node.path, local.inputs, local.output, local.weights, work)
         found = self.prices.get(key)
         if found is None:
-            found = self.prices[key] = self._price(CATALOGUE[node.op].work(local))
+            found = self.prices[key] = self._price(work(local))
         return found
 
     def _price(self, work: Work) -> Priced:
@@ -414,6 +422,8 @@ class Passes:
         for node in region.nodes:
             left = self.sharding.left(node.path)
             for name in self._works[node.path].saved:
+                if node.path == self.graph.loss and name == "in0":
+                    continue  # `keeps_logits`
                 if name == "out":
                     yield node.path, self._storage(node.path), self._number(node.path, left)
                 else:
@@ -480,31 +490,33 @@ class Passes:
             found = self._sizes[number] = prod(self._shape(number)) * width(self.layout.lies[number][0], self.float_bytes)
         return found
 
-    def _most_transient(self, region: Region) -> tuple[int, int]:
+    def _most_transient(self, region: Region) -> tuple[int, int, int]:
         """The most that an operation's backward pass needs over what the region has saved: when its turn comes, what only later
-        ones saved is free again. The second counts the gradients of weights in, those made so far."""
+        ones saved is free again. The second counts the gradients of weights in, those made so far; the third those of the
+        operation."""
         made, seen = self._made_in(region), set[Key]()
         kept = dict.fromkeys((node.path for node in region.nodes), 0)
         for path, key, size in self._saved_plain(region):
             kept[path] += size if made(key) and key not in seen else 0
             seen.add(key)
-        most = making = free = gradients = 0
+        most = making = adding = free = gradients = 0
         for node in reversed(region.nodes):
-            gradients += self._own_weight_bytes(region, node)
-            most = max(most, self._transient(node) - free)
-            making = max(making, self._transient(node) - free + gradients)
+            (own, apart), inside = self._own_weight_bytes(region, node), self._transient(node) - free
+            gradients += own
+            most, making, adding = max(most, inside), max(making, inside + gradients + apart), max(adding, inside + own + apart)
             free += kept[node.path]
-        return most, max(making, gradients - free)
+        return most, max(making, gradients - free), adding
 
-    def _own_weight_bytes(self, region: Region, node: Node) -> int:
-        """Of the node's weights that are no other pass' too, nor shared out experts."""
-        found = 0
+    def _own_weight_bytes(self, region: Region, node: Node) -> tuple[int, int]:
+        """Of the node's weights that are no other pass' too: common ones, and experts that are shared out, whose gradients are
+        added up at once."""
+        found = [0, 0]
         for key, shape in zip(node.weights, self._locals[node.path].weights, strict=True):
             weight = self.graph.weights[key]
             apart = weight.expert and self.sharding.expert > 1
-            if not apart and (not region.repeated or weight.region == region.name):
-                found += self.float_bytes * prod(shape)
-        return found
+            if not region.repeated or weight.region == region.name:
+                found[apart] += self.float_bytes * prod(shape)
+        return found[0], found[1]
 
     def _waiting(self, region: Region) -> int:
         """Gradients of the results of operations with weights, which those of the weights need."""

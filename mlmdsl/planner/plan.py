@@ -284,6 +284,7 @@ class Plan(Frozen):
     batch: int
     precision: str
     memory: tuple[StageMemory, ...]
+    tensors: tuple[StageMemory, ...] = ()  # likewise, at the moment when tensors alone are the most, which `verify` measures
     layout: tuple[RegionLayout, ...]  # on the tensor axis
     context_layout: tuple[RegionLayout, ...] = ()  # on the context axis, where that has several ranks
     collectives: tuple[Collective, ...]

@@ -342,7 +342,7 @@ class Bench:
             )
             for mode in range(len(MODES))
         ]
-        return tuple(each), sum(cost.loss_bytes for cost in costs)
+        return tuple(each), sum(cost.loss_bytes + cost.logits_bytes * cost.keeps_logits for cost in costs)
 
     def _region_seconds(self, micro_batch: int, mode: int) -> list[tuple[float, float, float]]:
         """(forward, backward, weights' share of it) of one pass, with what is recomputed in the backward pass."""
@@ -647,11 +647,13 @@ class Place:
         shared = zero if self.replicas > 1 else 0
         return memory.Sharing(shared, self.replicas, replicate, self.pipeline > 1, min(micro_batches, 3))
 
-    def fullest(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> tuple[Moment, memory.State, memory.Held]:
-        """When the rank holds the most, and what."""
+    def fullest(
+        self, c: Candidate, rank: int, parts: tuple[Part, ...], *, tensors: bool = False
+    ) -> tuple[Moment, memory.State, memory.Held]:
+        """When the rank holds the most, and what; `tensors`: without what its allocator loses."""
         filling = self.filling(c, rank, parts)
         each = (
-            (bytes + sum(held := filling.at(moment)), (moment, state, held))
+            (bytes + sum(held := filling.at(moment)) - held.slack * tensors, (moment, state, held))
             for bytes, moment, state in self.moments(c, rank, parts)
         )
         return max(each, key=lambda found: found[0])[1]

@@ -1,8 +1,8 @@
 """What a plan promises of one rank's step beside what was measured of its program: `mlmdsl verify`.
 
 Collectives are told apart by kind, the ranks of their group and bytes; their counts and the FLOPs of matrix products are to
-agree exactly, the peak of memory within TOLERANCE. The ledger's figure is without what no tensor takes: device context and the
-allocator's slack.
+agree exactly, the peak of memory within TOLERANCE. The ledger's figure is that of tensors: without device context and what the
+allocator loses, at the moment when they are the most.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Verdict(Frozen):
 def compare(plan: Plan, rank: int, measured: Measured) -> Verdict:
     v = plan.plan
     stage = v.mesh(v.world_size).coordinates(rank)[0]
-    ledger = plan.memory[stage]
+    ledger = (plan.tensors or plan.memory)[stage]  # plans of earlier versions lack them
     parts = _parts(ledger)
     return Verdict(
         rank=rank,

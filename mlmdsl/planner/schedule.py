@@ -12,8 +12,9 @@ schedules do, so that its neighbour starts when the stage is done.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache, lru_cache
-from itertools import accumulate, product
+from itertools import accumulate, combinations, product
 from typing import NamedTuple, Protocol, get_args
 
 from mlmdsl.grammar.constraints import ZEROS
@@ -120,15 +121,50 @@ class Fullest(NamedTuple):
 
 
 @cache
+def interleaved(pipeline: int, interleave: int, micro_batches: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Of the interleaved schedule with several rounds: what each of the rank's stages holds when the first one holds the most,
+    and when the last one does. In a round passes go through the stages, backward passes from the last one on."""
+    each, first = micro_batches // rounds(pipeline, micro_batches), warm_up(pipeline, interleave, micro_batches, rank)
+    held = [0] * interleave
+    found: list[tuple[int, ...]] = []
+    for number in range(min(micro_batches * interleave, first + 2 * each * interleave)):
+        held[number // each % interleave] += 1
+        if number >= first:
+            found.append(tuple(held))
+            held[-1 - (number - first) // each % interleave] -= 1
+    return tuple(dict.fromkeys(max(found, key=lambda counts: counts[i]) for i in (0, -1))) if found else ()
+
+
+@cache
 def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> Fullest:
-    """Of the ranks' mean counts c: 1 / sum(1 / c), and this over the largest. A rank that keeps k bytes for a micro-batch holds
-    c k or more (larger counts go with larger stages: Chebyshev's sum inequality), so the fullest of ranks that keep K bytes
-    together holds at least K / sum(1 / c)."""
-    counts = (in_flight(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline))
-    settled = schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) == 1  # no larger counts for larger stages
-    means = [min(each) if settled else sum(each) / len(each) for each in counts]
-    share = 1 / sum(1 / mean for mean in means)
-    return Fullest(share, share / max(means))
+    """Of the ranks' counts c: 1 / sum(1 / c), and this over the largest. A rank that keeps k bytes for a micro-batch holds c k
+    or more, so the fullest of ranks that keep K bytes together holds at least K / sum(1 / c)."""
+    counts = [_least_count(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline)]
+    share = 1 / sum(1 / count for count in counts)
+    return Fullest(share, share / max(counts))
+
+
+def _least_count(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int, rank: int) -> float:
+    """Of more than two stages of an interleaved schedule the mean, larger counts going with larger stages (Chebyshev's sum
+    inequality). Where stages have their own counts the smallest; of two, some moment is as full as any mean of moments is."""
+    each = in_flight(schedule, pipeline, interleave, micro_batches, rank)
+    if schedule in V_SHAPED:
+        return _evenest(zero_bubble.held(schedule, pipeline, min(micro_batches, _STEADY * pipeline), rank))
+    if schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) == 1:
+        return min(each)
+    if schedule == "interleaved_1f1b" and interleave == 2:
+        return _evenest(interleaved(pipeline, interleave, micro_batches, rank))
+    return sum(each) / len(each)
+
+
+def _evenest(moments: Collection[tuple[int, ...]]) -> float:
+    """Over all means of moments, the most that the smaller of two counts can be."""
+    most = float(max(map(min, moments)))
+    for (a, b), (c, d) in combinations(moments, 2):
+        if (a - b) * (c - d) < 0:
+            share = (d - c) / (a - b + d - c)
+            most = max(most, share * a + (1 - share) * c)
+    return most
 
 
 def sums_while_full(schedule: Schedule, pipeline: int, micro_batches: int) -> bool:

@@ -128,24 +128,24 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, tp: Axis) -> T
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Saves the logits as they are and the log of the sum; the softmax is taken again in the backward pass."""
+    """Saves the logits as they are and the log of the sum; the softmax is taken again in the backward pass. Either way has one
+    copy of the logits in float32 at a time."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, tp: Axis) -> Tensor:
-        x = logits.float()
-        local = targets - tp.rank * x.size(-1)
-        other = (local < 0) | (local >= x.size(-1))
+        local = targets - tp.rank * logits.size(-1)
+        other = (local < 0) | (local >= logits.size(-1))
         local = local.masked_fill(other, 0)
-        largest = reduced(x.amax(-1), tp, "max")
-        total = reduced((x - largest[..., None]).exp().sum(-1), tp).log() + largest
-        target = reduced(x.gather(-1, local[..., None])[..., 0].masked_fill(other, 0.0), tp)
+        largest = reduced(logits.amax(-1).float(), tp, "max")
+        total = reduced((logits - largest[..., None]).exp_().sum(-1), tp).log() + largest
+        target = reduced(logits.gather(-1, local[..., None])[..., 0].float().masked_fill(other, 0.0), tp)
         ctx.save_for_backward(logits, total, local, other, targets)
         return (total - target).masked_fill(targets == IGNORE, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, total, local, other, targets = ctx.saved_tensors
-        softmax = (logits.float() - total[..., None]).exp()
+        softmax = (logits - total[..., None]).exp_()
         softmax.scatter_add_(-1, local[..., None], other.to(softmax.dtype)[..., None] - 1.0)
         scale = grad * (targets != IGNORE)
-        return (softmax * scale[..., None]).to(logits.dtype), None, None
+        return softmax.mul_(scale[..., None]).to(logits.dtype), None, None

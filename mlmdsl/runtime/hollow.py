@@ -88,6 +88,18 @@ class Results:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.known: dict[Any, Any] = {}
         self.native: dict[Any, bool] = {}
+        self.composite: dict[Any, bool] = {}
+
+    def is_composite(self, func: Any) -> bool:
+        """Whether torch has no kernel of it but writes it as other operations, of which some may be views. Within an operation
+        of our own, where autograd is done with, it hands such ones on as they are."""
+        found = self.composite.get(func)
+        if found is None:
+            composed, kernel = (
+                torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in ("CompositeImplicitAutograd", "CPU")
+            )
+            found = self.composite[func] = func.namespace == "aten" and composed and not kernel
+        return found
 
     def of(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         native = self.native.get(func)

@@ -165,9 +165,10 @@ class Pipelined:
 
 class _Stage(PipelineStage):
     """torch's, mended where stages lie in a V: in an evaluation nothing is handed back between two stages of one rank (torch
-    asserts that gradients are there), neighbours are not greeted beforehand (torch 2.11 does so in an order that hangs on
-    gloo), and gradients of inputs, which have been handed on, are not kept beside the receive buffers. `scatters` (ZeRO 2):
-    every backward pass reduce-scatters its gradients, where torch's stages add them up whole and do so once."""
+    asserts that gradients are there), gradients of weights that were put off are added up (torch calls no hooks of theirs),
+    neighbours are not greeted beforehand (torch 2.11 does so in an order that hangs on gloo), and gradients of inputs, which
+    have been handed on, are not kept beside the receive buffers. `scatters` (ZeRO 2): every backward pass reduce-scatters its
+    gradients, where torch's stages add them up whole and do so once."""
 
     scatters = False
 
@@ -175,13 +176,23 @@ class _Stage(PipelineStage):
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
         if not self.scatters or not isinstance(self.submod, FSDPModule):
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            done = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            if backward_type == "weight":
+                self._add_up()
+            return done
         assert backward_type == "full", "no schedule with ZeRO 2 takes backward passes apart"
         self.submod.set_is_last_backward(False)
         self.submod.set_reshard_after_backward(False)
         self.submod.set_requires_gradient_sync(True)
         self.submod.set_requires_all_reduce(last_backward)
         return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
+
+    def _add_up(self) -> None:
+        """Gradients of weights that this pass has made, to their sums."""
+        for parameter in self.submod.parameters():
+            if parameter.grad is not None:
+                for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                    hook(parameter)
 
     def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()

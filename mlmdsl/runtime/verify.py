@@ -180,6 +180,9 @@ class Recorder(TorchDispatchMode):
             self._hear(space, name, args)
         if packet in _COMPOSED:
             return self._composed(_COMPOSED[packet], name, args)
+        if self.results.is_composite(func):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         out = self.results.of(func, args, kwargs or {})
         self._multiplied(packet, name, args, kwargs or {}, out)
         for x in tree_leaves(out):
@@ -335,6 +338,7 @@ def _watched(recorder: Recorder, kind: str) -> Iterator[None]:
     ]
     if kind != "cpu":  # what a GPU does otherwise
         changes += [(collectives, "_summable", Tensor.contiguous), (functional, "rms_norm", _rms_norm)]
+        changes += [(attend, "_last_rows", lambda count, length, device: None)]  # flash attention takes no mask there
     with ExitStack() as stack:
         for owner, name, value in changes:
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -347,9 +351,24 @@ def _evenly(counts: Tensor, total: int) -> list[int]:
     return [share + (i < more) for i in range(counts.numel())]
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """As large as what the kernel that GPUs have saves and returns: the input, and a number for each row. torch's operation of
+    that name is composed of simple ones on any device without such a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: int, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-dims], *(1 for _ in range(dims))), dtype=torch.float32))
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None, None if weight is None else torch.empty_like(weight)
+
+
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """The kernel that GPUs have."""
-    return torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+    normed: Tensor = _FusedRMSNorm.apply(x, len(shape), weight)
+    return normed
 
 
 def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:

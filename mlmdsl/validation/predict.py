@@ -135,6 +135,7 @@ def _megatron(run: Run) -> Execution:
         fused_products=True,
         shards_sums=False,
         static_buffers=False,
+        probabilities=True,
         selective="attention",
         launch_seconds=_MEGATRON_LAUNCH,
     )
@@ -166,7 +167,11 @@ def _torchtitan(run: Run) -> Execution:
     """Its selective recomputation runs every second product again (parallelize_llama.py); norms and rotary positions are simple
     operations unless compiled; loss_parallel shifts the logits of its vocabulary in a copy."""
     copies = int(run.tensor > 1)
-    return Execution(selective="alternate", composed=not run.compiled, loss_copies=copies)
+    return Execution(selective="alternate", composed=not run.compiled, loss_copies=copies, probabilities=True)
+
+
+def _internevo(run: Run) -> Execution:
+    return Execution(gradient_bytes=2.0, gathers_wait=True, fused_rotary=True, fused_products=True, probabilities=True)
 
 
 # By a word of the framework's name, lower case
@@ -176,7 +181,7 @@ _FRAMEWORKS: tuple[tuple[str, Callable[[Run], Execution]], ...] = (
     ("megascale", _nemo),
     ("torchtitan", _torchtitan),
     ("foundry", lambda run: Execution(fused_products=True)),
-    ("internevo", lambda run: Execution(gradient_bytes=2.0, gathers_wait=True, fused_rotary=True, fused_products=True)),
+    ("internevo", _internevo),
 )
 
 

@@ -84,6 +84,97 @@ def test_a_program_keeps_its_plan(
         assert verdict.agrees, render_verdict(verdict)
 
 
+# Of plans that were drawn at random, in sizes at which activations, logits or weights are most of the memory
+PARALLEL_BLOCK = """
+block Block(x: [B, S, d]) {
+  n = RMSNorm(x)
+  attn = Attention(n, heads = 16, causal = true, bias = false, rope_theta = 10_000)
+  output x + attn + SwiGLU(n, hidden = 3 * d)
+}
+
+model drawn {
+  param d = 2048
+  param layers = 6
+  param vocab = 32_000
+  input tokens: int[B, S]
+  tok = Embedding(tokens, vocab = vocab, dim = d)
+  h = tok
+  repeat layers as blocks { h = Block(h) }
+  output Linear(RMSNorm(h), weight = tok.weight)
+}
+"""
+
+LARGE = """
+cluster large {
+  nodes = 1
+  devices_per_node = %d
+  device = gpu(memory = 4000 GiB, bandwidth = 2 TB/s, bf16 = 312 TFLOPS, fp32 = 19.5 TFLOPS)
+  intra = nvlink(bandwidth = 300 GB/s per gpu)
+}
+
+train {
+  data = text("unused.txt")
+  tokenizer = hf("tokenizer.json")
+  objective = next_token()
+  seq_len = 4096 tok
+  batch = %d seq
+  stop = 8 steps
+  optimizer = adamw(lr = 0.001)
+  schedule = constant(warmup = 1 steps)
+  precision = %s
+}
+"""
+
+# micro-batches, precision, pins, ranks, overrides
+DRAWN: list[tuple[int, str, dict[str, Any], tuple[int, ...], tuple[str, ...]]] = [
+    # tied weights on an interleaved last stage: what RMSNorm keeps where a GPU computes it
+    (
+        4,
+        "bf16",
+        dict(pipeline=2, data=8, zero=1, micro_batch=4, schedule="interleaved_1f1b", interleave=2),
+        (1, 9),
+        ("drawn.layers=8",),
+    ),
+    # a cut vocabulary: the loss keeps the logits, not their softmax
+    (3, "bf16", dict(tensor=4, pipeline=2, schedule="gpipe", recompute="full"), (4,), ("drawn.vocab=128_000",)),
+    # gradients of a large table, which are there when it is their turn
+    (2, "fp32", dict(data=8, zero=1, micro_batch=1, recompute="full"), (0,), ("drawn.vocab=128_000",)),
+    # a loss that is gone, gradients of weights that are put off and not added up
+    (4, "bf16", dict(pipeline=2, data=2, zero=1, schedule="zb_v"), (0, 2), ("drawn.layers=4",)),
+    (4, "fp32", dict(context=2, pipeline=2, data=2, zero=1, schedule="dualpipe_v"), (0, 5), ("drawn.layers=4",)),
+    # tensors are not the most when the device is the fullest
+    (4, "bf16", dict(tensor=4, data=2, zero=1, recompute="full"), (0,), ("drawn.vocab=4_096",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "precision", "pins", "ranks", "overrides"),
+    DRAWN,
+    ids=[" ".join((precision, *map(str, pins.values()), *more)) for _, precision, pins, _, more in DRAWN],
+)
+def test_a_large_program_keeps_its_plan(
+    micro_batches: int,
+    precision: str,
+    pins: dict[str, Any],
+    ranks: tuple[int, ...],
+    overrides: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    pins = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"} | pins
+    world = prod(pins[axis] for axis in ("tensor", "context", "pipeline", "data"))
+    done = compile_spec(
+        PARALLEL_BLOCK + LARGE % (world, micro_batches * pins["micro_batch"] * pins["data"], precision),
+        path="/specs/x.mlm",
+        overrides=overrides,
+        pins=[f"{name}={str(value).lower()}" for name, value in pins.items()],
+    )
+    assert done.plan is not None and done.program is not None
+    done.program.write(tmp_path)
+    for rank in ranks:
+        verdict = compare(done.plan, rank, measure(tmp_path / "program.py", rank, "cuda"))
+        assert verdict.agrees, render_verdict(verdict)
+
+
 def test_groups_of_a_rank() -> None:
     grid = PlanVariables(tensor=2, context=2, pipeline=2, data=4, expert=4, stages=(1, 1))
     assert group(grid, "tensor", 21) == (20, 21)

@@ -7,7 +7,7 @@ into `CATALOGUE`. Everything below is a pure function of the node's static descr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mlmdsl.graph.graph import Scalar
@@ -119,7 +119,7 @@ class Op:
     weights(input types, attributes) -> weights to make (empty for a pure function).
     strategies(node input types, output type, weight shapes, attributes, axis size) -> the ways to place it on an axis of that
         size, the replicated one always among them; only legal ones (divisible sizes).
-    work(local) -> cost.
+    work(local) -> cost; `work_under`: under strategies of these names, where other bytes are saved or live meanwhile.
     emit(emission) -> one Python expression; `imports` names what it needs from mlmdsl.runtime.
     linear: the operation is linear in its inputs jointly with no constant, so that it maps PARTIAL to PARTIAL.
     collectives: those that the operation itself makes on the axis, forward only: (kind, bytes, count).
@@ -145,6 +145,7 @@ class Op:
     collectives: Callable[[Strategy, Local], tuple[tuple[str, int, int], ...]] = lambda strategy, local: ()
     deliveries: Callable[[Local], tuple[int, int]] = lambda local: (0, 0)
     context: ContextRule | None = None
+    work_under: Mapping[str, Callable[[Local], Work]] = field(default_factory=dict[str, Callable[[Local], Work]])
 
     def on_context(
         self,

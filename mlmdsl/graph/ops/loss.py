@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 
 from mlmdsl.graph.graph import Scalar
@@ -65,6 +66,14 @@ def _work(local: Local) -> Work:
     )
 
 
+def _over_vocabulary(local: Local) -> Work:
+    """The logits are kept as they are. Their softmax in fp32, of which there is one copy, becomes their gradient, which is then
+    copied to the training precision."""
+    count, width = float(prod(local.inputs[0])), local.input_bytes[0]
+    transient = count * (4 + width * (width < 4))
+    return replace(_work(local), saved=("in0", "in1"), extra_saved_bytes=0.0, transient_bytes=transient)
+
+
 def _emit(e: Emission) -> str:
     if e.strategy.name == "vocabulary":
         return f"vocab_parallel_cross_entropy({e.inputs[0]}, {e.inputs[1]}, {e.axis})"
@@ -86,6 +95,7 @@ OPS = (
         infer=_type,
         strategies=_strategies,
         work=_work,
+        work_under={"vocabulary": _over_vocabulary},
         emit=_emit,
         imports=("all_reduce", "cross_entropy", "vocab_parallel_cross_entropy"),
         collectives=_collectives,
