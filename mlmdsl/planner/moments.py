@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from operator import le
+from typing import Literal, NamedTuple
 
 from mlmdsl.planner import zero_bubble
 from mlmdsl.planner.plan import Schedule
@@ -25,7 +26,6 @@ from mlmdsl.planner.schedule import V_SHAPED, in_flight, interleaved, rounds
 
 Turn = Literal["gather", "loss", "backward", "layer", "next", "reduction", "step"]
 Counts = tuple[int, ...]
-_STEADY = 4  # micro-batches per rank of a V, after which one is as the next
 
 
 class Moment(NamedTuple):
@@ -101,7 +101,7 @@ def reduces_each_pass(zero: int, piped: bool) -> bool:
 
 def _fullest(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int, rank: int) -> list[Moment]:
     if schedule in V_SHAPED:
-        return _in_a_v(schedule, pipeline, min(micro_batches, _STEADY * pipeline), rank)
+        return _in_a_v(schedule, pipeline, min(micro_batches, 2 * pipeline + 2), rank)  # after these one is as the next
     held = in_flight(schedule, pipeline, interleave, micro_batches, rank)
     if interleave == 1:
         (most,) = held
@@ -147,15 +147,17 @@ def _in_a_v(schedule: Schedule, pipeline: int, micro_batches: int, rank: int) ->
     """Pass by pass, of the rank's two stages. The first stage, which has no gradient of an input, puts none off. FSDP2 adds the
     gradients of a pass to the sums when the next one comes by."""
     held, waiting, left = [0, 0], [0, 0], [micro_batches, micro_batches]
-    summed, fresh = set[int](), set[int]()
-    found: dict[Moment, None] = {}
+    summed, fresh = [False, False], [False, False]
+    found: dict[tuple[_Flags, Counts], int] = {}  # and past
+    most: dict[_Flags, Counts] = {}  # the last that exceeded those before it
 
     def note(turn: Turn, *, reducing: int = -1, apart: bool = False, past: int = 0) -> None:
-        present, new = (tuple(i for i in (0, 1) if i in of and (left[i] or i == reducing)) for of in (summed, fresh))
-        reduced = tuple(i for i in (0, 1) if not left[i] and i != reducing)
-        counts: dict[str, Any] = {"held": (held[0], held[1]), "waiting": (waiting[0], waiting[1])}
-        moment = Moment(turn, **counts, summed=present, reduced=reduced, reducing=reducing, fresh=new)
-        found[moment._replace(apart=apart, past=past, settled=True)] = None
+        through, sums, new = (not left[0], not left[1]), (summed[0], summed[1]), (fresh[0], fresh[1])
+        flags = (turn, reducing, apart, through, sums, new)
+        counts = (*held, *waiting, held[1] - past)
+        if flags not in most or not all(map(le, counts, most[flags])):
+            found[flags, counts] = past
+            most[flags] = counts
 
     for kind, stage, _ in zero_bubble.order(schedule, pipeline, micro_batches, rank):
         mine, last = int(stage >= pipeline), stage == 2 * pipeline - 1
@@ -165,34 +167,58 @@ def _in_a_v(schedule: Schedule, pipeline: int, micro_batches: int, rank: int) ->
             if last:
                 note("loss", apart=apart, past=past)
             note("backward", apart=apart, past=past)
-            summed |= fresh & {mine}
-            fresh -= {mine}
+            summed[mine] |= fresh[mine]
+            fresh[mine] = False
             waiting[mine] += apart
             note("backward", apart=apart, past=past)
         if kind in "WB":
             held[mine] -= 1
             waiting[mine] -= apart
             left[mine] -= 1
-            fresh.add(mine)
+            fresh[mine] = True
             if not left[mine]:
                 note("reduction", reducing=mine, past=waiting[1])
-    return _largest(found)
+    return _largest([_on_two_stages(*moment, past) for moment, past in found.items()])
+
+
+# Whose gradients are being reduced; of both stages whether they are through, have sums, and gradients to add to them
+_Two = tuple[bool, bool]
+_Flags = tuple[Turn, int, bool, _Two, _Two, _Two]
+
+
+def _on_two_stages(flags: _Flags, counts: Counts, past: int) -> Moment:
+    turn, reducing, apart, through, summed, fresh = flags
+    here = [i for i in (0, 1) if not through[i] or i == reducing]
+    return Moment(
+        turn,
+        counts[:2],
+        tuple(i for i in here if summed[i]),
+        tuple(i for i in (0, 1) if through[i] and i != reducing),
+        reducing,
+        counts[2:4],
+        tuple(i for i in here if fresh[i]),
+        apart,
+        past,
+        settled=True,
+    )
 
 
 def _largest(found: Collection[Moment]) -> list[Moment]:
-    """Those that no other exceeds, in their order. What exceeds another has more in all, and comes first here."""
-    kept: list[Moment] = []
-    for moment in sorted(
-        found, key=lambda m: sum(m.held) + sum(m.waiting) + len(m.summed) + len(m.fresh) - m.past, reverse=True
-    ):
-        if not any(_exceeds(other, moment) for other in kept):
-            kept.append(moment)
+    """Those of which no other has all, and more, in their order."""
+    groups: dict[tuple[object, ...], list[tuple[Counts, Moment]]] = {}
+    for moment in found:
+        groups.setdefault((moment.turn, moment.reducing, moment.reduced, moment.apart), []).append((_amounts(moment), moment))
+    kept: set[Moment] = set()
+    for group in groups.values():
+        largest: list[Counts] = []
+        for amounts, moment in sorted(group, key=lambda each: sum(each[0]), reverse=True):  # what exceeds another comes first
+            if not any(all(map(le, amounts, other)) for other in largest):
+                largest.append(amounts)
+                kept.add(moment)
     return [moment for moment in found if moment in kept]
 
 
-def _exceeds(one: Moment, other: Moment) -> bool:
-    """Whether it has all that the other has, and more."""
-    alike = (one.turn, one.reducing, one.reduced, one.apart) == (other.turn, other.reducing, other.reduced, other.apart)
-    mine, others = ((*m.held, *m.waiting, m.held[-1] - m.past) for m in (one, other))
-    sums = set(one.summed) >= set(other.summed) and set(one.fresh) >= set(other.fresh)
-    return alike and sums and all(a >= b for a, b in zip(mine, others, strict=True)) and one != other
+def _amounts(moment: Moment) -> Counts:
+    """All that a moment's memory grows with."""
+    sums = (stage in of for of in (moment.summed, moment.fresh) for stage in range(len(moment.held)))
+    return (*moment.held, *moment.waiting, moment.held[-1] - moment.past, *sums)

@@ -672,27 +672,37 @@ class Place:
         micro-batch leaves and of the loss. Grows with the micro-batch."""
         each, loss = self.bench.least_activations(micro_batch)
         passing = min(least.kept / self.pipeline + max(loss / self.pipeline, least.working) for least in each)
-        return self._bound(state / self.pipeline, passing)
+        buffers = 2 * (self.pipeline - 1) / self.pipeline * self._buffers(micro_batch)
+        return self._bound(state / self.pipeline, passing + buffers)
 
     def least_under(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...], states: States) -> int:
         """The same under a way of recomputing and any of some schedules, whose ranks hold different numbers of
         micro-batches."""
         each, loss = self.bench.least_activations(micro_batch)
-        least, found = each[mode], list[int]()
+        least, found, buffers = each[mode], list[int](), self._buffers(micro_batch)
         passing = least.kept / self.pipeline + max(loss / self.pipeline, least.working)
         for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
-            even = self._bound(states[summed] / self.pipeline, passing)
-            found.append(max(even, self._bound(states[summed] * fullest.state, least.kept * fullest.kept + least.working)))
+            even = self._bound(states[summed] / self.pipeline, passing + fullest.buffers * buffers)
+            most = least.kept * fullest.kept + least.working + fullest.received * buffers
+            found.append(max(even, self._bound(states[summed] * fullest.state, most)))
         return min(found)
+
+    def _buffers(self, micro_batch: int) -> float:
+        """Bytes of the receive buffers for all micro-batches between two stages, at least, in one direction."""
+        if self.pipeline == 1 or not self.bench.setting.execution.static_buffers:
+            return 0.0
+        return self.micro_batches(micro_batch) * self.bench.sums(micro_batch, 0).crossing
 
     def most_states(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...]) -> States:
         """With which `least_under` is what a plan may use: one of them is not exceeded where it fits."""
         each, loss = self.bench.least_activations(micro_batch)
-        least, found = each[mode], [-inf, -inf]
+        least, found, buffers = each[mode], [-inf, -inf], self._buffers(micro_batch)
         room, slack = self.most_bytes - self.context_bytes + 1, 1 + memory.SLACK[self.bench.setting.device.kind]
-        even = (room - slack * (least.kept / self.pipeline + max(loss / self.pipeline, least.working))) * self.pipeline
+        passing = least.kept / self.pipeline + max(loss / self.pipeline, least.working)
         for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
-            found[summed] = min(even, (room - slack * (least.kept * fullest.kept + least.working)) / fullest.state)
+            even = (room - slack * (passing + fullest.buffers * buffers)) * self.pipeline
+            most = least.kept * fullest.kept + least.working + fullest.received * buffers
+            found[summed] = min(even, (room - slack * most) / fullest.state)
         return States(*found)
 
     def least_excess(
@@ -703,26 +713,24 @@ class Place:
         each, loss = self.bench.least_activations(micro_batch)
         working = min(each[mild].working, each[dear].working)
         room, slack = self.most_bytes - self.context_bytes, 1 + memory.SLACK[self.bench.setting.device.kind]
-        kept = 0.0
+        kept, buffers = 0.0, self._buffers(micro_batch)
         for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
-            state = states[summed]
-            even = ((room - state / self.pipeline) / slack - max(loss / self.pipeline, working)) * self.pipeline
-            kept = max(kept, min(even, ((room - state * fullest.state) / slack - working) / fullest.kept))
+            state, around = states[summed], max(loss / self.pipeline, working) + fullest.buffers * buffers
+            even = ((room - state / self.pipeline) / slack - around) * self.pipeline
+            most = (room - state * fullest.state) / slack - working - fullest.received * buffers
+            kept = max(kept, min(even, most / fullest.kept))
         return max(0.0, each[mild].kept - kept)
 
     def _bound(self, state: float, passing: float) -> int:
         return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
 
     def least_states(self, zero: int, replicate: int) -> States:
-        """Of all pipeline ranks together when the first backward pass begins, but for what torch makes room for one unit at a
-        time; and in a later one."""
+        """Of all pipeline ranks together when the first backward pass begins, and in a later one; FSDP2's buffers aside."""
         found = self._least.get((zero, replicate))
         if found is None:
             whole, sharing = self.bench.setting.chain.whole, self.sharing(zero, replicate, 1)
             state = self.bench.state(whole, sharing, Moment("loss", (1,)))
             plain = summed = float(sum(state) - state.buffers)
-            if zero == 3 and sharing.piped:
-                plain -= state.unsharded
             if sharing.piped and sharing.zero and not reduces_each_pass(sharing.zero, sharing.piped):
                 state = self.bench.state(whole, sharing, Moment("loss", (1,), (0,)))
                 summed = float(sum(state) - state.buffers)
@@ -732,11 +740,24 @@ class Place:
     def peak_bytes(self, c: Candidate, limit: float = inf) -> int:
         """On the fullest rank, or on the first one over the limit."""
         most, more = 0, self.more_context_bytes(c)
+        if c.schedule in schedule.V_SHAPED:  # whose moments take long to tell
+            for rank, parts in c.cut.ranks:
+                least = self.least_rank_bytes(c, rank, parts) + more
+                if least > limit:
+                    return least
         for rank, parts in self._fullest(c):
             most = max(most, self.rank_bytes(c, rank, parts, self.filling(c, rank, parts)) + more)
             if most > limit:
                 break
         return most
+
+    def least_rank_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> int:
+        """What a rank of a V holds besides passes and gradients when its first backward pass begins."""
+        m = self.micro_batches(c.micro_batch)
+        held = schedule.in_flight(c.schedule, self.pipeline, c.interleave, m, rank)
+        state = self.bench.state(parts, self.sharing(c.zero, c.replicate, m), Moment("loss", (1,)))
+        rest = self.filling(c, rank, parts).at(Moment("reduction", held, settled=True))
+        return sum(state) - state.buffers + sum(rest) + self.context_bytes
 
     def over_bytes(self, c: Candidate) -> int:
         """What the fullest rank lacks of its device's memory; negative where all of them fit."""

@@ -114,24 +114,33 @@ def in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches:
 
 class Fullest(NamedTuple):
     """What the fullest rank of a pipeline has at least: of the bytes that all ranks together keep for one micro-batch, and of
-    those of their states."""
+    those of their states; and of receive buffers for a micro-batch, in one and the other direction. `buffers`: of these the
+    mean rank's."""
 
     kept: float
     state: float
+    received: float
+    buffers: float
 
 
 @cache
 def interleaved(pipeline: int, interleave: int, micro_batches: int, rank: int) -> tuple[tuple[int, ...], ...]:
     """Of the interleaved schedule with several rounds: what each of the rank's stages holds when the first one holds the most,
-    and when the last one does. In a round passes go through the stages, backward passes from the last one on."""
+    and when the last one does. In a round passes go through the stages, backward passes from the last one on; counts change
+    their course where a forward or a backward pass turns to another stage."""
     each, first = micro_batches // rounds(pipeline, micro_batches), warm_up(pipeline, interleave, micro_batches, rank)
-    held = [0] * interleave
-    found: list[tuple[int, ...]] = []
-    for number in range(min(micro_batches * interleave, first + 2 * each * interleave)):
-        held[number // each % interleave] += 1
-        if number >= first:
-            found.append(tuple(held))
-            held[-1 - (number - first) // each % interleave] -= 1
+    end = min(micro_batches * interleave, first + 2 * each * interleave)
+    turns = (turn for start in (0, first) for turn in (*range(start, end, each), end))
+    times = sorted({time for turn in turns for time in (turn - 1, turn) if first <= time < end})
+
+    def passed(passes: int, nth: int) -> int:
+        whole, rest = divmod(passes, each * interleave)
+        return whole * each + min(max(rest - nth * each, 0), each)
+
+    found = [
+        tuple(passed(time + 1, stage) - passed(time - first, interleave - 1 - stage) for stage in range(interleave))
+        for time in times
+    ]
     return tuple(dict.fromkeys(max(found, key=lambda counts: counts[i]) for i in (0, -1))) if found else ()
 
 
@@ -141,16 +150,15 @@ def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_ba
     or more, so the fullest of ranks that keep K bytes together holds at least K / sum(1 / c)."""
     counts = [_least_count(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline)]
     share = 1 / sum(1 / count for count in counts)
-    return Fullest(share, share / max(counts))
+    fewest = 0 if pipeline == 1 else 2 * interleave - 1 - (schedule in V_SHAPED)  # of the first rank's stages, or the last's
+    return Fullest(share, share / max(counts), fewest, 2 * (pipeline * interleave - 1) / pipeline)
 
 
 def _least_count(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int, rank: int) -> float:
     """Of more than two stages of an interleaved schedule the mean, larger counts going with larger stages (Chebyshev's sum
     inequality). Where stages have their own counts the smallest; of two, some moment is as full as any mean of moments is."""
     each = in_flight(schedule, pipeline, interleave, micro_batches, rank)
-    if schedule in V_SHAPED:
-        return _evenest(zero_bubble.held(schedule, pipeline, min(micro_batches, _STEADY * pipeline), rank))
-    if schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) == 1:
+    if schedule in V_SHAPED or (schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) == 1):
         return min(each)
     if schedule == "interleaved_1f1b" and interleave == 2:
         return _evenest(interleaved(pipeline, interleave, micro_batches, rank))
@@ -160,7 +168,11 @@ def _least_count(schedule: Schedule, pipeline: int, interleave: int, micro_batch
 def _evenest(moments: Collection[tuple[int, ...]]) -> float:
     """Over all means of moments, the most that the smaller of two counts can be."""
     most = float(max(map(min, moments)))
-    for (a, b), (c, d) in combinations(moments, 2):
+    largest: list[tuple[int, ...]] = []  # that no other exceeds
+    for moment in sorted(moments, reverse=True):
+        if not largest or moment[1] > largest[-1][1]:
+            largest.append(moment)
+    for (a, b), (c, d) in combinations(largest, 2):
         if (a - b) * (c - d) < 0:
             share = (d - c) / (a - b + d - c)
             most = max(most, share * a + (1 - share) * c)
@@ -183,7 +195,7 @@ def least_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int) -> 
         mine = [course for course in courses if sums_while_full(course[0], pipeline, micro_batches) == summed]
         each = [least_in_flight(schedule, pipeline, interleave, micro_batches) for schedule, interleave in mine]
         if each:
-            found.append((summed, Fullest(min(one.kept for one in each), min(one.state for one in each))))
+            found.append((summed, Fullest(*map(min, zip(*each, strict=True)))))
     return tuple(found)
 
 

@@ -192,16 +192,3 @@ def in_flight(schedule: str, pipeline: int, micro_batches: int, rank: int) -> tu
     when they are the most in all: those of the warm-up, after which a pass comes for each that goes."""
     first = 2 * pipeline - rank - (schedule == "zb_v")
     return min(micro_batches, first), min(micro_batches, rank + 1)
-
-
-@cache
-def held(schedule: str, pipeline: int, micro_batches: int, rank: int) -> frozenset[tuple[int, int]]:
-    """What the rank's two stages hold at any time when a backward pass begins."""
-    counts, found = [0, 0], set[tuple[int, int]]()
-    for kind, stage, _ in order(schedule, pipeline, micro_batches, rank):
-        mine = int(stage >= pipeline)
-        counts[mine] += kind == "F"
-        if kind == "B" or kind == ("W" if stage == 0 else "I"):
-            found.add((counts[0], counts[1]))
-        counts[mine] -= kind in "WB"
-    return frozenset(found)

@@ -18,7 +18,7 @@ from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.pricing import Candidate, Place, Sums
 from mlmdsl.planner.proportion import Paces
 from mlmdsl.planner.recomputing import least_that
-from mlmdsl.planner.schedule import Course, pipeline_seconds
+from mlmdsl.planner.schedule import V_SHAPED, Course, pipeline_seconds
 from mlmdsl.planner.search import search
 from tests.planner.small import TEXT, exhausted, fits, legal, planned, pooled, problem, shared_cores
 from tests.planner.test_stages import distributions
@@ -63,6 +63,17 @@ def test_no_plan_takes_less_than_its_bounds(outcome: Outcome) -> None:
         bound = least_seconds(place, overheads, c.micro_batch, mildest, ((c.schedule, c.interleave),))
         total = (found if found.exact else outcome.made_exact(number)).times.total
         assert 0 < least_from(place, overheads, c.micro_batch) <= total and 0.2 * total < bound <= total
+
+
+def test_ranks_of_a_v_hold_what_their_warm_up_leaves() -> None:
+    """At least: on every rank of every plan, whether it fits or not."""
+    spec, graph = problem("pin interleave = 2", memory="4 GiB", nodes=1, per_node=4, batch=8)
+    found = [(place, c) for place, c in legal(spec, graph) if c.schedule in V_SHAPED]
+    assert len(found) >= 20
+    for place, c in found:
+        for rank, parts in c.cut.ranks:
+            whole = place.rank_bytes(c, rank, parts, place.filling(c, rank, parts))
+            assert 0.5 * whole < place.least_rank_bytes(c, rank, parts) <= whole
 
 
 def test_without_a_pipeline_and_zero_the_bound_is_the_time(outcome: Outcome) -> None:
