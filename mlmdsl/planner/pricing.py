@@ -564,8 +564,13 @@ class Place:
         """Loss, norm, a place for each rank's own, and four for what blocks add to the loss and leave out."""
         return 8 * (6 + self.mesh.world_size)
 
+    @cached_property
+    def rows(self) -> int:
+        """Sequences of a step on a rank."""
+        return self.bench.setting.spec.train.batch // self.data
+
     def micro_batches(self, micro_batch: int) -> int:
-        return self.bench.setting.spec.train.batch // (self.data * micro_batch)
+        return self.rows // micro_batch
 
     def cut(self, micro_batch: int, mode: int, kind: Schedule, interleave: int) -> Cut:
         """The slowest stage as fast as can be, memory left aside."""
@@ -786,7 +791,7 @@ class Place:
         onwards = self._send_seconds(cost.bytes.sent) if handed else 0.0
         back = self._send_seconds(cost.bytes.received) if given else 0.0
         apart = 0.0
-        if c.schedule in schedule.V_SHAPED and stage:  # the first has no input to give a gradient to
+        if cost.apart and c.schedule in schedule.V_SHAPED and stage:  # the first has no input to give a gradient to
             apart = cost.apart * zero_bubble.apart(c.schedule, self.pipeline, self.micro_batches(c.micro_batch))
         return cost.forward + onwards, cost.backward + back + apart, cost.weight + apart / 2
 

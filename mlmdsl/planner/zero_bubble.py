@@ -182,9 +182,12 @@ def seconds(schedule: str, forward: Seconds, backward: Seconds, weight: Seconds,
 
 @cache
 def apart(schedule: str, pipeline: int, micro_batches: int) -> float:
-    """The share of backward passes that are taken apart."""
-    kinds = [each.kind for rank in range(pipeline) for each in order(schedule, pipeline, micro_batches, rank)]
-    return kinds.count("W") / (kinds.count("W") + kinds.count("B"))
+    """The share of backward passes that are taken apart: all, or as many as it takes to fill and drain the pipeline."""
+    if schedule == "zb_v":
+        return 1.0
+    few = min(micro_batches, 2 * pipeline)
+    parted = sum(each.kind == "W" for rank in range(pipeline) for each in order(schedule, pipeline, few, rank))
+    return parted / (2 * pipeline * micro_batches)
 
 
 def in_flight(schedule: str, pipeline: int, micro_batches: int, rank: int) -> tuple[int, int]:
