@@ -47,17 +47,25 @@ class Overhead(NamedTuple):
 
 
 def least_pipeline(
-    schedule: Schedule, sums: Sums, send: float, micro_batches: int, pipeline: int, interleave: int, idle: float = 1.0
+    schedule: Schedule,
+    sums: Sums,
+    send: float,
+    micro_batches: int,
+    pipeline: int,
+    interleave: int,
+    layers: int = 0,
+    idle: float = 1.0,
 ) -> float:
-    """Seconds of all micro-batches; `send`: of one hand-over between stages; `idle`: what is left of the time that ranks wait
-    for each other (host.py)."""
+    """Seconds of all micro-batches; `send`: of one hand-over between stages; `layers`: of the model, of which some rank has its
+    whole share; `idle`: what is left of the time that ranks wait for each other (host.py)."""
     m, p = micro_batches, pipeline
     if p == 1:
         return m * (sums.forward + sums.backward)
     crossings = 2 * p - 2 if schedule in V_SHAPED else p * interleave - 1
     whole = sums.forward + sums.backward + 2 * crossings * send
     busy = m * whole / p
-    return busy + idle * (_through(schedule, sums, send, whole, m, p) - busy)
+    fullest = m * -(-layers // p) * sums.quickest
+    return busy + idle * (max(_through(schedule, sums, send, whole, m, p), fullest) - busy)
 
 
 def _through(schedule: Schedule, sums: Sums, send: float, whole: float, m: int, p: int) -> float:
@@ -155,6 +163,7 @@ def least_seconds(
     """Of a step, under a way of recomputing and the quickest ways of ZeRO and schedules. `excess`: bytes that layers under a
     dearer way keep less, each of which costs as little as it can."""
     m, send, sums = place.micro_batches(micro_batch), place.least_send(micro_batch), place.sums(micro_batch, mode)
+    layers = place.bench.setting.chain.count
     paces = None if place.alike else place.paces(micro_batch, mode)
     if excess:
         ranks = place.benches[:1] if place.alike else place.benches
@@ -164,12 +173,22 @@ def least_seconds(
             paces = paces._replace(work=paces.work + excess * min(map(mul, costs, paces.ranks)))
     best = inf
     for schedule, interleave in _quickest(courses):
-        around = min([once + m * interleave * each for once, each in overheads])
-        passes = least_pipeline(schedule, sums, send, m, place.pipeline, interleave, place.idle_share)
+        around = _around(overheads, m * interleave)
+        passes = least_pipeline(schedule, sums, send, m, place.pipeline, interleave, layers, place.idle_share)
         if paces is not None:
             passes = max(passes, least_uneven(schedule, sums, send, m, paces))
         best = min(best, around + passes)
     return _ROUNDED * (best + place.sync_seconds)
+
+
+def least_with(place: Place, overheads: Sequence[Overhead], micro_batch: int, interleave: int, passes: float) -> float:
+    """Of a step whose way through the pipeline is known, under the quickest way of ZeRO."""
+    around = _around(overheads, place.micro_batches(micro_batch) * interleave)
+    return _ROUNDED * (passes + around + place.sync_seconds)
+
+
+def _around(overheads: Sequence[Overhead], passes: int) -> float:
+    return min([once + passes * each for once, each in overheads])
 
 
 @cache
@@ -202,6 +221,8 @@ def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) ->
     whole = (sums.forward + sums.backward) / largest + 2 * (p - 1) * send
     down = (p - 1) / 2 * (sums.quickest_forward / largest + send)
     passes = rows / p * whole + place.idle_share * rows / m * down
+    if place.idle_share == 1.0:
+        passes = max(passes, rows / largest * -(-place.bench.setting.chain.count // p) * sums.quickest)
     if not place.alike:
         work, paces = place.paces(largest, 0)
         passes = max(passes, rows / largest * work / sum(paces))

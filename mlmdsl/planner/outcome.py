@@ -54,7 +54,8 @@ class Branch(NamedTuple):
     of recomputing; or (`schedule`) with one schedule, too, which differ in `shares` alone: ZeRO and its copies.
 
     bound: the objective is no less; milder: nor is it of plans that recompute some of the layers in a milder way, if there is
-    one; broken: a bit for each wish that none of them keeps; modes: of every layer, where a pin says so."""
+    one; broken: a bit for each wish that none of them keeps; modes: of every layer, where a pin says so; passes: seconds that
+    all micro-batches take through the pipeline at least, where that was told from the stages' layers."""
 
     bound: float
     broken: int
@@ -66,6 +67,7 @@ class Branch(NamedTuple):
     milder: float = inf
     schedule: Schedule | None = None
     interleave: int = 1
+    passes: float | None = None
 
     @property
     def mesh(self) -> Mesh:

@@ -830,13 +830,21 @@ class Place:
         mesh = (c.schedule, self.pipeline, c.interleave)
         return stage > 0 and schedule.hands_on(*mesh, stage - 1), schedule.hands_on(*mesh, stage)
 
-    def times(self, c: Candidate, clock: schedule.Clock = schedule.pipeline_seconds) -> Times:
-        """`clock`: what tells the time of all micro-batches through the pipeline; another one is a bound."""
+    def passes_seconds(self, c: Candidate, clock: schedule.Clock) -> float:
+        """Of all micro-batches through the pipeline, ZeRO's gathers and reductions left aside."""
+        return self._through(c, self.runs(c), clock)[0]
+
+    def _through(self, c: Candidate, runs: schedule.Runs, clock: schedule.Clock) -> tuple[float, float]:
+        """Seconds of all micro-batches, and of these the mean rank's busy ones."""
         m = self.micro_batches(c.micro_batch)
-        exchange, runs = self.exchange(c), self.with_gathers(c, self.runs(c))
         passes = clock(c.schedule, runs, m, self.pipeline, c.interleave)
         busy = m * sum(count * (f + b) for count, f, b, _ in runs) / self.pipeline
-        passes = busy + self.idle_share * (passes - busy)
+        return busy + self.idle_share * (passes - busy), busy
+
+    def times(self, c: Candidate, clock: schedule.Clock = schedule.pipeline_seconds) -> Times:
+        """`clock`: what tells the time of all micro-batches through the pipeline; another one is a bound."""
+        exchange, runs = self.exchange(c), self.with_gathers(c, self.runs(c))
+        passes, busy = self._through(c, runs, clock)
         gathered, reduced = self._exposed(c, exchange, runs)
         summed = reduced + exchange.experts + exchange.tied + exchange.partial
         total = passes + gathered + summed + exchange.optimizer + self.sync_seconds

@@ -23,7 +23,7 @@ from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
-from mlmdsl.planner.bounds import Share, least_blended, least_from, least_seconds, share_of
+from mlmdsl.planner.bounds import Share, least_blended, least_from, least_seconds, least_with, share_of
 from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
@@ -140,8 +140,11 @@ class Judge:
         return Branch(bound, self._broken(place), place, sizes, self.space.shares(place))
 
     def open_up(self, branch: Branch) -> Iterator[Branch]:
-        """Smaller branches; a plan that fits goes to the outcome."""
-        if branch.schedule is not None and len(branch.shares) == 1:
+        """Smaller branches, or the same with a closer bound; a plan that fits goes to the outcome."""
+        if branch.schedule is not None and branch.passes is None and self._has_one_cut(branch):
+            candidate = next(self._candidates(branch))
+            yield self._bounded(branch._replace(passes=branch.place.passes_seconds(candidate, pipeline_bound)))
+        elif branch.schedule is not None and len(branch.shares) == 1:
             self._price(branch)
         elif branch.mode is None and (over := self._over(branch)) > 0:
             self._put_aside(over, branch)
@@ -151,6 +154,10 @@ class Judge:
                     yield part
                 elif (fitting := self._fitting(part)).shares:
                     yield self._bounded(fitting)
+
+    def _has_one_cut(self, branch: Branch) -> bool:
+        """Whether layers are cut into stages in the same way whatever fits, and times matter."""
+        return self.minimize != "memory" and branch.place.alike and not branch.modes
 
     def _parts(self, branch: Branch) -> Iterator[Branch]:
         """All that a branch consists of."""
@@ -203,14 +210,22 @@ class Judge:
         place, (micro_batch,), mode, courses = branch.place, branch.micro_batches, branch.mode, self._courses(branch)
         assert mode is not None
         overheads = [self._on(place)[share].overhead for share in branch.shares]
+        if branch.passes is not None:
+            return branch._replace(bound=least_with(place, overheads, micro_batch, branch.interleave, branch.passes))
         return branch._replace(bound=least_seconds(place, overheads, micro_batch, 0 if branch.modes else mode, courses))
 
     def least_milder(self, branch: Branch, milds: Iterable[int]) -> float:
         """A closer bound than `milder`: as few layers are recomputed as memory allows, the others in one of these ways."""
         assert branch.mode is not None
+        place, (micro_batch,) = branch.place, branch.micro_batches
         courses, ways = self._courses(branch), [(mild, branch.mode) for mild in milds]
-        shares = (self._on(branch.place)[share] for share in branch.shares)
-        return min(least_blended(branch.place, share, branch.micro_batches[0], ways, courses) for share in shares)
+        shares = [self._on(place)[share] for share in branch.shares]
+        closest = min(least_blended(place, share, micro_batch, ways, courses) for share in shares)
+        if branch.passes is None:
+            return closest
+        candidate, overheads = next(self._candidates(branch)), [share.overhead for share in shares]
+        each = (place.passes_seconds(candidate._replace(recompute=mild), pipeline_bound) for mild, _ in ways)
+        return max(closest, least_with(place, overheads, micro_batch, branch.interleave, min(each)))
 
     def _courses(self, branch: Branch) -> tuple[Course, ...]:
         """Of one with a way of recomputing."""
