@@ -49,6 +49,9 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[str, ...]]] = [
     ("t5", dict(data=2, zero=1), (1,), T5),
     ("t5", dict(tensor=2, sequence_parallel=True), (1,), T5),
     ("t5", dict(pipeline=2, schedule="1f1b", data=2, zero=1, micro_batch=1), (3,), T5),
+    # the encoder's output goes on as it was brought, whole; what is not brought yet goes on as it lies
+    ("t5", dict(tensor=2, sequence_parallel=True, pipeline=2, schedule="1f1b", micro_batch=1), (0, 3), T5),
+    ("t5", dict(tensor=2, sequence_parallel=True, pipeline=2, schedule="1f1b", micro_batch=1, stages="[3,1]"), (0,), T5),
     ("llama", dict(tensor=2, sequence_parallel=True, pipeline=2, data=2, schedule="1f1b", order=INSIDE), (2, 5), ()),
     ("llama", dict(context=2, pipeline=2, data=2, schedule="1f1b", zero=0, order=INSIDE), (6,), ()),
     ("mixtral", dict(pipeline=2, data=2, expert=2, zero=1, schedule="1f1b", order=INSIDE), (2,), TWO),
