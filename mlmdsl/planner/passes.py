@@ -28,7 +28,7 @@ from mlmdsl.planner.choice import width
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.execution import OURS, Execution
-from mlmdsl.planner.plan import Recompute
+from mlmdsl.planner.plan import CollectiveKind, Recompute
 from mlmdsl.planner.sharding import Lie, Move, Sharding
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
@@ -265,8 +265,13 @@ class Passes:
             found = self._shapes[number] = self.sharding.local_shape(*self.layout.lies[number], self.sizes)
         return found
 
-    def move_bytes(self, move: Move) -> int:
-        return self.sharding.move_bytes(move, self.sizes, self.float_bytes)
+    def move_bytes(self, move: Move, kind: CollectiveKind | None) -> int:
+        """Of one of its calls. A CPU adds up in fp32."""
+        size = self.sharding.move_bytes(move, self.sizes, self.float_bytes)
+        if kind not in _SUMS or self.kernels.device.kind != "cpu":
+            return size
+        given = width(self.graph.nodes[move.value].type, self.float_bytes)
+        return size * max(4, given) // given
 
     def _group(self, move: Move) -> Group:
         group = self.group if move.axis == "tensor" else self.context_group
@@ -274,10 +279,13 @@ class Passes:
         return group
 
     def _moved(self, moves: Iterable[Move]) -> float:
-        return sum(collective_seconds(move.step.forward, self.move_bytes(move), self._group(move)) for move in moves)
+        return sum(self._call_seconds(move.step.forward, move) for move in moves)
 
     def _moved_back(self, moves: Iterable[Move]) -> float:
-        return sum(collective_seconds(move.step.backward, self.move_bytes(move), self._group(move)) for move in moves)
+        return sum(self._call_seconds(move.step.backward, move) for move in moves)
+
+    def _call_seconds(self, kind: CollectiveKind | None, move: Move) -> float:
+        return collective_seconds(kind, self.move_bytes(move, kind), self._group(move))
 
     def inner(self, node: Node) -> tuple[tuple[str, int, int], ...]:
         """Collectives that the operation itself makes, forward only: (kind, bytes, count)."""
