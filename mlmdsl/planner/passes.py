@@ -227,11 +227,18 @@ class Passes:
         """As the emitted program executes it."""
         op, strategy = CATALOGUE[node.op], self.sharding.strategies[node.path].name
         work = op.work if self.execution.probabilities else op.work_under.get(strategy, op.work)
+        if op.work_learned is not None and self.kernels.device.kind == "cpu" and any(map(self._learned, node.inputs[3:])):
+            work = op.work_learned
         key = (node.path, local.inputs, local.output, local.weights, work)
         found = self.prices.get(key)
         if found is None:
             found = self.prices[key] = self._price(work(local))
         return found
+
+    def _learned(self, value: str) -> bool:
+        """Whether it is made of weights."""
+        node = self.graph.nodes[value]
+        return bool(node.weights) or any(map(self._learned, node.inputs))
 
     def _price(self, work: Work) -> Priced:
         kernels = self.kernels

@@ -52,9 +52,14 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[str, ...]]] = [
     # the encoder's output goes on as it was brought, whole; what is not brought yet goes on as it lies
     ("t5", dict(tensor=2, sequence_parallel=True, pipeline=2, schedule="1f1b", micro_batch=1), (0, 3), T5),
     ("t5", dict(tensor=2, sequence_parallel=True, pipeline=2, schedule="1f1b", micro_batch=1, stages="[3,1]"), (0,), T5),
+    # causal attention under a bias: of each chunk's queries over the keys that they see
+    ("t5", dict(context=2), (0,), T5),
+    ("t5", dict(context=2, tensor=2, sequence_parallel=True), (3,), T5),
+    ("bloom", dict(tensor=2), (1,), ()),
+    ("bloom", dict(context=2), (1,), ()),
     # a CPU adds up in fp32
     ("llama", dict(tensor=2, sequence_parallel=True), (0,), BF16),
-    ("t5", dict(tensor=2), (0,), (*T5, *BF16)),
+    ("t5", dict(tensor=2, micro_batch=1), (0,), (*T5, *BF16)),
     ("llama", dict(tensor=2, sequence_parallel=True, pipeline=2, data=2, schedule="1f1b", order=INSIDE), (2, 5), ()),
     ("llama", dict(context=2, pipeline=2, data=2, schedule="1f1b", zero=0, order=INSIDE), (6,), ()),
     ("mixtral", dict(pipeline=2, data=2, expert=2, zero=1, schedule="1f1b", order=INSIDE), (2,), TWO),
