@@ -186,6 +186,44 @@ def test_a_large_program_keeps_its_plan(
         assert verdict.agrees, render_verdict(verdict)
 
 
+# An encoder-decoder whose masks and biases are most of its activations
+BIASED = (
+    "t5.layers=2",
+    "t5.d=512",
+    "t5.heads=8",
+    "t5.head_dim=64",
+    "t5.ff=2048",
+    "t5.vocab=4_096",
+    "train.seq_len=1024 tok",
+    "train.objective=span_corruption(target_len = 512 tok)",
+)
+BIASES: list[tuple[dict[str, Any], int]] = [
+    (dict(micro_batch=1), 0),
+    (dict(tensor=2, recompute="full"), 1),
+    (dict(context=2), 1),
+    (dict(pipeline=2, schedule="1f1b", micro_batch=1), 0),
+    (dict(pipeline=2, schedule="1f1b", micro_batch=1), 1),
+    (dict(tensor=2, pipeline=2, schedule="1f1b"), 0),
+    (dict(pipeline=2, data=2, zero=1, schedule="1f1b", micro_batch=1), 0),
+]
+
+
+@pytest.mark.parametrize(("pins", "rank"), BIASES, ids=[" ".join(map(str, (*pins.values(), rank))) for pins, rank in BIASES])
+def test_a_large_encoder_decoder_keeps_its_plan(pins: dict[str, Any], rank: int, tmp_path: Path) -> None:
+    pins = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"} | pins
+    world = prod(pins[axis] for axis in ("tensor", "context", "pipeline", "data"))
+    done = compile_spec(
+        small_model("t5") + LARGE % (world, 4 * pins["micro_batch"] * pins["data"], "bf16"),
+        path="/specs/x.mlm",
+        overrides=BIASED,
+        pins=[f"{name}={str(value).lower()}" for name, value in pins.items()],
+    )
+    assert done.plan is not None and done.program is not None
+    done.program.write(tmp_path)
+    verdict = compare(done.plan, rank, measure(tmp_path / "program.py", rank, "cuda"))
+    assert verdict.agrees, render_verdict(verdict)
+
+
 def test_groups_of_a_rank() -> None:
     grid = PlanVariables(tensor=2, context=2, pipeline=2, data=4, expert=4, stages=(1, 1))
     assert group(grid, "tensor", 21) == (20, 21)
