@@ -171,18 +171,31 @@ def test_a_large_program_keeps_its_plan(
     overrides: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
+    keeps_its_plan(PARALLEL_BLOCK, micro_batches, precision, pins, ranks, overrides, tmp_path)
+
+
+def keeps_its_plan(
+    model: str,
+    micro_batches: int,
+    precision: str,
+    pins: dict[str, Any],
+    ranks: tuple[int, ...],
+    overrides: tuple[str, ...],
+    folder: Path,
+) -> None:
+    """On a GPU."""
     pins = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"} | pins
     world = prod(pins[axis] for axis in ("tensor", "context", "pipeline", "data"))
     done = compile_spec(
-        PARALLEL_BLOCK + LARGE % (world, micro_batches * pins["micro_batch"] * pins["data"], precision),
+        model + LARGE % (world, micro_batches * pins["micro_batch"] * pins["data"], precision),
         path="/specs/x.mlm",
         overrides=overrides,
         pins=[f"{name}={str(value).lower()}" for name, value in pins.items()],
     )
     assert done.plan is not None and done.program is not None
-    done.program.write(tmp_path)
+    done.program.write(folder)
     for rank in ranks:
-        verdict = compare(done.plan, rank, measure(tmp_path / "program.py", rank, "cuda"))
+        verdict = compare(done.plan, rank, measure(folder / "program.py", rank, "cuda"))
         assert verdict.agrees, render_verdict(verdict)
 
 
@@ -210,18 +223,7 @@ BIASES: list[tuple[dict[str, Any], int]] = [
 
 @pytest.mark.parametrize(("pins", "rank"), BIASES, ids=[" ".join(map(str, (*pins.values(), rank))) for pins, rank in BIASES])
 def test_a_large_encoder_decoder_keeps_its_plan(pins: dict[str, Any], rank: int, tmp_path: Path) -> None:
-    pins = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"} | pins
-    world = prod(pins[axis] for axis in ("tensor", "context", "pipeline", "data"))
-    done = compile_spec(
-        small_model("t5") + LARGE % (world, 4 * pins["micro_batch"] * pins["data"], "bf16"),
-        path="/specs/x.mlm",
-        overrides=BIASED,
-        pins=[f"{name}={str(value).lower()}" for name, value in pins.items()],
-    )
-    assert done.plan is not None and done.program is not None
-    done.program.write(tmp_path)
-    verdict = compare(done.plan, rank, measure(tmp_path / "program.py", rank, "cuda"))
-    assert verdict.agrees, render_verdict(verdict)
+    keeps_its_plan(small_model("t5"), 4, "bf16", pins, (rank,), BIASED, tmp_path)
 
 
 def test_groups_of_a_rank() -> None:

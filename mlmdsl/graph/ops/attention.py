@@ -333,7 +333,8 @@ OPS = (
         " that the mask leaves: S^2 / 2 of causal attention, S w - w^2 / 2 of a causal window. Time counts what is computed: a"
         " window, a bias or padding is a mask to a fused kernel, which computes all"
         " scores;"
-        f" soft-capping is computed in blocks of {QUERY_BLOCK} queries, whose scores pass through memory.",
+        f" soft-capping, and on a CPU a bias that is learned, is computed in blocks of {QUERY_BLOCK} queries, whose scores pass"
+        " through memory.",
         infer=_attend_type,
         strategies=_attend_strategies,
         work=_attend_work,
