@@ -20,7 +20,8 @@ from mlmdsl.grammar.spec import Pin, Rule, Spec
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.walk import nodes_below
 from mlmdsl.planner.mesh import shares_out
-from mlmdsl.planner.schedule import cannot_run, executable, recomputes, virtual_stages, zeros
+from mlmdsl.planner.schedule import V_SHAPED, cannot_run, executable, recomputes, virtual_stages, zeros
+from mlmdsl.planner.stages import begins_anew
 
 _MESH = ("tensor", "context", "pipeline", "data")
 
@@ -232,6 +233,11 @@ def _schedule(c: _Checker) -> None:
         message = f"schedule = {name} does not go with interleave = {interleave.value}"
         help = "interleaved_1f1b has interleave = 2 or more, zb_v and dualpipe_v have 2, the others 1"
         c.report("MLM0420", message, schedule, help, c.others("interleave"))
+    if name in V_SHAPED and (node := begins_anew(c.graph)) is not None:
+        message = f"schedule = {name} does not go with a model that begins anew behind its first layers"
+        where = (Label(node.span, "made of weights alone"),) if node.span else ()
+        help = "it takes backward passes apart, which torch cannot do there: take 1f1b, gpipe or interleaved_1f1b"
+        c.report("MLM0420", message, schedule, help, where)
     for other, legal in (("recompute", recomputes(name)), ("zero", zeros(name))):
         pin = c.pins.get(other)
         asked: tuple[Any, ...] = () if pin is None else pin.value if isinstance(pin.value, tuple) else (pin.value,)

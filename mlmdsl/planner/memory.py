@@ -421,7 +421,7 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
         received=received,
         sent=sent,
         working=max((costs[i].working_bytes[mode] for i, mode, _ in regions), default=0),
-        transient=max((cost.transient_bytes for cost in layered + beginning), default=0),
+        transient=max([*(c.transient_bytes for c in layered), *(c.transient_bytes - kept for c in beginning)], default=0),
         making=max([*(cost.making_bytes for cost in layered), *(cost.making_bytes - kept for cost in beginning)], default=0),
         adding=max([*(cost.adding_bytes for cost in layered), *(cost.adding_bytes - kept for cost in beginning)], default=0),
         waiting=max(0, sum(count * costs[i].waiting_bytes for i, _, count in regions) - sent),  # which lies in a receive buffer

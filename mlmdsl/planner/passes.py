@@ -13,7 +13,7 @@ runtime calls it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -28,7 +28,7 @@ from mlmdsl.planner.choice import width
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.execution import OURS, Execution
-from mlmdsl.planner.plan import Recompute
+from mlmdsl.planner.plan import CollectiveKind, Recompute
 from mlmdsl.planner.sharding import Lie, Move, Sharding
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
@@ -227,11 +227,18 @@ class Passes:
         """As the emitted program executes it."""
         op, strategy = CATALOGUE[node.op], self.sharding.strategies[node.path].name
         work = op.work if self.execution.probabilities else op.work_under.get(strategy, op.work)
+        if op.work_learned is not None and self.kernels.device.kind == "cpu" and any(map(self._learned, node.inputs[3:])):
+            work = op.work_learned
         key = (node.path, local.inputs, local.output, local.weights, work)
         found = self.prices.get(key)
         if found is None:
             found = self.prices[key] = self._price(work(local))
         return found
+
+    def _learned(self, value: str) -> bool:
+        """Whether it is made of weights."""
+        node = self.graph.nodes[value]
+        return bool(node.weights) or any(map(self._learned, node.inputs))
 
     def _price(self, work: Work) -> Priced:
         kernels = self.kernels
@@ -265,8 +272,13 @@ class Passes:
             found = self._shapes[number] = self.sharding.local_shape(*self.layout.lies[number], self.sizes)
         return found
 
-    def move_bytes(self, move: Move) -> int:
-        return self.sharding.move_bytes(move, self.sizes, self.float_bytes)
+    def move_bytes(self, move: Move, kind: CollectiveKind | None) -> int:
+        """Of one of its calls. A CPU adds up in fp32."""
+        size = self.sharding.move_bytes(move, self.sizes, self.float_bytes)
+        if kind not in _SUMS or self.kernels.device.kind != "cpu":
+            return size
+        given = width(self.graph.nodes[move.value].type, self.float_bytes)
+        return size * max(4, given) // given
 
     def _group(self, move: Move) -> Group:
         group = self.group if move.axis == "tensor" else self.context_group
@@ -274,10 +286,13 @@ class Passes:
         return group
 
     def _moved(self, moves: Iterable[Move]) -> float:
-        return sum(collective_seconds(move.step.forward, self.move_bytes(move), self._group(move)) for move in moves)
+        return sum(self._call_seconds(move.step.forward, move) for move in moves)
 
     def _moved_back(self, moves: Iterable[Move]) -> float:
-        return sum(collective_seconds(move.step.backward, self.move_bytes(move), self._group(move)) for move in moves)
+        return sum(self._call_seconds(move.step.backward, move) for move in moves)
+
+    def _call_seconds(self, kind: CollectiveKind | None, move: Move) -> float:
+        return collective_seconds(kind, self.move_bytes(move, kind), self._group(move))
 
     def inner(self, node: Node) -> tuple[tuple[str, int, int], ...]:
         """Collectives that the operation itself makes, forward only: (kind, bytes, count)."""
@@ -328,6 +343,11 @@ class Passes:
     @cached_property
     def _entries(self) -> frozenset[str]:
         return frozenset(c.entry for region in self.graph.regions for c in region.carried)
+
+    @cached_property
+    def _carried_as(self) -> Mapping[str, str]:
+        """By a pass's result what it is in the next pass."""
+        return {c.next: c.entry for region in self.graph.regions for c in region.carried}
 
     @cached_property
     def _brought(self) -> Mapping[tuple[str, str, Lie], Move]:
@@ -544,18 +564,28 @@ class Passes:
         return tuple(self._crossing(i) if region.repeated else () for i, region in enumerate(self.graph.regions))
 
     def _crossing(self, index: int) -> tuple[int, ...]:
-        region = self.graph.regions[index]
-        carried = [self.boundary_bytes(c.entry) for c in region.carried]
-        return (*carried, *(self._bytes(v, self.sharding.left(v)) for v in sorted(self._captured(index))))
+        carried = [self.boundary_bytes(c.entry) for c in self.graph.regions[index].carried]
+        return (*carried, *(self._bytes(value, lie) for value, lie in self._captured(index)))
 
-    def _captured(self, index: int) -> set[str]:
-        """Floating-point values made before region `index` and used in it or after it (other than by being carried into it),
-        and values made in it, not carried, that later regions use."""
-        region = self.graph.regions[index]
-        results = {c.next for c in region.carried}
-        made = {n.path for r in self.graph.regions[:index] for n in r.nodes if n.op not in ("input", "carry")}
-        here = {n.path for n in region.nodes} - results
-        used_here = {v for n in region.nodes for v in n.inputs}
-        later = {v for r in self.graph.regions[index + 1 :] for n in r.nodes for v in n.inputs}
-        later |= {c.initial for r in self.graph.regions[index + 1 :] for c in r.carried}
-        return (made & (used_here | later)) | (here & later)
+    def _captured(self, index: int) -> list[tuple[str, Lie]]:
+        """Floating-point values made before region `index` and used in it or after it (other than by being carried into it), as
+        they lie by then: the region and those before it have brought theirs, of others the users bring what they want."""
+        regions = self.graph.regions
+        made = {n.path for region in regions[:index] for n in region.nodes if n.op not in ("input", "carry")}
+        present = {(value, lie) for region in regions[: index + 1] for value, lie in self._asked_in(region)}
+        asked = [pair for region in regions[index + 1 :] for pair in self._asked_in(region)]
+        asked += [(v, self.sharding.asked(n, i)) for n in regions[index].nodes for i, v in enumerate(n.inputs)]
+        return sorted({(v, self._latest(v, lie, present)) for v, lie in asked if v in made}, key=str)
+
+    def _asked_in(self, region: Region) -> Iterator[tuple[str, Lie]]:
+        """Values that a region uses, as it wants them."""
+        for node in region.nodes:
+            for position, value in enumerate(node.inputs):
+                yield value, self.sharding.asked(node, position)
+        for carried in region.carried:
+            yield carried.initial, self.sharding.left(carried.entry)
+
+    def _latest(self, value: str, lie: Lie, present: Collection[tuple[str, Lie]]) -> Lie:
+        """On a value's way to where it is wanted, over the tensor axis first, the last place that it has come to."""
+        left = self.sharding.left(self._carried_as.get(value, value))
+        return next((there for there in (lie, (lie[0], left[1])) if (value, there) in present), left)

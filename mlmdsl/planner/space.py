@@ -23,6 +23,7 @@ from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pricing import Bench, Place, Setting
 from mlmdsl.planner.schedule import V_SHAPED, Course, cannot_run, executable, recomputes, zeros
 from mlmdsl.planner.sharding import Infeasible
+from mlmdsl.planner.stages import begins_anew
 
 _LONG = 8192  # tokens
 
@@ -171,7 +172,7 @@ class Space:
         yield "gpipe", 1
         for interleave in sorted(self.within("interleave", self._interleaves(pipeline))):
             yield "interleaved_1f1b", interleave
-        if 2 * pipeline <= self.setting.chain.count:
+        if 2 * pipeline <= self.setting.chain.count and begins_anew(self.setting.graph) is None:
             yield "zb_v", 2
             yield "dualpipe_v", 2
 

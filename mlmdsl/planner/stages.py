@@ -14,7 +14,7 @@ from functools import cache
 from itertools import accumulate, groupby, pairwise
 from math import floor
 
-from mlmdsl.graph.graph import Graph
+from mlmdsl.graph.graph import Graph, Node
 
 _EPS = 1e-9  # relative: sums of equal numbers in another order
 
@@ -65,6 +65,23 @@ def chain_of(graph: Graph) -> Chain:
                 kinds.append(kind)
     after = tuple(range(repeats[-1] + 1, len(graph.regions)))
     return Chain(tuple(range(repeats[0])), after, tuple(kinds), tuple(layers))
+
+
+def begins_anew(graph: Graph) -> Node | None:
+    """Behind the first repeat a value that is made of weights alone, and not of what the stage before hands on: where a decoder
+    begins. A stage with it cannot take its backward pass apart: torch parts gradients of inputs from those of weights where
+    the ways of the two meet (torch.distributed.pipelining._backward), and from such a value they meet in several places."""
+    of_carried: set[str] = {c.entry for region in graph.regions for c in region.carried}
+    of_carried |= {c.next for region in graph.regions for c in region.carried}
+    behind = False
+    for region in graph.regions:
+        for node in region.nodes:
+            if of_carried & set(node.inputs):
+                of_carried.add(node.path)
+            elif behind and not region.repeated and node.weights and node.path not in of_carried:
+                return node
+        behind |= region.repeated
+    return None
 
 
 @dataclass(frozen=True, eq=False)

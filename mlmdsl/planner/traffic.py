@@ -79,12 +79,12 @@ def _transitions(place: Place, c: Candidate, stage: int) -> Iterator[Call]:
     passes, sharding = bench.passes(c.micro_batch), bench.sharding
     for index, mode, count in regions_of(bench.setting.chain, c.cut.parts[stage], place.how(c, stage)):
         for move in (move for move in sharding.moves if move.region == index):
-            size, reason = passes.move_bytes(move), f"{move.value}: {sharding.reason(move)}"
+            reason, step = f"{move.value}: {sharding.reason(move)}", move.step
             again = sum(repeated is move for repeated in passes.costs[index].again[mode].moves)
-            if move.step.forward not in (None, "split"):
-                yield move.step.forward, move.axis, size, (1 + again) * count * m, reason
-            if move.step.backward not in (None, "split"):
-                yield move.step.backward, move.axis, size, count * m, reason + ", backward"
+            if step.forward not in (None, "split"):
+                yield step.forward, move.axis, passes.move_bytes(move, step.forward), (1 + again) * count * m, reason
+            if step.backward not in (None, "split"):
+                yield step.backward, move.axis, passes.move_bytes(move, step.backward), count * m, reason + ", backward"
         for node in bench.setting.graph.regions[index].nodes:
             for kind, size, calls in passes.inner(node):
                 yield (

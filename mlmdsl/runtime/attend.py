@@ -155,7 +155,7 @@ def _attend(
     a part of that of so many positions, which serves every call."""
     if window is not None and window >= max(offset + q.size(2), k.size(2)):
         window = None
-    if softcap is not None or (bias is not None and bias.requires_grad and q.device.type == "cpu"):
+    if softcap is not None or (bias is not None and _lacks_kernel(bias)):
         scale = q.size(-1) ** -0.5 if scale is None else scale
         return BLOCKWISE(q, k, v, bias, valid, offset, causal, scale, window, softcap)
     if window is None and bias is None and valid is None:
@@ -172,6 +172,11 @@ def _attend(
     if q.size(1) != k.size(1):  # the kernels that take a mask want a key for every head
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _lacks_kernel(bias: Tensor) -> bool:
+    """Whether no kernel of torch gives the bias its gradient."""
+    return bias.requires_grad and bias.device.type == "cpu"
 
 
 def _last_rows(count: int, length: int, device: torch.device) -> Any:

@@ -318,8 +318,9 @@ def _watched(recorder: Recorder, kind: str) -> Iterator[None]:
         return done
 
     def attended(q: Tensor, k: Tensor, *rest: Any, **settings: Any) -> Tensor:
-        offset = rest[3]
-        recorder.pairs = lambda queries, keys: _pairs(queries, keys, offset, settings["causal"], settings["window"])
+        _, bias, valid, offset = rest[:4]
+        masked = bias is not None or valid is not None or settings["window"] is not None
+        recorder.pairs = lambda queries, keys: _pairs(queries, keys, offset, settings["causal"] and not masked)
         return attending(q, k, *rest, **settings)
 
     changes: list[tuple[Any, str, Any]] = [
@@ -339,6 +340,7 @@ def _watched(recorder: Recorder, kind: str) -> Iterator[None]:
     if kind != "cpu":  # what a GPU does otherwise
         changes += [(collectives, "_summable", Tensor.contiguous), (functional, "rms_norm", _rms_norm)]
         changes += [(attend, "_last_rows", lambda count, length, device: None)]  # flash attention takes no mask there
+        changes += [(attend, "_lacks_kernel", lambda bias: False), (functional, "scaled_dot_product_attention", _attention)]
     with ExitStack() as stack:
         for owner, name, value in changes:
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -371,6 +373,18 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps
     return normed
 
 
+_ATTENTION = functional.scaled_dot_product_attention
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+    """torch's, with the kernel that GPUs have where a mask has a gradient."""
+    if attn_mask is None or not attn_mask.requires_grad:
+        return _ATTENTION(q, k, v, attn_mask, **settings)
+    mask = attn_mask.expand(*q.shape[:-1], k.size(-2))
+    attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, **settings)[0]
+    return attended
+
+
 def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     """Outside of the modes: what is on the meta device has no fake device besides."""
 
@@ -381,9 +395,9 @@ def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _pairs(queries: int, keys: int, offset: int, causal: bool, window: int | None) -> float:
+def _pairs(queries: int, keys: int, offset: int, causal: bool) -> float:
     """Of query and key, over what the kernel computes: half of a causal square, all under a mask."""
-    if causal and window is None:
+    if causal:
         return queries * offset + queries * queries / 2
     return float(queries * keys)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from mlmdsl.compile import compile_spec
-from mlmdsl.diagnostics import Diagnostic, MlmError, SpecError
+from mlmdsl.diagnostics import Diagnostic, MlmError, PlanError, SpecError
 from mlmdsl.grammar.constraints import ORDERS
-from tests.parity.models import SETTINGS, small_model
+from mlmdsl.planner.schedule import V_SHAPED
+from tests.parity.models import OBJECTIVES, SETTINGS, small_model
 from tests.planner.small import text_of
 
 
@@ -197,3 +198,24 @@ def test_experts_may_be_shared_over_parts_of_a_sequence() -> None:
     overrides = ("cluster.devices_per_node=4",)
     done = compile_spec(small_model("mixtral") + SETTINGS, path="/specs/x.mlm", overrides=overrides, pins=pins, until="plan")
     assert done.plan is not None and done.plan.plan.expert == 4
+
+
+def t5(*plan: str) -> str:
+    """A small encoder-decoder."""
+    settings = SETTINGS.replace("next_token()", OBJECTIVES["t5"])
+    return f"{small_model('t5')}{settings}\nplan {{\n{chr(10).join(plan)}\n}}\n"
+
+
+@pytest.mark.parametrize("schedule", V_SHAPED)
+def test_a_decoder_behind_an_encoder_takes_no_backward_passes_apart(schedule: str) -> None:
+    (found,) = checked(text=t5(f"pin schedule = {schedule}"))
+    assert found.code == "MLM0420" and found.message.startswith(
+        f"schedule = {schedule} does not go with a model that begins anew"
+    )
+    assert found.span is not None and [label.text for label in found.secondary] == ["made of weights alone"]
+
+
+def test_nor_is_it_offered_any() -> None:
+    asked = t5("pin pipeline = 2", "pin tensor = 1", "pin interleave = 2", "forbid schedule == interleaved_1f1b")
+    with pytest.raises(PlanError):
+        compile_spec(asked, path="/specs/x.mlm")

@@ -49,6 +49,17 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[str, ...]]] = [
     ("t5", dict(data=2, zero=1), (1,), T5),
     ("t5", dict(tensor=2, sequence_parallel=True), (1,), T5),
     ("t5", dict(pipeline=2, schedule="1f1b", data=2, zero=1, micro_batch=1), (3,), T5),
+    # the encoder's output goes on as it was brought, whole; what is not brought yet goes on as it lies
+    ("t5", dict(tensor=2, sequence_parallel=True, pipeline=2, schedule="1f1b", micro_batch=1), (0, 3), T5),
+    ("t5", dict(tensor=2, sequence_parallel=True, pipeline=2, schedule="1f1b", micro_batch=1, stages="[3,1]"), (0,), T5),
+    # causal attention under a bias: of each chunk's queries over the keys that they see
+    ("t5", dict(context=2), (0,), T5),
+    ("t5", dict(context=2, tensor=2, sequence_parallel=True), (3,), T5),
+    ("bloom", dict(tensor=2), (1,), ()),
+    ("bloom", dict(context=2), (1,), ()),
+    # a CPU adds up in fp32
+    ("llama", dict(tensor=2, sequence_parallel=True), (0,), BF16),
+    ("t5", dict(tensor=2, micro_batch=1), (0,), (*T5, *BF16)),
     ("llama", dict(tensor=2, sequence_parallel=True, pipeline=2, data=2, schedule="1f1b", order=INSIDE), (2, 5), ()),
     ("llama", dict(context=2, pipeline=2, data=2, schedule="1f1b", zero=0, order=INSIDE), (6,), ()),
     ("mixtral", dict(pipeline=2, data=2, expert=2, zero=1, schedule="1f1b", order=INSIDE), (2,), TWO),
@@ -160,19 +171,59 @@ def test_a_large_program_keeps_its_plan(
     overrides: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
+    keeps_its_plan(PARALLEL_BLOCK, micro_batches, precision, pins, ranks, overrides, tmp_path)
+
+
+def keeps_its_plan(
+    model: str,
+    micro_batches: int,
+    precision: str,
+    pins: dict[str, Any],
+    ranks: tuple[int, ...],
+    overrides: tuple[str, ...],
+    folder: Path,
+) -> None:
+    """On a GPU."""
     pins = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"} | pins
     world = prod(pins[axis] for axis in ("tensor", "context", "pipeline", "data"))
     done = compile_spec(
-        PARALLEL_BLOCK + LARGE % (world, micro_batches * pins["micro_batch"] * pins["data"], precision),
+        model + LARGE % (world, micro_batches * pins["micro_batch"] * pins["data"], precision),
         path="/specs/x.mlm",
         overrides=overrides,
         pins=[f"{name}={str(value).lower()}" for name, value in pins.items()],
     )
     assert done.plan is not None and done.program is not None
-    done.program.write(tmp_path)
+    done.program.write(folder)
     for rank in ranks:
-        verdict = compare(done.plan, rank, measure(tmp_path / "program.py", rank, "cuda"))
+        verdict = compare(done.plan, rank, measure(folder / "program.py", rank, "cuda"))
         assert verdict.agrees, render_verdict(verdict)
+
+
+# An encoder-decoder whose masks and biases are most of its activations
+BIASED = (
+    "t5.layers=2",
+    "t5.d=512",
+    "t5.heads=8",
+    "t5.head_dim=64",
+    "t5.ff=2048",
+    "t5.vocab=4_096",
+    "train.seq_len=1024 tok",
+    "train.objective=span_corruption(target_len = 512 tok)",
+)
+BIASES: list[tuple[dict[str, Any], int]] = [
+    (dict(micro_batch=1), 0),
+    (dict(tensor=2, recompute="full"), 1),
+    (dict(context=2), 1),
+    (dict(pipeline=2, schedule="1f1b", micro_batch=1), 0),
+    (dict(pipeline=2, schedule="1f1b", micro_batch=1), 1),
+    (dict(tensor=2, pipeline=2, schedule="1f1b"), 0),
+    (dict(pipeline=2, data=2, zero=1, schedule="1f1b", micro_batch=1), 0),
+]
+
+
+@pytest.mark.parametrize(("pins", "rank"), BIASES, ids=[" ".join(map(str, (*pins.values(), rank))) for pins, rank in BIASES])
+def test_a_large_encoder_decoder_keeps_its_plan(pins: dict[str, Any], rank: int, tmp_path: Path) -> None:
+    keeps_its_plan(small_model("t5"), 4, "bf16", pins, (rank,), BIASED, tmp_path)
 
 
 def test_groups_of_a_rank() -> None:

@@ -163,12 +163,12 @@ def _pairs(length: int, attrs: Attributes) -> float:
     return length * window - window * window / 2 if attrs["causal"] else 2.0 * length * window - window * window
 
 
-def _attend_work(local: Local) -> Work:
+def _attend_work(local: Local, blockwise: bool = False) -> Work:
     """By what the runtime calls (runtime/attend.py): where the calls for chunks of a sequence or for its documents are joined,
     their results stay beside the whole; the gradients of what was cut for them are joined, too."""
     apart = _documents(local.attrs)
     seen = tuple(shape for i, shape in enumerate(local.inputs) if i < 3 or len(shape) == 3)  # not the integers
-    work = _whole_work(replace(local, inputs=seen) if apart else local)
+    work = _whole_work(replace(local, inputs=seen) if apart else local, blockwise)
     masked = local.attrs["causal"] or local.attrs["window"] is not None
     chunks = 2 if masked and local.inputs[0][1] < local.inputs[1][1] else 1
     if chunks == 1 and not apart:
@@ -186,7 +186,18 @@ def _attend_work(local: Local) -> Work:
     )
 
 
-def _whole_work(local: Local) -> Work:
+def _learned_work(local: Local) -> Work:
+    return _attend_work(local, blockwise=True)
+
+
+def _at_once(local: Local) -> int:
+    """Queries of one call: half of a rank's where masks are of chunks of a sequence."""
+    queries, keys = local.inputs[0][1], local.inputs[1][1]
+    masked = local.attrs["causal"] or local.attrs["window"] is not None
+    return queries // 2 if masked and queries < keys else queries
+
+
+def _whole_work(local: Local, blockwise: bool) -> Work:
     """Flash attention (arXiv:2205.14135): scores never reach memory; the output and the log-sum-exp are kept for backward."""
     batch, queries, heads, size = local.inputs[0]
     keys, kv_heads = local.inputs[1][1:3]
@@ -205,7 +216,7 @@ def _whole_work(local: Local) -> Work:
         kernels_backward=2,
         attention=(batch, heads, queries, keys, size),
     )
-    if attrs["softcap"] is not None:
+    if attrs["softcap"] is not None or blockwise:
         return _blockwise_work(fused, local, pairs)
     windowed = attrs["window"] is not None and integer(attrs, "window") < keys
     if not windowed and len(local.inputs) == 3:
@@ -216,14 +227,15 @@ def _whole_work(local: Local) -> Work:
 
 
 def _masked_work(fused: Work, local: Local, pairs: float, *, made: bool, shared: bool) -> Work:
-    """With an explicit mask every score is computed. `made`: the mask is a tensor of its own and not just the bias or the
-    padding; with either it stays for the backward pass, that of a window alone is there once for all layers. `shared`: a copy
-    of keys and values for every head stays, too."""
+    """With an explicit mask every score is computed of the keys that any of a call's queries sees. `made`: the mask is a tensor
+    of its own and not just the bias or the padding; with either it stays for the backward pass, that of a window alone is there
+    once for all layers. `shared`: a copy of keys and values for every head stays, too."""
     batch, queries, heads, size = local.inputs[0]
     keys, width = local.inputs[1][1], local.output_bytes
     bias, padded = [s for s in local.inputs[3:] if len(s) == 3], any(len(s) == 2 for s in local.inputs[3:])
-    rows = queries if made or bias else 1
-    mask = float(rows * keys * (bias[0][0] if bias else 1) * (batch if padded else 1) * width)
+    causal = bool(local.attrs["causal"]) and local.attrs["window"] is None
+    executed = pairs + queries * _at_once(local) / 2 if causal else float(queries * keys)
+    mask = float((executed if made or bias else keys) * (bias[0][0] if bias else 1) * (batch if padded else 1) * width)
     read = mask * (batch if bias and not padded else 1)
     copies = float(batch * keys * heads * (size + local.output[3]) * width) if shared else 0.0
     own = made and (bool(bias) or padded)
@@ -240,7 +252,7 @@ def _masked_work(fused: Work, local: Local, pairs: float, *, made: bool, shared:
         transient_bytes=mask if own else 0.0,
         kernels_forward=1 + 2 * shared + (6 if own else 0),
         kernels_backward=2 + 2 * shared,
-        computed=queries * keys / pairs,
+        computed=executed / pairs,
     )
 
 
@@ -249,9 +261,10 @@ def _blockwise_work(fused: Work, local: Local, pairs: float) -> Work:
     kernel, in fp32 and in the width of the inputs, and again in the backward pass."""
     batch, queries, heads, _ = local.inputs[0]
     keys, width = local.inputs[1][1], local.output_bytes
-    block, blocks = min(queries, QUERY_BLOCK), -(-queries // QUERY_BLOCK)
+    block, blocks = min(_at_once(local), QUERY_BLOCK), -(-queries // QUERY_BLOCK)
     ragged = bool(local.attrs["causal"]) + (local.attrs["window"] is not None)
     executed = min(float(queries * keys), pairs + ragged * queries * block / 2)
+    summed = 4 * sum(prod(s) for s in local.inputs[3:] if len(s) == 3)  # the gradient of the bias
     scores = batch * heads * executed
     return replace(
         fused,
@@ -259,7 +272,7 @@ def _blockwise_work(fused: Work, local: Local, pairs: float) -> Work:
         bytes_backward=fused.bytes_backward + scores * (8 * width + 100),
         saved=("in0", "in1", "in2", *(f"in{i}" for i in range(3, len(local.inputs))), "out"),
         extra_saved_bytes=0.0,
-        transient_bytes=float(batch * heads * block * keys * (12 + (width if width < 4 else 0))),
+        transient_bytes=float(batch * heads * block * keys * (12 + (width if width < 4 else 0)) + summed),
         kernels_forward=10 * blocks,
         kernels_backward=24 * blocks,
         computed=executed / pairs,
@@ -320,10 +333,12 @@ OPS = (
         " that the mask leaves: S^2 / 2 of causal attention, S w - w^2 / 2 of a causal window. Time counts what is computed: a"
         " window, a bias or padding is a mask to a fused kernel, which computes all"
         " scores;"
-        f" soft-capping is computed in blocks of {QUERY_BLOCK} queries, whose scores pass through memory.",
+        f" soft-capping, and on a CPU a bias that is learned, is computed in blocks of {QUERY_BLOCK} queries, whose scores pass"
+        " through memory.",
         infer=_attend_type,
         strategies=_attend_strategies,
         work=_attend_work,
+        work_learned=_learned_work,
         emit=_attend_emit,
         context=_attend_context,
         imports=("attention",),

@@ -119,7 +119,8 @@ class Op:
     weights(input types, attributes) -> weights to make (empty for a pure function).
     strategies(node input types, output type, weight shapes, attributes, axis size) -> the ways to place it on an axis of that
         size, the replicated one always among them; only legal ones (divisible sizes).
-    work(local) -> cost; `work_under`: under strategies of these names, where other bytes are saved or live meanwhile.
+    work(local) -> cost; `work_under`: under strategies of these names, where other bytes are saved or live meanwhile;
+        `work_learned`: on a device without a kernel that gives a bias its gradient, of one that has one.
     emit(emission) -> one Python expression; `imports` names what it needs from mlmdsl.runtime.
     linear: the operation is linear in its inputs jointly with no constant, so that it maps PARTIAL to PARTIAL.
     collectives: those that the operation itself makes on the axis, forward only: (kind, bytes, count).
@@ -146,6 +147,7 @@ class Op:
     deliveries: Callable[[Local], tuple[int, int]] = lambda local: (0, 0)
     context: ContextRule | None = None
     work_under: Mapping[str, Callable[[Local], Work]] = field(default_factory=dict[str, Callable[[Local], Work]])
+    work_learned: Callable[[Local], Work] | None = None
 
     def on_context(
         self,
