@@ -46,8 +46,7 @@ _HOST_LINKS = ("loopback", "shm")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What the time of a collective depends on: members, members per node, and the two links as messages see them.
-    `sums_whole`: a reduce_scatter sums everything everywhere and keeps a part (torch's gloo does: pytorch #118911)."""
+    """What the time of a collective depends on: members, members per node, and the two links as messages see them."""
 
     size: int
     per_node: int
@@ -56,7 +55,6 @@ class Group:
     inter_bytes_per_second: float
     inter_latency: float
     call_seconds: float = 0.0
-    sums_whole: bool = False
 
     @property
     def nodes(self) -> int:
@@ -79,7 +77,6 @@ def group_of(mesh: Mesh, axis: str, network: Network) -> Group:
         network.inter_bytes_per_second * share_of(inter.kind),
         inter.latency_seconds,
         0.0 if intra.kind in _HOST_LINKS else _CALL_SECONDS,
-        intra.kind in _HOST_LINKS,
     )
 
 
@@ -87,7 +84,7 @@ def collective_seconds(kind: str | None, size_bytes: float, group: Group) -> flo
     """Time of one collective whose larger side is `size_bytes` on each rank; 0 for None and for a local split."""
     if group.size == 1 or kind in (None, "split"):
         return 0.0
-    if kind == "all_reduce" or (kind == "reduce_scatter" and group.sums_whole):
+    if kind == "all_reduce":
         return group.call_seconds + 2 * _ring_seconds(size_bytes, group)
     if kind in ("all_gather", "reduce_scatter"):
         return group.call_seconds + _ring_seconds(size_bytes, group)

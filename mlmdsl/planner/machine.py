@@ -87,7 +87,7 @@ def _link(rows: Sequence[Mapping[str, Any]], kind: str, intra: LinkFit | None) -
     def errors(values: Sequence[float]) -> list[float]:
         speed, latency = map(exp, values)
         inside = (intra.bytes_per_second, intra.latency_seconds) if intra else (speed, latency)
-        return [abs(log(_seconds(row, kind, inside, (speed, latency)) / row["seconds"])) for row in rows]
+        return [abs(log(_seconds(row, inside, (speed, latency)) / row["seconds"])) for row in rows]
 
     def loss(values: Sequence[float]) -> float:
         return sum(min(_MOST, error) for error in errors(values)) / len(rows)
@@ -98,9 +98,8 @@ def _link(rows: Sequence[Mapping[str, Any]], kind: str, intra: LinkFit | None) -
     return LinkFit(exp(best[0]), exp(best[1]), exp(median(errors(best))) - 1)
 
 
-def _seconds(row: Mapping[str, Any], kind: str, inside: tuple[float, float], across: tuple[float, float]) -> float:
-    group = Group(row["ranks"], row["per_node"], *inside, *across, sums_whole=kind == "cpu")
-    return collective_seconds(row["kind"], row["bytes"], group)
+def _seconds(row: Mapping[str, Any], inside: tuple[float, float], across: tuple[float, float]) -> float:
+    return collective_seconds(row["kind"], row["bytes"], Group(row["ranks"], row["per_node"], *inside, *across))
 
 
 # ---- as mlm ---------------------------------------------------------------------------------------------------------
