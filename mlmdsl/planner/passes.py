@@ -238,7 +238,7 @@ class Passes:
     def _learned(self, value: str) -> bool:
         """Whether it is made of weights."""
         node = self.graph.nodes[value]
-        return bool(node.weights) or any(map(self._learned, node.inputs))
+        return bool(node.weights) or (not CATALOGUE[node.op].of_shape and any(map(self._learned, node.inputs)))
 
     def _price(self, work: Work) -> Priced:
         kernels = self.kernels

@@ -120,7 +120,8 @@ class Op:
     strategies(node input types, output type, weight shapes, attributes, axis size) -> the ways to place it on an axis of that
         size, the replicated one always among them; only legal ones (divisible sizes).
     work(local) -> cost; `work_under`: under strategies of these names, where other bytes are saved or live meanwhile;
-        `work_learned`: on a device without a kernel that gives a bias its gradient, of one that has one.
+        `work_learned`: on a device without a kernel that gives a bias its gradient, of one that has one; `of_shape`: reads the
+        shape of its inputs alone, so that no gradient goes back.
     emit(emission) -> one Python expression; `imports` names what it needs from mlmdsl.runtime.
     linear: the operation is linear in its inputs jointly with no constant, so that it maps PARTIAL to PARTIAL.
     collectives: those that the operation itself makes on the axis, forward only: (kind, bytes, count).
@@ -148,6 +149,7 @@ class Op:
     context: ContextRule | None = None
     work_under: Mapping[str, Callable[[Local], Work]] = field(default_factory=dict[str, Callable[[Local], Work]])
     work_learned: Callable[[Local], Work] | None = None
+    of_shape: bool = False
 
     def on_context(
         self,

@@ -144,6 +144,7 @@ OPS = (
         work=_alibi_work,
         emit=_alibi_emit,
         context=_alibi_context,
+        of_shape=True,
         imports=("alibi",),
     ),
 )
