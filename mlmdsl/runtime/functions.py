@@ -137,7 +137,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         other = (local < 0) | (local >= logits.size(-1))
         local = local.masked_fill(other, 0)
         largest = reduced(logits.amax(-1).float(), tp, "max")
-        total = reduced((logits - largest[..., None]).exp_().sum(-1), tp).log() + largest
+        total = reduced((logits - largest[..., None]).exp_().sum(-1, dtype=torch.float32), tp).log() + largest
         target = reduced(logits.gather(-1, local[..., None])[..., 0].float().masked_fill(other, 0.0), tp)
         ctx.save_for_backward(logits, total, local, other, targets)
         return (total - target).masked_fill(targets == IGNORE, 0.0).sum()
