@@ -183,12 +183,12 @@ class State(ABC):
         if not self.held:
             return 0.0
         squares = torch.stack(torch._foreach_norm(self.gradients)).double().square().cpu()
-        return float((squares * self._shares).sum())
+        return float((squares * torch.tensor(self._shares, dtype=torch.float64)).sum())
 
     @cached_property
-    def _shares(self) -> Tensor:
+    def _shares(self) -> list[float]:
         """Of each weight's squared norm, what this rank counts."""
-        return torch.tensor([(not held.info.balance) / self._copies(held) for held in self.held], dtype=torch.float64)
+        return [(not held.info.balance) / self._copies(held) for held in self.held]
 
     def _copies(self, held: Held) -> int:
         """How many ranks (or stages of one rank) have the same elements."""
