@@ -5,7 +5,7 @@ The runtime's work is Python and C++ that grows with neither shapes nor threads,
 `mlmdsl probe` measures on every machine. How many was measured on two cores with torch 2.13 (CPU seconds of passes through
 stages and FSDP2's units of one to eight layers of 16 features, less those of the layers by themselves; a launch took 6 us):
 
-    a pass through a stage of torch's pipelining: its inputs looked up, its outputs kept, the hand-overs made ready      22
+    a pass through a stage of torch's pipelining: inputs waited for and looked up, outputs kept, hand-overs made ready   36
     a backward pass in two parts, gradients of inputs and of weights: the graph is walked in Python, a kernel            4.5
     a unit of FSDP2 that is gathered and reduced: buffers laid out, copied and cut                                       110
     its hooks in a micro-batch, forward and backward, and those of each of its weights                                   15, 5
@@ -13,7 +13,7 @@ stages and FSDP2's units of one to eight layers of 16 features, less those of th
 
 from __future__ import annotations
 
-_PASS = 22.0
+_PASS = 36.0
 _APART = 4.5
 _UNIT = 110.0
 _HOOKS = 15.0
