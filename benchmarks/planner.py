@@ -22,9 +22,9 @@ from pathlib import Path
 MODELS = Path(__file__).resolve().parents[1] / "specs" / "models"
 INTRO = """# Growth of planning
 
-Written by `python benchmarks/planner.py` on {machine}, where `for i in range(5_000_000): n += i` takes {loop:.2f} s (0.2
-to 0.4 s on an idle core of today's). Each row is a process of its own, start included, the quickest of three; CPU seconds are
-user and system. *Proved*: candidates that a bound proves not to fit, or to be slower.
+Written by `python benchmarks/planner.py` on {machine}, where `for i in range(5_000_000): n += i` takes a function
+{loop:.2f} s at its quickest. Each row is a process of its own, start included, the quickest of three; CPU seconds are user and
+system. *Proved*: candidates that a bound proves not to fit, or to be slower.
 
 """
 HEAD = "| | CPU s | wall s | candidates | proved | candidates/s | peak MiB |\n| --- | --- | --- | --- | --- | --- | --- |\n"
