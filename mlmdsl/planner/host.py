@@ -13,21 +13,16 @@ stages and FSDP2's units of one to eight layers of 16 features, less those of th
 
 from __future__ import annotations
 
-_PASS = 36.0
+PASS = 36.0  # launches, of a pass through a stage of a pipeline
 _APART = 4.5
 _UNIT = 110.0
 _HOOKS = 15.0
 _WEIGHT = 5.0
 
 
-def pass_launches() -> float:
-    """Of a pass through a stage of a pipeline."""
-    return _PASS
-
-
 def apart_launches(kernels: float) -> float:
     """What a backward pass of so many kernels takes longer in two parts."""
-    return _PASS + _APART * kernels
+    return PASS + _APART * kernels
 
 
 def unit_launches(units: int) -> float:

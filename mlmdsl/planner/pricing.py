@@ -413,7 +413,7 @@ class Bench:
         passes = self.passes(micro_batch)
         passing = memory.passing(passes, chain, part, how, 2 if piped else 1)
         apart = self.host_seconds(host.apart_launches(sum(n * passes.costs[i].backward_kernels for i, _, n in regions)))
-        each = self.host_seconds(host.pass_launches()) if piped else 0.0
+        each = self.host_seconds(host.PASS) if piped else 0.0
         return PartCost(forward + each, backward + each, weight, apart, passing)
 
     def host_seconds(self, launches: float) -> float:

@@ -192,10 +192,8 @@ class Judge:
         if branch.modes:
             return branch
         assert branch.mode is not None
-        most, known = (
-            branch.place.most_states(branch.micro_batches[0], branch.mode, self._courses(branch)),
-            self._on(branch.place),
-        )
+        known = self._on(branch.place)
+        most = branch.place.most_states(branch.micro_batches[0], branch.mode, self._courses(branch))
         fitting = tuple(share for share in branch.shares if any(map(le, known[share].states, most)))
         if len(fitting) == len(branch.shares):
             return branch
