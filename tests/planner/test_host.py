@@ -64,6 +64,15 @@ def test_a_pipeline_waits_less_in_a_plan_too() -> None:
     assert 0.8 * alone < shared < 0.95 * alone
 
 
+def test_the_parts_of_a_step_on_shared_cores_add_up_to_it() -> None:
+    """Where the busiest rank has more to do than the mean one, and works faster while others wait."""
+    pins = ("pin pipeline = 4", "pin schedule = gpipe", "pin micro_batch = 8", "pin recompute = none")
+    found = compile_spec(on_cpu(*pins, cores="0.25"), path="/specs/x.mlm", until="plan").plan
+    assert found is not None
+    parts = found.predicted.breakdown_s
+    assert min(parts.values()) >= 0 and sum(parts.values()) == pytest.approx(found.predicted.step_time_s)
+
+
 # ---- the runtime ----------------------------------------------------------------------------------------------------
 
 
