@@ -6,10 +6,11 @@ text ──parse──▶ Syntax ──resolve──▶ Spec ──build──�
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mlmdsl.diagnostics import Diagnostic, Diagnostics, PlanError
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar.parser import parse
 from mlmdsl.grammar.resolve import resolve
 from mlmdsl.grammar.spec import Spec
@@ -31,7 +32,7 @@ Pass = Literal["syntax", "spec", "graph", "plan", "program"]
 ALONE = "train.documents=joined"  # an override: the model as it is for sequences that are one document each
 
 
-@dataclass(frozen=True)
+@frozen
 class Compilation:
     """What the passes up to `until` made; the later fields are None. `sources` holds the text of every file read, for
     rendering diagnostics."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlmdsl.compile import Compilation
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.accuracy import Accuracy, accuracy
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imported when it is asked for
     from mlmdsl.planner.within import Within
 
 
-@dataclass(frozen=True)
+@frozen
 class Explained:
     accuracy: Accuracy
     goodput: Goodput

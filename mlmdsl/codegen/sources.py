@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from mlmdsl.codegen.text import literal
 from mlmdsl.diagnostics import Diagnostics, Span
-from mlmdsl.grammar.modules import shipped
+from mlmdsl.grammar.library import shipped
 from mlmdsl.grammar.parser import parse
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.grammar.syntax import Import

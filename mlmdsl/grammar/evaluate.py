@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from difflib import get_close_matches
 from typing import Any, Final, cast
 
 from mlmdsl.diagnostics import Diagnostics, Label, Span
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar import syntax as s
 from mlmdsl.units import WORDS, Quantity, nearest_unit, quantity
 
@@ -36,7 +37,7 @@ _OUT_OF_REACH = "this number is out of reach"
 _LIMIT = 1e300  # of what arithmetic may give; a power beyond it is refused before it is computed
 
 
-@dataclass(frozen=True)
+@frozen
 class CallValue:
     """A settings call, evaluated: `text("a.txt", "b.txt")`, `adamw(lr = 3e-4)`; spans for messages."""
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 from mlmdsl.diagnostics import Diagnostics, Label, Span
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.evaluate import did_you_mean, one_of
+from mlmdsl.grammar.library import SHIPPED, STD, definitions
 from mlmdsl.grammar.parser import parse
 
-STD = Path(__file__).with_name("std")
-DEVICES = "std/devices.mlm"
-SHIPPED = frozenset(f"std/{path.name}" for path in STD.glob("*.mlm"))
 Reader = Callable[[str], str]
 
 
@@ -25,31 +23,27 @@ def read_file(path: str) -> str:
     return real.read_text(encoding="utf-8")
 
 
-def std_blocks() -> tuple[str, ...]:
-    """Shipped files whose blocks are in scope everywhere."""
-    return tuple(sorted(SHIPPED - {DEVICES}))
-
-
-def shipped(name: str) -> bool:
-    """Whether a file, or a block by its qualified name, is of the shipped library."""
-    return name.partition(":")[0] in SHIPPED
-
-
 @dataclass
 class Module:
-    """One parsed file: its items, and the modules that it imports by the name they have there."""
+    """One parsed file: its items, and the modules that it imports by the name they have there. Of a shipped one the items are
+    read when they are looked up in `blocks` and `constants`, and `file` has none."""
 
     path: str
     file: s.File
     imports: dict[str, Module] = field(default_factory=dict[str, "Module"])
     broken: set[str] = field(default_factory=set[str])  # imports that are already reported
 
-    def named(self, kind: type[s.Item]) -> dict[str, s.Item]:
-        return {getattr(item, "name", None) or "": item for item in self.file.items if isinstance(item, kind)}
-
     @cached_property
     def blocks(self) -> Mapping[str, s.Block]:
+        if self.path in SHIPPED:
+            return definitions(self.file.source, self.path, s.Block)
         return {item.name: item for item in self.file.items if isinstance(item, s.Block)}
+
+    @cached_property
+    def constants(self) -> Mapping[str, s.Const | s.Param]:
+        if self.path in SHIPPED:
+            return definitions(self.file.source, self.path, s.Const)
+        return {item.name: item for item in self.file.items if isinstance(item, s.Const | s.Param)}
 
 
 @dataclass
@@ -75,7 +69,7 @@ class Loader:
         if path not in SHIPPED:
             return parse(source, path, self.diagnostics)
         self.diagnostics.sources[path] = source
-        return _library_file(source, path)
+        return s.File(path, source, (), span=Span(path, 1, 1, 1, 1))
 
     def _import(self, module: Module, item: s.Import, chain: tuple[tuple[str, Span], ...]) -> None:
         name = item.name or Path(item.path).stem
@@ -134,15 +128,6 @@ class Loader:
                     help="rename one of the two",
                 )
             seen.setdefault(name, span)
-
-
-@lru_cache(maxsize=64)
-def _library_file(source: str, path: str) -> s.File:
-    """Of the shipped library, which every compilation reads: parsed once in a process."""
-    found = Diagnostics()
-    file = parse(source, path, found)
-    assert not found.errors, found.items
-    return file
 
 
 def _item_name(item: s.Item) -> str | None:

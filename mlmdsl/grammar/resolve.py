@@ -13,11 +13,13 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from mlmdsl.diagnostics import Diagnostics, Label, Span
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.cluster import POOL, read_cluster
 from mlmdsl.grammar.constraints import read_objective, read_pins, read_rules
 from mlmdsl.grammar.evaluate import POISON, Evaluator, did_you_mean, one_of
-from mlmdsl.grammar.modules import DEVICES, Loader, Module, read_file, shipped, std_blocks
+from mlmdsl.grammar.library import DEVICES, SHIPPED, Lazy, shipped, std_blocks
+from mlmdsl.grammar.modules import Loader, Module, read_file
 from mlmdsl.grammar.overrides import Overrides
 from mlmdsl.grammar.settings import Settings
 from mlmdsl.grammar.spec import BlockSource, Cluster, ModelSource, PlanConstraints, Spec, Train, fingerprint
@@ -28,7 +30,7 @@ _Statement = TypeVar("_Statement", bound=s.Node)
 _Item = TypeVar("_Item", bound=s.Item)
 
 
-@dataclass(frozen=True)
+@frozen
 class Resolved:
     path: str
     folder: str
@@ -117,8 +119,12 @@ class _Resolver:
         module = self.loader.load(DEVICES, read_file(DEVICES))
         return self._values(module)
 
-    def _values(self, module: Module) -> dict[str, Any]:
+    def _values(self, module: Module) -> Mapping[str, Any]:
         """Consts and params of a file, imported files under their names."""
+        if module.path in SHIPPED and not hasattr(module, "values"):
+            evaluate = self._evaluator
+            defined: Callable[[str], Any] = lambda name: evaluate(module).defined(module.constants[name])  # noqa: E731
+            module.values = Lazy(module.constants, defined)  # type: ignore[attr-defined]
         if not hasattr(module, "values"):
             values: dict[str, Any] = {name: self._values(other) for name, other in module.imports.items()}
             values |= dict.fromkeys(module.broken, POISON)
@@ -131,7 +137,8 @@ class _Resolver:
 
     def _evaluator(self, module: Module, extra: Mapping[str, Any] | None = None) -> Evaluator:
         library = dict if module.path == DEVICES else self._library
-        return _Names({**self._values(module), **(extra or {})}, self.loader.diagnostics, library)
+        values = self._values(module)
+        return _Names({**values, **extra} if extra else values, self.loader.diagnostics, library)
 
     def _one(self, kind: type[_Item], what: str, matches: Callable[[_Item], bool], example: str) -> _Item | None:
         """The entry file's item of a kind; the last one counts, several are reported."""
@@ -183,7 +190,8 @@ class _Resolver:
         for _, derived in reversed(chain[:-1]):
             model = self._derived_model(model, derived)
         model = replace(model, body=tuple(self._changed(model.name, item) for item in model.body))
-        return ModelSource(model=model, values=dict(self._values(home)), blocks=self._blocks(home))
+        blocks = self._blocks()
+        return ModelSource(model=model, values=dict(self._values(home)), blocks=blocks, names=self._callable(home))
 
     def _changed(self, model: str, item: _Statement) -> _Statement:
         return replace(item, value=self.changes.param(model, item)) if isinstance(item, s.Param) else item
@@ -227,18 +235,20 @@ class _Resolver:
             chain.append(found)
         return chain
 
-    def _blocks(self, home: Module) -> dict[str, BlockSource]:
-        """Blocks by the names of `home`, and all others by their qualified names."""
+    def _blocks(self) -> Mapping[str, BlockSource]:
+        """All blocks by their qualified names."""
         for path in std_blocks():
             self.loader.load(path, read_file(path))
-        sources: dict[str, BlockSource] = {}
-        for module in list(self.loader.modules.values()):
-            names = self._callable(module)
-            for name, block in module.blocks.items():
-                key = f"{module.path}:{name}"
-                sources[key] = BlockSource(block=block, values=dict(self._values(module)), blocks=names, qualified=key)
+        keys = [f"{module.path}:{name}" for module in self.loader.modules.values() for name in module.blocks]
+        sources = Lazy(keys, self._source)
         self._recursion(sources)
-        return sources | {name: sources[key] for name, key in self._callable(home).items()}
+        return sources
+
+    def _source(self, key: str) -> BlockSource:
+        path, _, name = key.rpartition(":")
+        module = self.loader.modules[path]
+        values, names = dict(self._values(module)), self._callable(module)
+        return BlockSource(block=module.blocks[name], values=values, blocks=names, qualified=key)
 
     def _callable(self, module: Module) -> dict[str, str]:
         """Names by which blocks are called in `module` -> qualified names: std, imports, its own, the later ones stronger."""
@@ -248,8 +258,8 @@ class _Resolver:
         return names | {n: f"{module.path}:{n}" for n in module.blocks}
 
     def _recursion(self, sources: Mapping[str, BlockSource]) -> None:
-        """Reports blocks that call themselves; depth first, with a stack of its own."""
-        done: set[str] = set()
+        """Reports blocks that call themselves (none of the library does); depth first, with a stack of its own."""
+        done = set(filter(shipped, sources))
 
         def called(key: str) -> Iterator[str]:
             names = dict.fromkeys(_called(sources[key].block.body))

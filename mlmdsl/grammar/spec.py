@@ -7,7 +7,7 @@ direction per device; counts of tokens and sequences are plain ints.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -196,12 +196,13 @@ class PlanConstraints(Frozen):
 
 class ModelSource(Frozen):
     """The model as text still: its shapes are checked when the graph is built. `values` holds the consts and params in force
-    (after `--set`) by name; `blocks` every block that the model can call, by the name it is called by, with the values of the
-    file it was written in."""
+    (after `--set`) by name; `blocks` every block by its qualified name, with the values of the file it was written in; `names`
+    those that the model can call, by the names it calls them by."""
 
     model: Annotated[syntax.Model, _Made]
     values: dict[str, object]
-    blocks: dict[str, BlockSource]
+    blocks: Annotated[Mapping[str, BlockSource], _Made]
+    names: dict[str, str]
 
 
 class BlockSource(Frozen):

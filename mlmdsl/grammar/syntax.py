@@ -6,13 +6,14 @@ Immutable; one class per rule of `mlm.lark`. `Node.span` never takes part in equ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from mlmdsl.diagnostics import Span
+from mlmdsl.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Node:
     span: Span = field(compare=False, repr=False, kw_only=True)
 
@@ -20,14 +21,14 @@ class Node:
 # ---- expressions ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@frozen
 class Number(Node):
     """`50_257`, `3e-4`: an int where the text has neither point nor exponent."""
 
     value: int | float
 
 
-@dataclass(frozen=True)
+@frozen
 class QuantityLiteral(Node):
     """`80 GiB`, `200 Gb/s per gpu`: `number` as written, `unit` with single spaces ("GB/s", "Mi tok"), `per` gpu/node/None."""
 
@@ -36,32 +37,32 @@ class QuantityLiteral(Node):
     per: str | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class String(Node):
     value: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Bool(Node):
     value: bool
 
 
-@dataclass(frozen=True)
+@frozen
 class NoneLiteral(Node):
     """`none`."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Broken(Node):
     """A value that could not be read; reported already."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Name(Node):
     name: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Attribute(Node):
     """`tok.weight`, `device.memory`."""
 
@@ -70,7 +71,7 @@ class Attribute(Node):
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Argument(Node):
     """One argument of a call; `name` is None for a positional one."""
 
@@ -79,13 +80,13 @@ class Argument(Node):
     name_span: Span | None = field(default=None, compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Call(Node):
     function: Expr
     arguments: tuple[Argument, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class Unary(Node):
     """`-x`, `not x`."""
 
@@ -93,7 +94,7 @@ class Unary(Node):
     operand: Expr
 
 
-@dataclass(frozen=True)
+@frozen
 class Binary(Node):
     """Arithmetic `+ - * / // % **`, comparison `== != < <= > >= in`, logic `and or`."""
 
@@ -102,7 +103,7 @@ class Binary(Node):
     right: Expr
 
 
-@dataclass(frozen=True)
+@frozen
 class Sequence(Node):
     """`(a, b)` (kind "tuple"), `[a, b]` ("list"), `{a, b}` ("set")."""
 
@@ -116,7 +117,7 @@ Expr = Number | QuantityLiteral | String | Bool | NoneLiteral | Broken | Name | 
 # ---- the model language ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@frozen
 class TypeExpr(Node):
     """`[B, S, d]` (base None: a float tensor), `int[B, S]`, `int`, `quantity`, `weight`. `dims` is None for a scalar."""
 
@@ -124,7 +125,7 @@ class TypeExpr(Node):
     dims: tuple[Expr, ...] | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Formal(Node):
     """`x: [B, S, d]`, `heads: int`, `ff = 4`."""
 
@@ -133,14 +134,14 @@ class Formal(Node):
     default: Expr | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Const(Node):
     name: str
     value: Expr
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Param(Node):
     """A constant that `--set` may override."""
 
@@ -150,14 +151,14 @@ class Param(Node):
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Input(Node):
     name: str
     type: TypeExpr
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Assign(Node):
     """`h = expr`, `q, k = expr`."""
 
@@ -166,14 +167,14 @@ class Assign(Node):
     name_spans: tuple[Span, ...] = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Repeat(Node):
     count: Expr
     name: str | None
     body: tuple[Statement, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class If(Node):
     """Decided when the graph is built: the condition is no tensor."""
 
@@ -182,12 +183,12 @@ class If(Node):
     otherwise: tuple[Statement, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class Output(Node):
     values: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class Expect(Node):
     condition: Expr
 
@@ -198,14 +199,14 @@ Statement = Const | Param | Input | Assign | Repeat | If | Output | Expect
 # ---- items ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@frozen
 class Import(Node):
     path: str
     name: str | None
     path_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Block(Node):
     name: str
     formals: tuple[Formal, ...]
@@ -213,7 +214,7 @@ class Block(Node):
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Model(Node):
     name: str
     base: str | None
@@ -222,7 +223,7 @@ class Model(Node):
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Setting(Node):
     """`nodes = 4`; the key may be dotted."""
 
@@ -231,7 +232,7 @@ class Setting(Node):
     key_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class SubConfig(Node):
     """`pool fast { ... }` inside a cluster."""
 
@@ -244,7 +245,7 @@ class SubConfig(Node):
 ConfigStatement = Setting | SubConfig | Const | Param
 
 
-@dataclass(frozen=True)
+@frozen
 class Config(Node):
     """A `cluster` or `train` item. `base` is the dotted name after `from`, or None."""
 
@@ -255,20 +256,20 @@ class Config(Node):
     name_span: Span | None = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Minimize(Node):
     objective: str
     objective_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Pin(Node):
     variable: str
     value: Expr
     variable_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
-@dataclass(frozen=True)
+@frozen
 class Rule(Node):
     """`require`, `prefer`, `avoid`, `forbid`, each over one boolean expression."""
 
@@ -279,7 +280,7 @@ class Rule(Node):
 PlanStatement = Minimize | Pin | Rule
 
 
-@dataclass(frozen=True)
+@frozen
 class PlanBlock(Node):
     name: str | None
     base: str | None
@@ -289,7 +290,7 @@ class PlanBlock(Node):
 Item = Import | Const | Param | Block | Model | Config | PlanBlock
 
 
-@dataclass(frozen=True)
+@frozen
 class File(Node):
     """One source file. `source` is its text, for rendering diagnostics."""
 

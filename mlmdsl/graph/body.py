@@ -9,7 +9,7 @@ from typing import Any, cast
 from mlmdsl.diagnostics import Label, Span
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.evaluate import POISON, Evaluator, Poison, argument_names, did_you_mean, kind_of
-from mlmdsl.grammar.modules import shipped
+from mlmdsl.grammar.library import shipped
 from mlmdsl.grammar.spec import BlockSource
 from mlmdsl.graph.arguments import Given, bind_tensors, check_scalar, match_dims, undivided
 from mlmdsl.graph.calls import OPERATORS, SIGNATURES, Signature

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar.evaluate import POISON
-from mlmdsl.grammar.modules import shipped
+from mlmdsl.grammar.library import shipped
 from mlmdsl.grammar.spec import ModelSource, Train
 from mlmdsl.graph.arguments import describe
 from mlmdsl.graph.body import Body
@@ -27,8 +27,7 @@ def build(model: ModelSource, diagnostics: Diagnostics, train: Train | None = No
     the objective is next_token."""
     before = len(diagnostics.errors)
     state = State(model, diagnostics)
-    names = {name: source.qualified for name, source in model.blocks.items() if ":" not in name}
-    body = Body(state, dict(model.values), names, Scope("", ""), top=True)
+    body = Body(state, dict(model.values), model.names, Scope("", ""), top=True)
     body.formals(model.model.formals, (), {}, model.model.span)
     body.run(model.model.body)
     _check_uncalled(state)
@@ -48,8 +47,9 @@ def build(model: ModelSource, diagnostics: Diagnostics, train: Train | None = No
 
 def _check_uncalled(state: State) -> None:
     """Blocks of the user's files that no sound call reaches are read for their own mistakes."""
-    for key, source in state.model.blocks.items():
-        if key == source.qualified and not shipped(key) and key not in state.called:
+    for key in state.model.blocks:
+        if not shipped(key) and key not in state.called:
+            source = state.model.blocks[key]
             body = Body(State(state.model, state.diagnostics), dict(source.values), source.blocks, Scope("", ""))
             body.chain = (key,)
             body.unbound(source.block)
@@ -57,7 +57,7 @@ def _check_uncalled(state: State) -> None:
 
 def _warn_of_unused(model: ModelSource, diagnostics: Diagnostics) -> None:
     """Of the model and of every block of the user's files."""
-    blocks = [b.block for key, b in model.blocks.items() if key == b.qualified and not shipped(key)]
+    blocks = [model.blocks[key].block for key in model.blocks if not shipped(key)]
     for body in (model.model.body, *(block.body for block in blocks)):
         for name, span in unused(body):
             help = "take the statement away"

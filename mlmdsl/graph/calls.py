@@ -6,14 +6,15 @@ A capitalised call owns parameters; a lower-case one is a pure function.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from mlmdsl.frozen import frozen
 
 Kind = Literal["int", "float", "bool", "weight", "optional float", "optional int"]
 REQUIRED: Any = object()
 
 
-@dataclass(frozen=True)
+@frozen
 class Argument:
     """A named argument that is no tensor: its type, and its default (REQUIRED where there is none)."""
 
@@ -22,7 +23,7 @@ class Argument:
     default: Any = REQUIRED
 
 
-@dataclass(frozen=True)
+@frozen
 class Signature:
     """`tensors` are the leading positional arguments, `optional` those after them that may be left out or `none`, of which
     attributes of those `noted` say whether they are there; `bias` says that a bias operation may follow (argument `bias`)."""

@@ -11,16 +11,17 @@ Operations without computation: "input" (a model input, or the targets of the ob
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 
 from mlmdsl.diagnostics import Span
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.tensor import TensorType, Weight, symbols_of
 
 Scalar = int | float | bool | str | None | tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class Node:
     """One primitive operation. `attributes` are the operation's settings, sorted by name; `weights` are keys of
     `Graph.weights` in the operation's order; `scope` is the chain of block calls around it, outermost first, as
@@ -41,7 +42,7 @@ class Node:
         return dict(self.attributes)
 
 
-@dataclass(frozen=True)
+@frozen
 class Carried:
     variable: str
     entry: str  # path of the "carry" node
@@ -49,7 +50,7 @@ class Carried:
     next: str  # path of the node, inside the region, that gives the next pass its value
 
 
-@dataclass(frozen=True)
+@frozen
 class Region:
     """`name` is "" for straight code (any number of such regions), else the repeat's name."""
 
@@ -63,7 +64,7 @@ class Region:
         return self.name != ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Graph:
     """`output` is the model's (first) output, `loss` the node that ends the training graph."""
 

@@ -18,6 +18,8 @@ def size_of(dim: Dim, bound: Mapping[str, int]) -> int:
     """A dim with its symbols replaced: KeyError for an unbound one."""
     if isinstance(dim, int):
         return dim
+    if dim in bound:
+        return bound[dim]
     return sum(number * prod(bound[symbol] for symbol in symbols) for number, symbols in _terms(dim))
 
 
@@ -46,7 +48,7 @@ class TensorType:
 
     def sizes(self, bound: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with its symbols replaced: KeyError for an unbound one."""
-        return tuple(size_of(d, bound) for d in self.shape)
+        return tuple([d if isinstance(d, int) else size_of(d, bound) for d in self.shape])
 
     def elements(self, bound: Mapping[str, int]) -> int:
         return prod(self.sizes(bound))

@@ -6,10 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mlmdsl.diagnostics import Span
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.tensor import TensorType
 
 
-@dataclass(frozen=True)
+@frozen
 class TensorValue:
     """The output of a node. `scope` is where the weights of the call that made it stand (`tok` in `tok.weight`)."""
 
@@ -19,7 +20,7 @@ class TensorValue:
     scope: str | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
+@frozen
 class WeightRef:
     """`tok.weight`: an existing weight, by its key."""
 
@@ -27,14 +28,14 @@ class WeightRef:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class ScopeRef:
     """`attn.query` on the way to `attn.query.weight`."""
 
     path: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Symbol:
     """A dim without a known size: B, S."""
 

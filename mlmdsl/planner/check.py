@@ -7,12 +7,12 @@ times and memory is the search's to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from math import gcd, prod
 from typing import Any, cast
 
 from mlmdsl.diagnostics import Diagnostics, Label
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.constraints import ORDERS, RECOMPUTE, SCHEDULES, VARIABLES, WORDS, ZEROS, Order, RuleEvaluator
 from mlmdsl.grammar.evaluate import POISON
@@ -33,7 +33,7 @@ def check(spec: Spec, graph: Graph, diagnostics: Diagnostics) -> None:
         step(checker)
 
 
-@dataclass(frozen=True)
+@frozen
 class _Checker:
     spec: Spec
     graph: Graph

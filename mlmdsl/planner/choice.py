@@ -9,11 +9,11 @@ variables at most, however many operations use a value.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, combinations, pairwise
 from math import inf, prod
 
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local
@@ -32,7 +32,7 @@ _MICRO_BATCHES = 4
 _DATA_BYTES, _STATE_BYTES, _PARTIAL_BYTES = 6.0, 28.0, 4.0
 
 
-@dataclass(frozen=True)
+@frozen
 class Costs:
     """What the choice is made by: the device, the tensor group's links, a device's share of the links between nodes, bytes of a
     float, sizes of B and S."""
@@ -57,7 +57,7 @@ def cut(shape: tuple[int, ...], dim: int | None, n: int) -> tuple[int, ...]:
 def cut_around(type: TensorType, placement: Placement, n: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """A value's shape on one of `n` ranks of the context axis: its sequence, or the rows of the tokens that the rank has."""
     shape, dim = type.sizes(sizes), placement.dim
-    if not placement.is_shard:
+    if n == 1 or not placement.is_shard:
         return shape
     own = {symbol: size if symbol == "B" else size // n for symbol, size in sizes.items()}
     return (*shape[:dim], size_of(type.shape[dim], own), *shape[dim + 1 :])
@@ -94,7 +94,7 @@ def local_sizes(
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class Form:
     """A value as its producer leaves it, and the further placements that it is brought to."""
 
@@ -105,7 +105,7 @@ class Form:
         return all(d == self.source or d in self.targets for d in demands)
 
 
-@dataclass(frozen=True)
+@frozen
 class Problem:
     graph: Graph
     tensor: int
@@ -149,9 +149,10 @@ class Problem:
 
     @cached_property
     def domains(self) -> tuple[tuple[Strategy, ...], ...]:
-        return tuple(self._domain(node) for node in self.nodes)
+        return tuple(map(self.domain, self.nodes))
 
-    def _domain(self, node: Node) -> tuple[Strategy, ...]:
+    def domain(self, node: Node) -> tuple[Strategy, ...]:
+        """Its legal strategies."""
         types = tuple(self.graph.nodes[source].type for source in node.inputs)
         shapes = tuple(self.graph.weights[key].shape for key in node.weights)
         offered = CATALOGUE[node.op].strategies(types, node.type, shapes, node.attrs, self.tensor)
@@ -266,12 +267,12 @@ class Problem:
     def _single_use(self, use: Use) -> Factor:
         (consumer,) = use.consumers
         wanted = [self.demand(consumer, s) for s in self.domains[consumer[0]]]
-        costs = [
-            use.passes * self._bring_seconds(use.value, s.output, (target,))
-            for s in self.domains[use.producer]
-            for target in wanted
-        ]
-        return Factor((use.producer, consumer[0]), costs)
+        made = [s.output for s in self.domains[use.producer]]
+        each = {
+            source: [use.passes * self._move_seconds(use.value, source, t) if t != source else 0.0 for t in wanted]
+            for source in dict.fromkeys(made)
+        }
+        return Factor((use.producer, consumer[0]), [seconds for source in made for seconds in each[source]])
 
     def _shared_use(self, use: Use, variable: int) -> Iterator[Factor]:
         forms = self._forms(use)

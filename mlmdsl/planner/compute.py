@@ -23,6 +23,7 @@ from math import log, pi, sqrt
 from pathlib import Path
 from typing import Any
 
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar.spec import Device
 from mlmdsl.graph.ops.base import Work
 
@@ -116,7 +117,7 @@ def slowest_of(kind: str, devices: int) -> float:
     return 1 + _SPREAD * max(0.0, root - (log(log(devices)) + log(4 * pi)) / (2 * root))
 
 
-@dataclass(frozen=True)
+@frozen
 class Kernels:
     """Times on one device in one precision ("fp32", "tf32", "fp16", "bf16", "fp8"). `launch_seconds`: the host's for one
     kernel; None: the device's, of eager PyTorch. `slowest`: by `slowest_of`."""

@@ -9,15 +9,16 @@ series-parallel but for tied weights, so that tables over two variables do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 from math import inf, prod
 from operator import add
 
+from mlmdsl.frozen import frozen
+
 Row = list[float]
 
 
-@dataclass(frozen=True)
+@frozen
 class Factor:
     """Costs by the values of `variables`: `costs` is flat, the last variable's values next to each other."""
 

@@ -13,10 +13,11 @@ dropout     after the softmax, after attention and MLP (0.1 in GPT-3's recipe, w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Literal
 
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
@@ -30,7 +31,7 @@ _MASK = 1.0  # bytes
 _COMPOSED = {"rms_norm": (38.0, 60.0), "rotary": (26.0, 26.0)}
 
 
-@dataclass(frozen=True)
+@frozen
 class Execution:
     """The defaults are the emitted program's. Bytes are for each local element of a weight: `gradient_bytes` of the gradients
     that replicas add up, `accumulated_bytes` moved to add a micro-batch's gradient to the sum, `optimizer_bytes` (None: the

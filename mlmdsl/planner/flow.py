@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.graph import Carried, Graph, Node
 
 
-@dataclass(frozen=True)
+@frozen
 class Use:
     """A value as it is left (`producer`'s output) and what asks for it: (node, input index; -1 for a carry's boundary).
     `region` is the index of the region in whose code it is brought where it is wanted."""
@@ -21,7 +21,7 @@ class Use:
     passes: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Flow:
     graph: Graph
 

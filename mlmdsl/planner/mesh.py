@@ -17,18 +17,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
 
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar.constraints import USUAL, Order
 from mlmdsl.grammar.spec import Link
 
 Levels = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class Mesh:
     """Degrees over a cluster whose nodes have `devices_per_node` devices (where pools differ, as pools.py counts them)."""
 
@@ -170,7 +170,7 @@ def shares_out(order: Order, context: int, expert: int) -> bool:
     return order == USUAL or context % expert == 0 or expert % context == 0
 
 
-@dataclass(frozen=True)
+@frozen
 class Network:
     """A cluster's two levels of links."""
 

@@ -8,10 +8,10 @@ asks tens of thousands of times.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 from mlmdsl.diagnostics import Diagnostics
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.constraints import WORDS, RuleEvaluator
 from mlmdsl.grammar.evaluate import ARITHMETIC, COMPARE, number_of
@@ -34,7 +34,7 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@frozen
 class CompiledRule:
     """`kept(facts)`: whether the plan is as the rule wants it, whatever its form. `names`: the facts it reads."""
 

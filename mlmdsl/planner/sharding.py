@@ -8,10 +8,11 @@ and row pairs (arXiv:1909.08053) and its sequence parallelism (arXiv:2205.05198)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Literal
 
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.graph import Graph, Node
 from mlmdsl.graph.ops.base import Local
 from mlmdsl.graph.placement import REPLICATE, WHOLE, Placement, Strategy, WeightPlacement
@@ -27,7 +28,7 @@ _REFERENCE_TOKENS = 8192
 Lie = tuple[Placement, Placement]  # of a value on the tensor and the context axis, whose cut is the outer one
 
 
-@dataclass(frozen=True)
+@frozen
 class Infeasible:
     """Why the axis cannot have this size: "heads" or "sequence", the node that says so, and which of its settings ("heads",
     "kv_heads", or the symbol of a dim)."""
@@ -39,7 +40,7 @@ class Infeasible:
     attribute: str = ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Move:
     """A transition of one value for all `consumers` that ask for `target`; `region` is the index of the region that makes
     it."""
@@ -59,7 +60,7 @@ class Move:
         return (self.target, self.other) if self.axis == "tensor" else (self.other, self.target)
 
 
-@dataclass(frozen=True)
+@frozen
 class Sharding:
     """The chosen strategies by node and the moves in order, those of the tensor axis first: the same for every micro-batch,
     whose sizes the methods are given."""
@@ -241,8 +242,8 @@ def _moves(problem: Problem, chosen: Mapping[str, Strategy]) -> Iterator[Move]:
 def _indivisible_heads(problem: Problem) -> Infeasible | None:
     """Attention that cannot be cut by heads would be computed by every rank: refused rather than paid in silence."""
     n = problem.tensor
-    for node, domain in zip(problem.nodes, problem.domains, strict=True):
-        if node.op == "attend" and not any(s.name == "heads" for s in domain):
+    for node in problem.nodes:
+        if node.op == "attend" and not any(s.name == "heads" for s in problem.domain(node)):
             query, key = (problem.graph.nodes[source].type.shape[2] for source in node.inputs[:2])
             for name, count in (("heads", query), ("kv_heads", key)):
                 if isinstance(count, int) and count % n:

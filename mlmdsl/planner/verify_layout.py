@@ -6,9 +6,9 @@ Nothing of the search is used but the catalogue of operations and the table of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.graph import Carried, Graph, Node
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.placement import (
@@ -39,7 +39,7 @@ def verify_layout(graph: Graph, plan: Plan) -> None:
         _verify(_Context(graph, plan.context_layout, v.context, True, sizes, width, around))
 
 
-@dataclass(frozen=True)
+@frozen
 class Around:
     """The other axis, as far as it divides bytes. Values move on the tensor axis as their producers left them on the context
     axis (`source`), and then on the context axis as their consumers want them on the tensor axis."""
@@ -92,7 +92,7 @@ def _verify(checker: _Checker) -> None:
     checker.weights()
 
 
-@dataclass(frozen=True)
+@frozen
 class _Checker:
     graph: Graph
     layouts: Sequence[RegionLayout]

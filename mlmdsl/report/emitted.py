@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from mlmdsl.grammar.spec import Spec
@@ -19,7 +20,8 @@ def syntax_json(tree: File) -> str:
 def spec_json(spec: Spec) -> str:
     """The resolved settings; the model, still text at this stage, by its name and the values in force."""
     settings = {name: json.loads(getattr(spec, name).model_dump_json()) for name in ("cluster", "train", "plan")}
-    model = {"name": spec.model.model.name, "values": _plain(spec.model.values), "blocks": sorted(spec.model.blocks)}
+    blocks = sorted({*spec.model.blocks, *spec.model.names})
+    model = {"name": spec.model.model.name, "values": _plain(spec.model.values), "blocks": blocks}
     return _dump({"path": spec.path, "sha256": spec.sha256, "overrides": list(spec.overrides), "model": model, **settings})
 
 
@@ -55,7 +57,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return {"node": type(value).__name__, **fields}
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if isinstance(value, tuple | list | set | frozenset):
         return [_plain(v) for v in value]  # pyright: ignore[reportUnknownVariableType]

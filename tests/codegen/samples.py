@@ -79,7 +79,7 @@ def spec(
         sources=sources or {path: "# tiny\n"},
         sha256="0" * 64,
         overrides=(),
-        model=ModelSource(model=source, values={}, blocks={}),
+        model=ModelSource(model=source, values={}, blocks={}, names={}),
         cluster=Cluster(
             name="laptop",
             pools=(Pool(name="", nodes=1, devices_per_node=8, device=device, intra=link),),

@@ -14,7 +14,7 @@ from mlmdsl.cli import main
 from mlmdsl.diagnostics import Diagnostics
 from mlmdsl.grammar import syntax
 from mlmdsl.grammar.format import WIDTH, format_file, format_text
-from mlmdsl.grammar.modules import STD
+from mlmdsl.grammar.library import STD
 from mlmdsl.grammar.parser import lex, parse
 
 ROOT = Path(__file__).resolve().parents[2]

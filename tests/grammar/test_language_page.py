@@ -22,7 +22,8 @@ from mlmdsl.grammar import syntax
 from mlmdsl.grammar.constraints import AXES, FACTS, ORDERS, RECOMPUTE, SCHEDULES, VARIABLES
 from mlmdsl.grammar.evaluate import Evaluator
 from mlmdsl.grammar.format import format_text
-from mlmdsl.grammar.modules import DEVICES, read_file, std_blocks
+from mlmdsl.grammar.library import DEVICES, std_blocks
+from mlmdsl.grammar.modules import read_file
 from mlmdsl.grammar.parser import parse, parse_expression
 from mlmdsl.grammar.settings import EXAMPLES
 from mlmdsl.grammar.spec import Spec

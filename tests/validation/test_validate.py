@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlmdsl.cli import main
-from mlmdsl.grammar.modules import STD
+from mlmdsl.grammar.library import STD
 from mlmdsl.validation.judge import Row, left_out, validate
 from mlmdsl.validation.runs import Problem, read_runs
 

@@ -7,9 +7,10 @@ into `CATALOGUE`. Everything below is a pure function of the node's static descr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.graph import Scalar
 from mlmdsl.graph.placement import Strategy
 from mlmdsl.graph.tensor import Init, TensorType, symbols_of
@@ -29,7 +30,7 @@ class ShapeProblem(Exception):
         self.code, self.message, self.argument, self.help = code, message, argument, help
 
 
-@dataclass(frozen=True)
+@frozen
 class WeightSpec:
     """A weight that an operation wants made: its leaf name ("weight", "bias"), shape and initialisation; `expert`: one
     slice of dim 0 per expert, which the expert axis shares out; `balance`: see `Weight`."""
@@ -42,7 +43,7 @@ class WeightSpec:
     balance: float = 0.0
 
 
-@dataclass(frozen=True)
+@frozen
 class Work:
     """What one execution costs on one rank, local sizes. FLOPs count matrix products only (2 M N K; causal attention half);
     bytes are what has to cross HBM, each operand once.
@@ -73,7 +74,7 @@ class Work:
     then: tuple[Work, ...] = ()  # further kernels, one after another: times alone count
 
 
-@dataclass(frozen=True)
+@frozen
 class Local:
     """A node's sizes on one rank, under one strategy and bound B and S: what `Op.work` is given."""
 
@@ -86,7 +87,7 @@ class Local:
     attrs: Mapping[str, Scalar]
 
 
-@dataclass(frozen=True)
+@frozen
 class Emission:
     """What `Op.emit` is given: Python expressions for inputs and weights (None where an optional weight is absent), the node's
     attributes, the name of the tensor-axis variable ("tp"; None when tensor = 1), its size, the strategy in force, and the
@@ -111,7 +112,7 @@ class Emission:
         return ", ".join(filter(None, (self.context, self.axis if self.strategy.name == "sequence" else None)))
 
 
-@dataclass(frozen=True)
+@frozen
 class Op:
     """One primitive operation.
 
