@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 from mlmdsl.planner.stages import Chain, Part
 
+Run = tuple[int, int, int]  # kind of layer, way of recomputing as an index into MODES, how many
+
 
 class Blend(NamedTuple):
-    """layers: (kind of layer, way of recomputing as an index into MODES, how many), by kind; first: of the first layer."""
+    """layers: alike ones that follow one another, in model order."""
 
-    layers: tuple[tuple[int, int, int], ...]
-    first: int
+    layers: tuple[Run, ...]
 
 
 How = int | Blend  # of a stage: all layers in one way, or a blend
@@ -22,11 +23,11 @@ How = int | Blend  # of a stage: all layers in one way, or a blend
 
 def first_of(how: How) -> int:
     """The way of the stage's first layer."""
-    return how.first if isinstance(how, Blend) else how
+    return how.layers[0][1] if isinstance(how, Blend) else how
 
 
-def layers_of(part: Part, how: How) -> Sequence[tuple[int, int, int]]:
-    """(kind, way, how many), by kind."""
+def runs_of(part: Part, how: How) -> Sequence[Run]:
+    """In model order."""
     if isinstance(how, Blend):
         return how.layers
     return [(kind, how, count) for kind, count in enumerate(part.layers) if count]
@@ -34,7 +35,10 @@ def layers_of(part: Part, how: How) -> Sequence[tuple[int, int, int]]:
 
 def regions_of(chain: Chain, part: Part, how: How) -> list[tuple[int, int, int]]:
     """The regions that a part runs, (index, way of recomputing, how many passes); straight code is not recomputed."""
-    layers = [(i, mode, count) for kind, mode, count in layers_of(part, how) for i in chain.kinds[kind]]
+    counted: Counter[tuple[int, int]] = Counter()
+    for kind, mode, count in runs_of(part, how):
+        counted[kind, mode] += count
+    layers = [(i, mode, count) for (kind, mode), count in sorted(counted.items()) for i in chain.kinds[kind]]
     return layers + [(i, 0, 1) for i in chain.first * part.first + chain.last * part.last]
 
 
@@ -47,5 +51,4 @@ def blends(chain: Chain, stages: Sequence[int], modes: Sequence[int]) -> tuple[B
 
 def blend(kinds: Sequence[int], modes: Sequence[int]) -> Blend:
     """Of a stage whose layers are of these kinds and recomputed in these ways."""
-    counted = Counter(zip(kinds, modes, strict=True))
-    return Blend(tuple((*key, count) for key, count in sorted(counted.items())), modes[0] if modes else 0)
+    return Blend(tuple((*key, len(list(run))) for key, run in groupby(zip(kinds, modes, strict=True))))

@@ -26,18 +26,18 @@ receive buffer for every micro-batch, in both directions, and a stage's outputs 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from operator import mul
 from typing import Literal, NamedTuple
 
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar.spec import Device
 from mlmdsl.graph.graph import Graph, Weight
-from mlmdsl.planner.blend import How, first_of, layers_of, regions_of
+from mlmdsl.planner.blend import How, first_of, regions_of, runs_of
 from mlmdsl.planner.choice import cut
 from mlmdsl.planner.moments import Moment, Turn, reduces_each_pass
-from mlmdsl.planner.passes import Passes
+from mlmdsl.planner.passes import PassCost, Passes
 from mlmdsl.planner.plan import StageMemory
 from mlmdsl.planner.sharding import Sharding
 from mlmdsl.planner.stages import Chain, Part
@@ -82,7 +82,7 @@ class State(NamedTuple):
     buffers: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Holding:
     """Local weight elements of one part: all but `experts`, those of its largest single weight, and `experts` that the expert
     axis shares out. `keys`: how many of each other weight; `expert_keys` of those. FSDP2's units, by weight: `layers` of each
@@ -131,7 +131,7 @@ class Sharing(NamedTuple):
         return self.replicas // self.replicate if self.zero else 1
 
 
-@dataclass(frozen=True)
+@frozen
 class Shares:
     """A rank's local elements, by stage: of all weights, of its shards, of the largest layer, of what stands around the layers;
     of what stands behind the last stage's, of experts that are shared out."""
@@ -166,7 +166,7 @@ class Stack(NamedTuple):
     stepped: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Holdings:
     """Weights of parts under one sharding."""
 
@@ -278,8 +278,8 @@ class Holdings:
         has = self._shares_of(parts, sharing.shards)
         if not sharing.zero:
             return _whole(has.whole + has.experts, width)
-        once = sharing.piped and not reduces_each_pass(sharing.zero, sharing.piped)
-        sharded = (_once if once else _layer_by_layer)(has, sharing, width, moment)
+        piped = _each_pass if reduces_each_pass(sharing.zero, sharing.piped) else _once
+        sharded = (piped if sharing.piped else _layer_by_layer)(has, sharing, width, moment)
         if not has.experts:
             return sharded
         return State(*map(sum, zip(sharded, self._shared(parts, sharing, width, moment.turn), strict=True)))
@@ -334,6 +334,27 @@ def _once(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
     return State(weights, 4 * owned, sums, 8 * owned, unsharded, buffers)
 
 
+def _each_pass(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
+    """A pipeline's stages whose backward passes reduce the gradients of each layer as soon as they are there, the root's at the
+    end. Of a stage what was sent last lies there until its next backward pass sends something."""
+    owned, turn, at = has.owned, moment.turn, moment.reducing
+    if turn == "step":
+        return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
+    sent = sum(4 * (has.roots[i] or has.layers[i]) for i in moment.summed if i != at)
+    reduced, made = sum(has.shards[i] for i in moment.summed), has.made(moment)
+    if at >= 0:
+        layer, root, head, first = (
+            has.layers[at],
+            has.roots[at],
+            has.head * (at == len(has.shards) - 1),
+            at not in moment.summed,
+        )
+        sent += 4 * (root if turn == "reduction" else layer)
+        made = root if turn == "reduction" else head + layer * (turn == "layer")
+        reduced += first * (has.shards[at] if turn == "reduction" else layer // sharing.shards * (turn == "next"))
+    return State(width * has.whole, 4 * owned, 4 * reduced, 8 * owned, 0, sent + width * made)
+
+
 def _layer_by_layer(has: Shares, sharing: Sharing, width: int, moment: Moment) -> State:
     """Every layer's gradients are reduced as soon as they are there, by every backward pass or by the last; the root's at its
     end."""
@@ -343,10 +364,10 @@ def _layer_by_layer(has: Shares, sharing: Sharing, width: int, moment: Moment) -
         return State(0, 4 * owned, 4 * owned, 8 * owned, 0, 0)
     sent = reduced = made = 0
     if turn == "reduction":
-        gathered = whole * sharing.piped
+        gathered = 0
         sums, sent = (4 if sharing.several and not each else width) * root, 4 * root
     else:
-        last = not sharing.piped and (sharing.zero == 1 or sharing.micro_batches < 3)  # the last backward pass lets go
+        last = sharing.zero == 1 or sharing.micro_batches < 3  # the last backward pass lets go
         gathered = whole - layer * (last and turn in ("layer", "next"))
         if sharing.zero == 3:
             gathered = min(whole, (1 + (turn not in ("gather", "layer"))) * layer + root)
@@ -377,13 +398,32 @@ def _whole(elements: int, width: int) -> State:
 # ---- passes ---------------------------------------------------------------------------------------------------------
 
 
+Needs = tuple[int, int, int]  # bytes, as Turnovers has them
+
+
+class Turnover(NamedTuple):
+    """While a layer's backward pass runs, at the most: `working`, what recomputing brings back and the layers behind it have
+    made for all, less what they have left; `transient`, what one operation needs."""
+
+    working: int
+    transient: int
+
+
+class Turnovers(NamedTuple):
+    """plain: without gradients of weights; making: with those of the layer's weights; adding: with those of one operation."""
+
+    plain: Turnover
+    making: Turnover
+    adding: Turnover
+
+
 class Passing(NamedTuple):
     """Bytes that one micro-batch leaves on one part, for one way of recomputing.
 
-    kept: until its backward pass; layer: of these, the least that a layer keeps; received: of a receive buffer, one direction;
-    working, transient: while one layer's backward pass runs; making: as transient, with gradients of the layer's weights;
-    adding: with those of one operation; waiting: where those are put off; loss: kept by the loss and model output; output: of
-    these, what stays until the end of the backward pass; loss_transient: besides, with the gradients of the head's weights, and
+    kept: until its backward pass; layer: of these, what the last layer keeps; received: of a receive buffer, one direction;
+    working, transient: at the most in any layer's backward pass; backward: in the course of all, further: of all but the last
+    layer's; waiting: gradients of weights that are put off; loss: kept by the loss and model output; output: of these, what
+    stays until the end of the backward pass; loss_transient: besides, with the gradients of the head's weights, and
     least_transient without; spare: room that the model's output leaves to nothing as small."""
 
     kept: int
@@ -392,8 +432,8 @@ class Passing(NamedTuple):
     sent: int
     working: int
     transient: int
-    making: int
-    adding: int
+    backward: Turnovers
+    further: Turnovers
     waiting: int
     loss: int
     output: int
@@ -408,22 +448,24 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
     kept = sum(count * costs[i].saved_bytes[mode] for i, mode, count in regions)
     beginning = [costs[i] for i in chain.first] if part.first else []
     layered, ending = [costs[i] for kind in kinds for i in kind], [costs[i] for i in chain.last] if part.last else []
+    layers = [(_layer(costs, chain.kinds[kind], mode), count) for kind, mode, count in runs_of(part, how)]
+    straight = [chain.first * part.first, *(chain.kinds[kind][1:] for kind, _, _ in runs_of(part, how)), chain.last * part.last]
+    backward, further = _turnovers(layers, beginning, kept, _tied(passes, straight))
     logits = sum(cost.logits_bytes for cost in ending)
     output = logits if pipeline > 1 else 0
     loss = sum(cost.loss_bytes + cost.logits_bytes * (pipeline > 1 or cost.keeps_logits) for cost in ending)
     received, sent = map(sum, crossings(passes, chain, part))
     if not part.first:  # lies in the receive buffer
         kept -= min(received, costs[kinds[0][0]].entry_bytes[first_of(how)])
-    layers = (sum(costs[i].saved_bytes[mode] for i in chain.kinds[kind]) for kind, mode, _ in layers_of(part, how))
     return Passing(
         kept=kept + sent,
-        layer=min(layers, default=0),
+        layer=layers[-1][0].kept if layers else 0,
         received=received,
         sent=sent,
         working=max((costs[i].working_bytes[mode] for i, mode, _ in regions), default=0),
         transient=max([*(c.transient_bytes for c in layered), *(c.transient_bytes - kept for c in beginning)], default=0),
-        making=max([*(cost.making_bytes for cost in layered), *(cost.making_bytes - kept for cost in beginning)], default=0),
-        adding=max([*(cost.adding_bytes for cost in layered), *(cost.adding_bytes - kept for cost in beginning)], default=0),
+        backward=backward,
+        further=further,
         waiting=max(0, sum(count * costs[i].waiting_bytes for i, _, count in regions) - sent),  # which lies in a receive buffer
         loss=loss,
         output=output,
@@ -433,6 +475,67 @@ def passing(passes: Passes, chain: Chain, part: Part, how: How, pipeline: int) -
         ),
         spare=logits if pipeline == 1 and passes.float_bytes < 4 and not any(cost.keeps_logits for cost in ending) else 0,
     )
+
+
+class _Layer(NamedTuple):
+    """What a layer keeps, what recomputing brings back, and what one operation of its backward pass needs (as Turnovers);
+    the repeat that it is a pass of, and the bytes of gradients that its passes add up."""
+
+    kept: int
+    working: int
+    needed: Needs
+    repeat: int
+    given: int
+
+
+def _layer(costs: Sequence[PassCost], regions: Sequence[int], mode: int) -> _Layer:
+    each = [costs[i] for i in regions]
+    needed = (max(c.transient_bytes for c in each), max(c.making_bytes for c in each), max(c.adding_bytes for c in each))
+    kept, working = sum(c.saved_bytes[mode] for c in each), max(c.working_bytes[mode] for c in each)
+    return _Layer(kept, working, needed, regions[0], each[0].given_bytes)
+
+
+def _turnovers(
+    layers: Sequence[tuple[_Layer, int]], beginning: Sequence[PassCost], kept: int, tied: Sequence[Needs]
+) -> tuple[Turnovers, Turnovers]:
+    """Of a stage's layers (in model order, each so many times), the last of which is the first to have its backward pass, and
+    of what stands before them; and the same without the last layer. `tied`: what their weights need besides, of what stands
+    before them first."""
+    found: list[tuple[int, int, Needs]] = []
+    freed, begun = 0, -1
+    for (layer, count), more in zip(reversed(layers), reversed(tied[1:]), strict=True):
+        for n in range(min(count, 2)):
+            sums = layer.given * (n > 0 or layer.repeat == begun)
+            found.append((layer.working + sums, freed + n * layer.kept, _sum(layer.needed, more)))
+        freed, begun = freed + count * layer.kept, layer.repeat
+    found += [(0, kept, _sum((c.transient_bytes, c.making_bytes, c.adding_bytes), tied[0])) for c in beginning]
+    return _most(found), _most(found[1:] or [(0, freed, (0, 0, 0))])
+
+
+def _tied(passes: Passes, straight: Sequence[Sequence[int]]) -> list[Needs]:
+    """Of a stage's straight code but the last, what gradients take of weights that come in several places: they wait for those
+    of the first place, and are added up into new ones. Those that the last code has made count elsewhere where all of a layer
+    are made."""
+    bytes = [{key: size for i in each for key, size in passes.straight_weights(i).items()} for each in straight]
+    found: list[Needs] = []
+    for place, own in enumerate(bytes[:-1]):
+        later = {key for each in bytes[place + 1 : -1] for key in each}
+        last, here = bytes[-1], {key: size for each in bytes[: place + 1] for key, size in each.items()}
+        waiting = sum(size for key, size in here.items() if key in later)
+        heads = sum(size for key, size in here.items() if key in last and key not in later)
+        added = sum(size for key, size in own.items() if key in later or key in last)
+        found.append((0, waiting + added, waiting + heads + added))
+    return found
+
+
+def _sum(one: Needs, other: Needs) -> Needs:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+
+
+def _most(found: Sequence[tuple[int, int, Needs]]) -> Turnovers:
+    """Of (what is brought back, what is gone, what is needed)."""
+    each = ([Turnover(working - freed, needed[i]) for working, freed, needed in found] for i in range(3))
+    return Turnovers(*(max(turnovers, key=sum, default=Turnover(0, 0)) for turnovers in each))
 
 
 def crossings(passes: Passes, chain: Chain, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -457,6 +560,10 @@ class Held(NamedTuple):
     slack: int
 
 
+def _largest(each: Sequence[Turnovers]) -> Turnovers:
+    return each[0] if len(each) == 1 else Turnovers(*(max(turnovers, key=sum) for turnovers in zip(*each, strict=True)))
+
+
 class Filling:
     """What a rank with these virtual stages holds besides its state, at any moment."""
 
@@ -467,11 +574,11 @@ class Filling:
         self.kept = sorted(self.each, reverse=True)
         self.waiting = [s.waiting for s in stages]
         self.layer = min(s.layer for s in stages)
-        self.working, self.transient = max(s.working for s in stages), max(s.transient for s in stages)
-        self.making = max(self.transient, *(s.making for s in stages))
-        self.adding = max(self.transient, *(s.adding for s in stages))
-        self.buffers = micro_batches * sum(s.received + s.sent for s in stages)
-        self.slack, self.unused = SLACK[kind], (self.working + self.transient + self.last.spare) * (kind != "cpu")
+        unlike = list({id(s): s for s in stages}.values())
+        working, transient = max([s.working for s in unlike]), max([s.transient for s in unlike])
+        self.backward, self.further = _largest([s.backward for s in unlike]), _largest([s.further for s in unlike])
+        self.buffers = micro_batches * sum([s.received + s.sent for s in stages])
+        self.slack, self.unused = SLACK[kind], (working + transient + self.last.spare) * (kind != "cpu")
 
     def at(self, moment: Moment) -> Held:
         """The larger of its counts are charged to the larger stages: which of a rank's stages holds more changes in the course
@@ -485,11 +592,12 @@ class Filling:
         if turn == "loss":
             loss += last.least_transient if moment.apart else last.loss_transient
         elif turn in ("backward", "next"):
-            activations += self.working
-            transient = self.transient if moment.apart else self.making if moment.makes else self.adding
+            each = self.backward if turn == "backward" else self.further
+            turnover = each.plain if moment.apart else each.making if moment.makes else each.adding
+            activations, transient = activations + turnover.working, turnover.transient
         if turn in ("gather", "backward", "layer", "next") and loss and not moment.apart:
             loss += last.output - last.loss
-        if turn in ("gather", "layer", "next"):
+        if turn in ("gather", "layer"):
             activations -= self.layer
         slack = int(self.slack * (activations + loss + self.buffers + transient))
         return Held(activations, loss, self.buffers, transient, slack + self.unusable(moment))

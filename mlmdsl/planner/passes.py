@@ -19,6 +19,7 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple, get_args
 
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
@@ -62,7 +63,8 @@ class PassCost:
     working_bytes: what recomputing brings back while the backward pass runs, and what all passes share; transient_bytes: the
     most that one operation needs besides; making_bytes: the same with the gradients of the weights that the backward pass has
     made by then; adding_bytes: with those of that operation alone, which are added to their sums at once; waiting_bytes:
-    gradients that wait where those of weights are put off; loss_bytes: of the last region, what the loss keeps, but for the
+    gradients that wait where those of weights are put off; given_bytes: gradients of values that every pass is given, which
+    are added up over the passes; loss_bytes: of the last region, what the loss keeps, but for the
     model's output, which has logits_bytes; keeps_logits: whether the loss keeps that, too."""
 
     flops: float  # of matrix products and attention as the kernels compute them, forward and backward
@@ -84,6 +86,7 @@ class PassCost:
     making_bytes: int
     adding_bytes: int
     waiting_bytes: int
+    given_bytes: int
     loss_bytes: int = 0
     loss_transient_bytes: int = 0
     logits_bytes: int = 0
@@ -121,6 +124,7 @@ class Layout:
         self.lies: list[tuple[TensorType, Lie]] = []
         self.numbers: dict[tuple[TensorType, Lie], int] = {}
         self.forms: dict[str, Form] = {}
+        self.aliases: dict[str, str] = {}
         self.made: dict[int, Callable[[Key], bool]] = {}
         self.plain: dict[int, tuple[tuple[str, Key, int], ...]] = {}
         self.dear: dict[int, tuple[tuple[Key, int], ...]] = {}
@@ -138,7 +142,7 @@ def computed_flops(work: Work) -> tuple[float, float]:
     return work.flops_forward * work.computed, work.flops_backward * work.computed
 
 
-@dataclass(frozen=True)
+@frozen
 class Passes:
     """The costs of all regions under one sharding and one size of micro-batch."""
 
@@ -179,7 +183,7 @@ class Passes:
             backward_kernels=sum(work.kernels_backward for _, work in works),
             forward_seconds=self._forward_seconds(region.nodes, tensor),
             backward_seconds=self._backward_seconds(region.nodes, tensor_back) + self._accumulating_seconds(region.nodes),
-            weight_seconds=sum(self._priced[node.path].weight for node in region.nodes if node.weights),
+            weight_seconds=sum(self._priced[node.path].weight for node in region.nodes),
             tensor_forward_seconds=tensor,
             tensor_backward_seconds=tensor_back,
             context_forward_seconds=self._moved(over["context"]),
@@ -195,6 +199,7 @@ class Passes:
             making_bytes=making,
             adding_bytes=adding,
             waiting_bytes=self._waiting(region),
+            given_bytes=self._given(index) if region.repeated else 0,
             **kept,
         )
 
@@ -221,7 +226,8 @@ class Passes:
     def _priced(self) -> Mapping[str, Priced]:
         plain = {path: self._plainly(node, self._locals[path]) for path, node in self.graph.nodes.items()}
         works = self.execution.works(self.graph, {path: priced.work for path, priced in plain.items()}, self._locals)
-        return {path: plain[path] if plain[path].work is work else self._price(work) for path, work in works.items()}
+        nodes = self.graph.nodes
+        return {p: plain[p] if plain[p].work is work else self._price(work, nodes[p]) for p, work in works.items()}
 
     def _plainly(self, node: Node, local: Local) -> Priced:
         """As the emitted program executes it."""
@@ -232,7 +238,7 @@ class Passes:
         key = (node.path, local.inputs, local.output, local.weights, work)
         found = self.prices.get(key)
         if found is None:
-            found = self.prices[key] = self._price(work(local))
+            found = self.prices[key] = self._price(work(local), node)
         return found
 
     def _learned(self, value: str) -> bool:
@@ -240,9 +246,10 @@ class Passes:
         node = self.graph.nodes[value]
         return bool(node.weights) or (not CATALOGUE[node.op].of_shape and any(map(self._learned, node.inputs)))
 
-    def _price(self, work: Work) -> Priced:
+    def _price(self, work: Work, node: Node) -> Priced:
         kernels = self.kernels
-        return Priced(work, kernels.forward_busy(work), kernels.backward_busy(work), kernels.weight_seconds(work))
+        weight = kernels.weight_seconds(work) if node.weights else 0.0
+        return Priced(work, kernels.forward_busy(work), kernels.backward_busy(work), weight)
 
     @cached_property
     def _locals(self) -> Mapping[str, Local]:
@@ -357,7 +364,9 @@ class Passes:
     def _aliases(self) -> Mapping[str, str]:
         """Views look at their input; a product whose bias follows at once is computed together with it; the last value of a
         pass is the first of the next."""
-        found: dict[str, str] = {}
+        found = self.layout.aliases
+        if found:
+            return found
         users: dict[str, list[Node]] = {}
         for node in self.graph.nodes.values():
             for source in node.inputs:
@@ -441,17 +450,24 @@ class Passes:
     def _find_plain(self, region: Region) -> Iterator[tuple[str, Key, int]]:
         for node in region.nodes:
             left = self.sharding.left(node.path)
+            wide = self.layout.number(replace(node.type, dtype="fp32"), left)
             for name in self._works[node.path].saved:
                 if node.path == self.graph.loss and name == "in0":
                     continue  # `keeps_logits`
                 if name == "out":
                     yield node.path, self._storage(node.path), self._number(node.path, left)
+                elif name == "in0" and self._widens(node):
+                    yield node.path, (node.path, "widened"), wide
                 else:
                     value, lie = node.inputs[int(name[2:])], self.sharding.asked(node, int(name[2:]))
                     yield node.path, self._storage(value, lie), self._number(value, lie)
             composed = _SIMPLE if self.execution.composed else _COMPOSED.get(self.kernels.device.kind, frozenset[str]())
             if node.op in composed:
-                yield node.path, (node.path, "inside"), self.layout.number(replace(node.type, dtype="fp32"), left)
+                yield node.path, (node.path, "inside"), wide
+
+    def _widens(self, node: Node) -> bool:
+        """Whether it is composed of operations in fp32, of which the first saves a copy of the input."""
+        return node.op in _COMPOSED.get(self.kernels.device.kind, ()) and width(node.type, self.float_bytes) < 4
 
     def _saved_dear(self, region: Region, moves: Iterable[Move]) -> Iterator[tuple[Key, int]]:
         found = self.layout.dear.get(id(region))
@@ -538,10 +554,24 @@ class Passes:
                 found[apart] += self.float_bytes * prod(shape)
         return found[0], found[1]
 
+    def straight_weights(self, index: int) -> Mapping[str, int]:
+        """Bytes of the weights of straight code."""
+        region = self.graph.regions[index]
+        pairs = ((n.weights, self._locals[n.path].weights) for n in region.nodes if not region.repeated)
+        return {key: self.float_bytes * prod(shape) for each in pairs for key, shape in zip(*each, strict=True)}
+
     def _waiting(self, region: Region) -> int:
         """Gradients of the results of operations with weights, which those of the weights need."""
-        results = {self._storage(n.path): self._bytes(n.path, self.sharding.left(n.path)) for n in region.nodes if n.weights}
+        results: dict[Key, int] = {}
+        for node in (node for node in region.nodes if node.weights):
+            size = self._bytes(node.path, self.sharding.left(node.path))
+            results[self._storage(node.path)] = size * 4 // self.float_bytes if self._widens(node) else size
         return sum(results.values())
+
+    def _given(self, index: int) -> int:
+        """Of values that are made of weights, outside of the repeat: its passes use them all."""
+        used = {value for node in self.graph.regions[index].nodes for value in node.inputs}
+        return sum(self._bytes(v, lie) for v, lie in self._captured(index) if v in used and self._learned(v))
 
     def _transient(self, node: Node) -> int:
         """Its results and their gradients at one moment: output and inputs, and what the operation needs inside."""

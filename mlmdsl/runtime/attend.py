@@ -332,6 +332,7 @@ def forward_by_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, vali
         values = v[:, :, block.keys.start : block.keys.stop]
         part = block.product(block.weights.to(v.dtype), values).flatten(1, 2)
         y[:, :, block.rows.start : block.rows.stop] = part
+        del block, part  # before the next one is made
     return y
 
 
@@ -359,6 +360,7 @@ def backward_by_blocks(
         narrow = ds.mul_(scale).to(q.dtype)
         dq[:, :, rows] = block.product(narrow, block.k).flatten(1, 2)
         dk[:, :, keys] += narrow.flatten(2, 3).mT @ block.q.flatten(2, 3)
+        del block, delta, ds, narrow  # before the next one is made
     return [dq, dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)]
 
 

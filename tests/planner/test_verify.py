@@ -20,6 +20,7 @@ from tests.parity.models import GPT, MODELS, OBJECTIVES, SETTINGS, small_model
 INSIDE = ORDERS[1]
 TWO, EIGHT, WIDE, BF16 = ("mixtral.layers=2",), ("llama.layers=8",), ("gpt.d=128",), ("train.precision=bf16",)
 T5 = ("t5.layers=2", f"train.objective={OBJECTIVES['t5']}")
+LONG = ("t5.layers=2", "train.objective=span_corruption(target_len = 256 tok)", "train.seq_len=1024 tok")
 
 # model, pins, ranks, overrides
 CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[str, ...]]] = [
@@ -57,6 +58,10 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[str, ...]]] = [
     ("t5", dict(context=2, tensor=2, sequence_parallel=True), (3,), T5),
     ("bloom", dict(tensor=2), (1,), ()),
     ("bloom", dict(context=2), (1,), ()),
+    # blocks of queries, of which one is there at a time
+    ("t5", dict(recompute="full"), (0,), LONG),
+    # a CPU's RMSNorm of bfloat16 saves its input as fp32
+    ("llama", dict(pipeline=2, schedule="zb_v", micro_batch=1), (1,), (*BF16, "train.seq_len=512 tok", "llama.d=256")),
     # a CPU adds up in fp32
     ("llama", dict(tensor=2, sequence_parallel=True), (0,), BF16),
     ("t5", dict(tensor=2, micro_batch=1), (0,), (*T5, *BF16)),
@@ -136,69 +141,6 @@ train {
 }
 """
 
-# micro-batches, precision, pins, ranks, overrides
-DRAWN: list[tuple[int, str, dict[str, Any], tuple[int, ...], tuple[str, ...]]] = [
-    # tied weights on an interleaved last stage: what RMSNorm keeps where a GPU computes it
-    (
-        4,
-        "bf16",
-        dict(pipeline=2, data=8, zero=1, micro_batch=4, schedule="interleaved_1f1b", interleave=2),
-        (1, 9),
-        ("drawn.layers=8",),
-    ),
-    # a cut vocabulary: the loss keeps the logits, not their softmax
-    (3, "bf16", dict(tensor=4, pipeline=2, schedule="gpipe", recompute="full"), (4,), ("drawn.vocab=128_000",)),
-    # gradients of a large table, which are there when it is their turn
-    (2, "fp32", dict(data=8, zero=1, micro_batch=1, recompute="full"), (0,), ("drawn.vocab=128_000",)),
-    # a loss that is gone, gradients of weights that are put off and not added up
-    (4, "bf16", dict(pipeline=2, data=2, zero=1, schedule="zb_v"), (0, 2), ("drawn.layers=4",)),
-    (4, "fp32", dict(context=2, pipeline=2, data=2, zero=1, schedule="dualpipe_v"), (0, 5), ("drawn.layers=4",)),
-    # tensors are not the most when the device is the fullest
-    (4, "bf16", dict(tensor=4, data=2, zero=1, recompute="full"), (0,), ("drawn.vocab=4_096",)),
-]
-
-
-@pytest.mark.parametrize(
-    ("micro_batches", "precision", "pins", "ranks", "overrides"),
-    DRAWN,
-    ids=[" ".join((precision, *map(str, pins.values()), *more)) for _, precision, pins, _, more in DRAWN],
-)
-def test_a_large_program_keeps_its_plan(
-    micro_batches: int,
-    precision: str,
-    pins: dict[str, Any],
-    ranks: tuple[int, ...],
-    overrides: tuple[str, ...],
-    tmp_path: Path,
-) -> None:
-    keeps_its_plan(PARALLEL_BLOCK, micro_batches, precision, pins, ranks, overrides, tmp_path)
-
-
-def keeps_its_plan(
-    model: str,
-    micro_batches: int,
-    precision: str,
-    pins: dict[str, Any],
-    ranks: tuple[int, ...],
-    overrides: tuple[str, ...],
-    folder: Path,
-) -> None:
-    """On a GPU."""
-    pins = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"} | pins
-    world = prod(pins[axis] for axis in ("tensor", "context", "pipeline", "data"))
-    done = compile_spec(
-        model + LARGE % (world, micro_batches * pins["micro_batch"] * pins["data"], precision),
-        path="/specs/x.mlm",
-        overrides=overrides,
-        pins=[f"{name}={str(value).lower()}" for name, value in pins.items()],
-    )
-    assert done.plan is not None and done.program is not None
-    done.program.write(folder)
-    for rank in ranks:
-        verdict = compare(done.plan, rank, measure(folder / "program.py", rank, "cuda"))
-        assert verdict.agrees, render_verdict(verdict)
-
-
 # An encoder-decoder whose masks and biases are most of its activations
 BIASED = (
     "t5.layers=2",
@@ -210,20 +152,115 @@ BIASED = (
     "train.seq_len=1024 tok",
     "train.objective=span_corruption(target_len = 512 tok)",
 )
-BIASES: list[tuple[dict[str, Any], int]] = [
-    (dict(micro_batch=1), 0),
-    (dict(tensor=2, recompute="full"), 1),
-    (dict(context=2), 1),
-    (dict(pipeline=2, schedule="1f1b", micro_batch=1), 0),
-    (dict(pipeline=2, schedule="1f1b", micro_batch=1), 1),
-    (dict(tensor=2, pipeline=2, schedule="1f1b"), 0),
-    (dict(pipeline=2, data=2, zero=1, schedule="1f1b", micro_batch=1), 0),
+# One whose table of 64 MiB is that of both and of the head
+TABLE = (
+    *BIASED[:5],
+    "t5.vocab=32_768",
+    "train.seq_len=512 tok",
+    "train.objective=span_corruption(target_len = 128 tok)",
+)
+# Weights that are most of the memory
+SHORT = ("drawn.d=1024", "drawn.layers=8", "drawn.vocab=1_024", "train.seq_len=128 tok")
+EXPERTS = (
+    "mixtral.d=512",
+    "mixtral.layers=4",
+    "mixtral.ff=1024",
+    "mixtral.vocab=8_192",
+    "train.seq_len=512 tok",
+)
+
+# model, micro-batches, precision, pins, ranks, overrides
+LARGE_CASES: list[tuple[str, int, str, dict[str, Any], tuple[int, ...], tuple[str, ...]]] = [
+    # tied weights on an interleaved last stage: what RMSNorm keeps where a GPU computes it
+    (
+        "drawn",
+        4,
+        "bf16",
+        dict(pipeline=2, data=8, zero=1, micro_batch=4, schedule="interleaved_1f1b", interleave=2),
+        (1, 9),
+        ("drawn.layers=8",),
+    ),
+    # a cut vocabulary: the loss keeps the logits, not their softmax
+    ("drawn", 3, "bf16", dict(tensor=4, pipeline=2, schedule="gpipe", recompute="full"), (4,), ("drawn.vocab=128_000",)),
+    # gradients of a large table, which are there when it is their turn
+    ("drawn", 2, "fp32", dict(data=8, zero=1, micro_batch=1, recompute="full"), (0,), ("drawn.vocab=128_000",)),
+    # a loss that is gone, gradients of weights that are put off and not added up
+    ("drawn", 4, "bf16", dict(pipeline=2, data=2, zero=1, schedule="zb_v"), (0, 2), ("drawn.layers=4",)),
+    ("drawn", 4, "fp32", dict(context=2, pipeline=2, data=2, zero=1, schedule="dualpipe_v"), (0, 5), ("drawn.layers=4",)),
+    # those of whole backward passes are added up layer by layer
+    ("drawn", 8, "bf16", dict(pipeline=2, data=2, zero=1, schedule="zb_v", micro_batch=1), (0, 2), SHORT),
+    ("mixtral", 4, "bf16", dict(pipeline=2, data=2, zero=1, schedule="dualpipe_v", micro_batch=1), (0, 2), EXPERTS),
+    # what was reduced last lies there of every stage of a rank; no sums are there before the first backward pass
+    (
+        "mixtral",
+        4,
+        "bf16",
+        dict(pipeline=2, data=2, zero=2, schedule="interleaved_1f1b", interleave=2, micro_batch=1),
+        (0, 2),
+        EXPERTS,
+    ),
+    (
+        "drawn",
+        2,
+        "fp32",
+        dict(pipeline=2, data=2, zero=2, schedule="gpipe", micro_batch=1),
+        (0, 2),
+        ("drawn.d=256", "drawn.layers=4", "train.seq_len=512 tok"),
+    ),
+    # what recomputing brings back is not there together with what layers behind it keep
+    (
+        "drawn",
+        8,
+        "fp32",
+        dict(pipeline=2, data=2, zero=1, schedule="1f1b", micro_batch=1, recompute="[full, selective, selective, full]"),
+        (0, 2),
+        ("drawn.d=256", "drawn.layers=4", "drawn.vocab=1_024", "train.seq_len=1024 tok"),
+    ),
+    ("t5", 2, "bf16", dict(recompute="[selective, none, none, none]"), (0,), BIASED),
+    # gradients of a bias that every layer is given are added up; so are those of a table that stands in several places
+    ("t5", 2, "fp32", dict(micro_batch=1, recompute="full"), (0,), BIASED),
+    ("t5", 2, "fp32", dict(), (0,), TABLE),
+    ("t5", 2, "fp32", dict(pipeline=2, schedule="gpipe", recompute="full"), (0,), TABLE),
+    # tensors are not the most when the device is the fullest
+    ("drawn", 4, "bf16", dict(tensor=4, data=2, zero=1, recompute="full"), (0,), ("drawn.vocab=4_096",)),
+    ("t5", 4, "bf16", dict(micro_batch=1), (0,), BIASED),
+    ("t5", 4, "bf16", dict(tensor=2, recompute="full"), (1,), BIASED),
+    ("t5", 4, "bf16", dict(context=2), (1,), BIASED),
+    ("t5", 4, "bf16", dict(pipeline=2, schedule="1f1b", micro_batch=1), (0, 1), BIASED),
+    ("t5", 4, "bf16", dict(tensor=2, pipeline=2, schedule="1f1b"), (0,), BIASED),
+    ("t5", 4, "bf16", dict(pipeline=2, data=2, zero=1, schedule="1f1b", micro_batch=1), (0,), BIASED),
 ]
 
 
-@pytest.mark.parametrize(("pins", "rank"), BIASES, ids=[" ".join(map(str, (*pins.values(), rank))) for pins, rank in BIASES])
-def test_a_large_encoder_decoder_keeps_its_plan(pins: dict[str, Any], rank: int, tmp_path: Path) -> None:
-    keeps_its_plan(small_model("t5"), 4, "bf16", pins, (rank,), BIASED, tmp_path)
+@pytest.mark.parametrize(
+    ("model", "micro_batches", "precision", "pins", "ranks", "overrides"),
+    LARGE_CASES,
+    ids=[" ".join((name, dtype, *map(str, pins.values()), *more)) for name, _, dtype, pins, _, more in LARGE_CASES],
+)
+def test_a_large_program_keeps_its_plan(
+    model: str,
+    micro_batches: int,
+    precision: str,
+    pins: dict[str, Any],
+    ranks: tuple[int, ...],
+    overrides: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    """On a GPU."""
+    pins = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"} | pins
+    world = prod(pins[axis] for axis in ("tensor", "context", "pipeline", "data"))
+    text = PARALLEL_BLOCK if model == "drawn" else small_model(model)
+    done = compile_spec(
+        text + LARGE % (world, micro_batches * pins["micro_batch"] * pins["data"], precision),
+        path="/specs/x.mlm",
+        overrides=overrides,
+        pins=[f"{name}={str(value).lower()}" for name, value in pins.items()],
+    )
+    assert done.plan is not None and done.program is not None
+    done.program.write(tmp_path)
+    for rank in ranks:
+        verdict = compare(done.plan, rank, measure(tmp_path / "program.py", rank, "cuda"))
+        assert verdict.agrees, render_verdict(verdict)
 
 
 def test_groups_of_a_rank() -> None:

@@ -264,7 +264,7 @@ def _blockwise_work(fused: Work, local: Local, pairs: float) -> Work:
     block, blocks = min(_at_once(local), QUERY_BLOCK), -(-queries // QUERY_BLOCK)
     ragged = bool(local.attrs["causal"]) + (local.attrs["window"] is not None)
     executed = min(float(queries * keys), pairs + ragged * queries * block / 2)
-    summed = 4 * sum(prod(s) for s in local.inputs[3:] if len(s) == 3)  # the gradient of the bias
+    summed = (4 - width) * sum(prod(s) for s in local.inputs[3:] if len(s) == 3)  # the gradient of the bias is one in fp32
     scores = batch * heads * executed
     return replace(
         fused,
