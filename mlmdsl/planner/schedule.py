@@ -12,13 +12,13 @@ schedules do, so that its neighbour starts when the stage is done.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cache, lru_cache
-from itertools import accumulate, combinations, product
+from itertools import accumulate, combinations, pairwise
 from typing import NamedTuple, Protocol, get_args
 
 from mlmdsl.grammar.constraints import ZEROS
-from mlmdsl.planner import zero_bubble
+from mlmdsl.planner import interleaved, zero_bubble
 from mlmdsl.planner.plan import Recompute, Schedule
 
 Course = tuple[Schedule, int]  # a schedule, and its virtual stages a rank
@@ -39,14 +39,16 @@ def pipeline_rank(schedule: Schedule, pipeline: int, stage: int) -> int:
 @cache
 def stages_of(schedule: Schedule, pipeline: int, interleave: int, rank: int) -> tuple[int, ...]:
     """The virtual stages of a rank, in model order."""
-    return tuple(s for s in range(pipeline * interleave) if pipeline_rank(schedule, pipeline, s) == rank)
+    ways = ((turn * pipeline, schedule in V_SHAPED and turn % 2 == 1) for turn in range(interleave))
+    return tuple(start + (pipeline - 1 - rank if back else rank) for start, back in ways)
 
 
-def hands_on(schedule: Schedule, pipeline: int, interleave: int, stage: int) -> bool:
-    """Whether a stage sends what it makes to another rank."""
-    if stage + 1 == pipeline * interleave:
-        return False
-    return pipeline_rank(schedule, pipeline, stage) != pipeline_rank(schedule, pipeline, stage + 1)
+@cache
+def links(schedule: Schedule, pipeline: int, interleave: int) -> tuple[tuple[bool, bool], ...]:
+    """By virtual stage, whether it is given its input by another rank, and hands its output to one."""
+    ranks = [pipeline_rank(schedule, pipeline, stage) for stage in range(pipeline * interleave)]
+    crosses = [False, *(one != other for one, other in pairwise(ranks)), False]
+    return tuple(pairwise(crosses))
 
 
 # ---- what torch can run ---------------------------------------------------------------------------------------------
@@ -123,46 +125,54 @@ class Fullest(NamedTuple):
     buffers: float
 
 
-@cache
-def interleaved(pipeline: int, interleave: int, micro_batches: int, rank: int) -> tuple[tuple[int, ...], ...]:
+def extremes(pipeline: int, interleave: int, micro_batches: int, rank: int) -> tuple[tuple[int, ...], ...]:
     """Of the interleaved schedule with several rounds: what each of the rank's stages holds when the first one holds the most,
-    and when the last one does. In a round passes go through the stages, backward passes from the last one on; counts change
-    their course where a forward or a backward pass turns to another stage."""
-    each, first = micro_batches // rounds(pipeline, micro_batches), warm_up(pipeline, interleave, micro_batches, rank)
-    end = min(micro_batches * interleave, first + 2 * each * interleave)
-    turns = (turn for start in (0, first) for turn in (*range(start, end, each), end))
-    times = sorted({time for turn in turns for time in (turn - 1, turn) if first <= time < end})
-
-    def passed(passes: int, nth: int) -> int:
-        whole, rest = divmod(passes, each * interleave)
-        return whole * each + min(max(rest - nth * each, 0), each)
-
-    found = [
-        tuple(passed(time + 1, stage) - passed(time - first, interleave - 1 - stage) for stage in range(interleave))
-        for time in times
-    ]
-    return tuple(dict.fromkeys(max(found, key=lambda counts: counts[i]) for i in (0, -1))) if found else ()
+    and when the last one does. What they hold after a round of backward passes, they held before it."""
+    each, ahead = micro_batches // rounds(pipeline, micro_batches), warm_up(pipeline, interleave, micro_batches, rank)
+    end = min(micro_batches * interleave, ahead + each * interleave)
+    return interleaved.extremes(each, interleave, ahead, end)
 
 
-@cache
 def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> Fullest:
     """Of the ranks' counts c: 1 / sum(1 / c), and this over the largest. A rank that keeps k bytes for a micro-batch holds c k
     or more, so the fullest of ranks that keep K bytes together holds at least K / sum(1 / c)."""
-    counts = [_least_count(schedule, pipeline, interleave, micro_batches, rank) for rank in range(pipeline)]
+    return _least_in_flight(schedule, pipeline, interleave, _as_full(schedule, pipeline, micro_batches))
+
+
+def _as_full(schedule: Schedule, pipeline: int, micro_batches: int) -> int:
+    """As few micro-batches as ranks hold as many of: those of the warm-up, or of a few rounds."""
+    if schedule == "1f1b":
+        return min(micro_batches, pipeline)
+    if schedule in V_SHAPED:
+        return min(micro_batches, 2 * pipeline)
+    if schedule == "interleaved_1f1b":
+        turns = rounds(pipeline, micro_batches)
+        return micro_batches // turns * min(turns, 3)
+    return micro_batches
+
+
+@cache
+def _least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> Fullest:
+    counts = least_counts(schedule, pipeline, interleave, micro_batches)
     share = 1 / sum(1 / count for count in counts)
     fewest = 0 if pipeline == 1 else 2 * interleave - 1 - (schedule in V_SHAPED)  # of the first rank's stages, or the last's
     return Fullest(share, share / max(counts), fewest, 2 * (pipeline * interleave - 1) / pipeline)
 
 
-def _least_count(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int, rank: int) -> float:
-    """Of more than two stages of an interleaved schedule the mean, larger counts going with larger stages (Chebyshev's sum
-    inequality). Where stages have their own counts the smallest; of two, some moment is as full as any mean of moments is."""
-    each = in_flight(schedule, pipeline, interleave, micro_batches, rank)
-    if schedule in V_SHAPED or (schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) == 1):
-        return min(each)
-    if schedule == "interleaved_1f1b" and interleave == 2:
-        return _evenest(interleaved(pipeline, interleave, micro_batches, rank))
-    return sum(each) / len(each)
+def least_counts(schedule: Schedule, pipeline: int, interleave: int, micro_batches: int) -> Sequence[float]:
+    """By rank. Of more than two stages of an interleaved schedule the mean, larger counts going with larger stages (Chebyshev's
+    sum inequality). Where stages have their own counts the smallest; of two, some moment is as full as any mean of moments
+    is."""
+    ranks = range(pipeline)
+    if schedule == "gpipe":
+        return [micro_batches] * pipeline
+    if schedule == "1f1b" or schedule in V_SHAPED:
+        return [min(in_flight(schedule, pipeline, interleave, micro_batches, rank)) for rank in ranks]
+    if rounds(pipeline, micro_batches) == 1:  # those of the last stage
+        return [min(micro_batches, 2 * (pipeline - rank) - 1) for rank in ranks]
+    if interleave == 2:
+        return [_evenest(extremes(pipeline, interleave, micro_batches, rank)) for rank in ranks]
+    return [(warm_up(pipeline, interleave, micro_batches, rank) + 1) / interleave for rank in ranks]
 
 
 def _evenest(moments: Collection[tuple[int, ...]]) -> float:
@@ -188,15 +198,11 @@ def sums_while_full(schedule: Schedule, pipeline: int, micro_batches: int) -> bo
 
 
 @cache
-def least_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int) -> tuple[tuple[bool, Fullest], ...]:
-    """Under any of the schedules: of those without and with sums while a rank is full, if there are some."""
-    found: list[tuple[bool, Fullest]] = []
-    for summed in (False, True):
-        mine = [course for course in courses if sums_while_full(course[0], pipeline, micro_batches) == summed]
-        each = [least_in_flight(schedule, pipeline, interleave, micro_batches) for schedule, interleave in mine]
-        if each:
-            found.append((summed, Fullest(*map(min, zip(*each, strict=True)))))
-    return tuple(found)
+def least_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int) -> tuple[bool, Fullest]:
+    """Of each quantity the least under any of the schedules; whether ranks have sums while they are full under all of them."""
+    each = [least_in_flight(schedule, pipeline, interleave, micro_batches) for schedule, interleave in courses]
+    summed = all(sums_while_full(schedule, pipeline, micro_batches) for schedule, _ in courses)
+    return summed, Fullest(*map(min, zip(*each, strict=True)))
 
 
 def warm_up(pipeline: int, interleave: int, micro_batches: int, rank: int) -> int:
@@ -272,22 +278,23 @@ def _interleaved(runs: Runs, micro_batches: int, pipeline: int, interleave: int)
     """The longest way through a few rounds, pass by pass; rounds after them take as long as the last of these, if none of the
     ranks is busy for longer."""
     turns = rounds(pipeline, micro_batches)
-    if turns > _ROUNDS:
-        each = micro_batches // turns
-        most, less = (_interleaved(runs, each * n, pipeline, interleave) for n in (_ROUNDS, _ROUNDS - 1))
-        return max(most + (turns - _ROUNDS) * (most - less), _busiest(runs, micro_batches, pipeline))
-    seconds = [f for n, f, _, _ in runs for _ in range(n)] + [b for n, _, b, _ in runs for _ in range(n)]
-    ends = [0.0]
-    for cost, one, other in _passes_in_order(pipeline, interleave, micro_batches):
-        free, arrived = ends[one], ends[other]
-        ends.append((free if free > arrived else arrived) + seconds[cost])
-    return max(ends)
+    forward = [f for count, f, _, _ in runs for _ in range(count)]
+    backward = [b for count, _, b, _ in runs for _ in range(count)]
+    few = (turns,) if turns <= _ROUNDS else (_ROUNDS - 1, _ROUNDS)
+    found = interleaved.seconds(forward, backward, micro_batches // turns, few, pipeline)
+    if turns <= _ROUNDS:
+        return found[0]
+    less, most = found
+    return max(most + (turns - _ROUNDS) * (most - less), _busiest(runs, micro_batches, pipeline))
 
 
+@lru_cache(maxsize=4096)
 def _busiest(runs: Runs, micro_batches: int, pipeline: int) -> float:
     """Of the ranks the longest time from the step's beginning to its end: the way to it and from it, and its own work."""
     costs = [f + b for count, f, b, _ in runs for _ in range(count)]
-    return max(sum(costs[:rank]) + micro_batches * sum(costs[rank::pipeline]) for rank in range(pipeline))
+    work = map(sum, zip(*(costs[start : start + pipeline] for start in range(0, len(costs), pipeline)), strict=True))
+    ways = accumulate(costs[: pipeline - 1], initial=0.0)
+    return max(way + micro_batches * own for way, own in zip(ways, work, strict=True))
 
 
 @lru_cache(maxsize=4096)
@@ -307,33 +314,3 @@ def _work(runs: Runs, micro_batches: int, pipeline: int) -> float:
     costs = [f + b for count, f, b, _ in runs for _ in range(count)]
     down = [0.0, *accumulate(f for count, f, _, _ in runs for _ in range(count))]
     return max(down[rank] + micro_batches * (costs[rank] + costs[-1 - rank]) for rank in range(pipeline))
-
-
-@cache
-def _passes_in_order(pipeline: int, interleave: int, micro_batches: int) -> list[tuple[int, int, int]]:
-    """The passes of an interleaved schedule in an order in which none waits for a later one: (stage, counted on for backward
-    passes; the rank's pass before; the pass that its input comes from), these two numbered from one, 0 for none."""
-    stages, turns = pipeline * interleave, rounds(pipeline, micro_batches)
-    each = micro_batches // turns
-    period = max(each, pipeline)  # from a rank's virtual stage to its next
-    last = (interleave - 1) * period + 2 * (pipeline - 1)  # from a forward pass on the first rank to the backward pass there
-    slots: list[int] = []  # of a pass its time, cost and micro-batch, as one number
-    later, sooner = (4 * stages + 1) * micro_batches, (1 - 4 * stages) * micro_batches
-    for turn, place, nth in product(range(turns), range(each), range(interleave)):
-        i, slot = turn * each + place, (turn * interleave + nth) * period + place
-        forward, backward = nth * pipeline, stages + (interleave - 1 - nth) * pipeline
-        down = (2 * slot * 2 * stages + forward) * micro_batches + i
-        slots.extend(range(down, down + pipeline * later, later))  # a rank later each
-        back = ((2 * (slot + last) + 1) * 2 * stages + backward) * micro_batches + i
-        slots.extend(range(back, back + pipeline * sooner, sooner))
-    slots.sort()
-    before, found = [0] * pipeline, list[tuple[int, int, int]]()
-    numbers = [0] * (2 * stages * micro_batches)
-    sources = [*range(-1, stages - 1), *range(stages + 1, 2 * stages), stages - 1]
-    for number, slot in enumerate(slots, 1):
-        at = slot % (2 * stages * micro_batches)
-        cost, i = divmod(at, micro_batches)
-        rank, source = cost % pipeline, sources[cost]
-        found.append((cost, before[rank], numbers[source * micro_batches + i] if source >= 0 else 0))
-        before[rank] = numbers[at] = number
-    return found

@@ -11,22 +11,14 @@ backward pass, as torch runs it.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import product
+from itertools import chain, groupby, repeat
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "I", "W", "B"]  # forward; backward to the input, to the weights, both
 KINDS: tuple[Kind, ...] = ("F", "I", "W", "B")
-_TOGETHER: Mapping[str, tuple[Kind, ...]] = {
-    "FIW": ("F", "I", "W"),
-    "IW": ("I", "W"),
-    "F": ("F",),
-    "I": ("I",),
-    "W": ("W",),
-    "B": ("B",),
-}
+_KIND: Mapping[str, Kind] = {kind: kind for kind in KINDS}
 _INDEX = {kind: index for index, kind in enumerate(KINDS)}
 
 
@@ -36,131 +28,125 @@ class Pass(NamedTuple):
     micro_batch: int
 
 
-class _Order:
-    """A rank's passes in the making: each kind of a stage counts its micro-batches."""
-
-    def __init__(self) -> None:
-        self.passes: list[Pass] = []
-        self.count: defaultdict[tuple[str, int], int] = defaultdict(int)
-        self.waiting: list[tuple[int, int]] = []  # (stage, micro-batch) of input gradients whose weights' are to come
-
-    def add(self, kinds: str, stage: int) -> None:
-        count = self.count
-        for kind in _TOGETHER[kinds]:
-            key = ("I" if kind == "B" else kind), stage
-            self.passes.append(Pass(kind, stage, count[key]))
-            count[key] += 1
-            if kind == "B":
-                count["W", stage] += 1
-
-    def backward(self, stage: int, split: bool) -> None:
-        """All of it; split: the input's gradients now, the weights' when there is time."""
-        if split:
-            self.waiting.append((stage, self.count["I", stage]))
-        self.add("I" if split else "B", stage)
-
-    def catch_up(self) -> None:
-        if self.waiting:
-            self.passes.append(Pass("W", *self.waiting.pop(0)))
+Unit = tuple[tuple[Kind, int], ...]  # passes in a row, each of the rank's first stage (0) or its second one (1)
+Script = tuple[tuple[int, Unit], ...]  # how often units are repeated
 
 
 @cache
 def order(schedule: str, pipeline: int, micro_batches: int, rank: int) -> tuple[Pass, ...]:
     """The passes of a rank, one after another: torch's own order."""
-    make = _zb_v if schedule == "zb_v" else _dualpipe_v
-    return tuple(make(pipeline, micro_batches, rank))
+    stages, found = (rank, 2 * pipeline - 1 - rank), list[Pass]()
+    forward, inner, outer = [0, 0], [0, 0], [0, 0]  # micro-batches that have been
+    for kind, mine in chain.from_iterable(unit * times for times, unit in _made(schedule, pipeline, micro_batches, rank)):
+        of = forward if kind == "F" else outer if kind == "W" else inner
+        found.append(Pass(kind, stages[mine], of[mine]))
+        of[mine] += 1
+        outer[mine] += kind == "B"
+    return tuple(item for item in found if item.micro_batch < micro_batches)
 
 
-def _zb_v(p: int, micro_batches: int, rank: int) -> Sequence[Pass]:
-    """Made for 2 p - 1 micro-batches at least; what is too many is left out."""
-    first, second, most = rank, 2 * p - 1 - rank, max(2 * p - 1, micro_batches)
-    o = _Order()
-    for _ in range(2 * (p - rank) - 1):
-        o.add("F", first)
-    for _ in range(rank):
-        o.add("F", second)
-        o.add("F", first)
-    for _ in range(p - rank):
-        o.add("FIW", second)
-    while o.count["F", second] < o.count["F", first] or o.count["F", first] < most:
-        o.add("FIW" if o.count["F", first] < most else "IW", first)
-        o.add("FIW", second)
-    for _ in range(rank):
-        o.add("I", first)
-        o.add("I", second)
-    for _ in range(p - rank):
-        o.add("IW", first)
-    for stage in (second, first):
-        while o.count["W", stage] < o.count["I", stage]:
-            o.add("W", stage)
-    return [item for item in o.passes if item.micro_batch < micro_batches]
+def script(schedule: str, pipeline: int, micro_batches: int, rank: int) -> Script:
+    """The same in short."""
+    if schedule == "zb_v" and micro_batches < 2 * pipeline - 1:
+        return tuple(
+            (1, ((kind, int(stage >= pipeline)),)) for kind, stage, _ in order(schedule, pipeline, micro_batches, rank)
+        )
+    return _made(schedule, pipeline, micro_batches, rank)
 
 
-def _dualpipe_v(p: int, micro_batches: int, rank: int) -> Sequence[Pass]:
-    first, second = rank, 2 * p - 1 - rank
-    o = _Order()
-    for _ in range(2 * (p - rank - 1)):
-        o.add("F", first)
-    for _ in range(rank + 1):
-        o.add("F", first)
-        o.add("F", second)
-    for _ in range(p - rank - 1):
-        o.backward(second, split=True)
-        o.catch_up()
-        o.add("F", second)
-    for _ in range(micro_batches - 2 * p + rank + 1):
-        o.add("F", first)
-        o.add("B", second)
-        o.add("F", second)
-        o.add("B", first)
-    for _ in range(p - rank - 1):
-        o.add("B", second)
-        o.add("F", second)
-        o.add("B", first)
-    split = False
-    for turn, stage in product(range(rank + 1), (second, first)):
-        split = split or (turn == (rank + 1) // 2 and (stage == second) == (rank % 2 == 1))
-        o.backward(stage, split)
-    for _ in range(p - rank - 1):
-        o.catch_up()
-        o.backward(first, split)
-    for _ in range(rank + 1):
-        o.catch_up()
-    return o.passes
+def _made(schedule: str, pipeline: int, micro_batches: int, rank: int) -> Script:
+    """zb_v: made for 2 p - 1 micro-batches at least; what is too many is left out."""
+    if schedule == "zb_v":
+        parts = _zb_v(pipeline, max(2 * pipeline - 1, micro_batches), rank)
+    else:
+        parts = _dualpipe_v(pipeline, micro_batches, rank)
+    return tuple((times, _unit(passes)) for times, passes in parts if times > 0)
+
+
+@cache
+def _unit(passes: str) -> Unit:
+    """From the names of kinds and the numbers of stages."""
+    return tuple((_KIND[name[0]], int(name[1]) - 1) for name in passes.split())
+
+
+def _zb_v(p: int, micro_batches: int, rank: int) -> list[tuple[int, str]]:
+    return [
+        (2 * (p - rank) - 1, "F1"),
+        (rank, "F2 F1"),
+        (p - rank, "F2 I2 W2"),
+        (micro_batches - 2 * p + rank + 1, "F1 I1 W1 F2 I2 W2"),
+        (p - rank - 1, "I1 W1 F2 I2 W2"),
+        (rank, "I1 I2"),
+        (p - rank, "I1 W1"),
+        (rank, "W2"),
+        (rank, "W1"),
+    ]
+
+
+def _dualpipe_v(p: int, micro_batches: int, rank: int) -> list[tuple[int, str]]:
+    """What waits for its gradients of weights at the end is made up for in order."""
+    rest, odd, half = p - rank - 1, rank % 2, (rank + 1) // 2
+    waiting = ["W1"] * (1 - odd) + ["W2", "W1"] * half + ["W1"] * rest
+    return [
+        (2 * rest, "F1"),
+        (rank + 1, "F1 F2"),
+        (rest, "I2 W2 F2"),
+        (micro_batches - 2 * p + rank + 1, "F1 B2 F2 B1"),
+        (rest, "B2 F2 B1"),
+        (half, "B2 B1"),
+        (1 - odd, "B2 I1"),
+        (half, "I2 I1"),
+        *((len(list(each)), f"{weights} I1") for weights, each in groupby(waiting[:rest])),
+        *((len(list(each)), weights) for weights, each in groupby(waiting[rest:])),
+    ]
 
 
 @cache
 def passes(schedule: str, pipeline: int, micro_batches: int) -> list[tuple[int, int, int]]:
     """All ranks' passes in an order in which none waits for a later one: (cost: index of the kind x stages + stage; the rank's
     pass before; the pass that its input comes from), these two numbered from one, 0 for none."""
-    stages, last = 2 * pipeline, 2 * pipeline - 1
-    orders = [order(schedule, pipeline, micro_batches, rank) for rank in range(pipeline)]
+    lanes = [_lane(schedule, pipeline, micro_batches, rank) for rank in range(pipeline)]
+    numbers: list[int | None] = [None] * (4 * pipeline * micro_batches) + [0, 0]  # of the passes at a place
     done, before, found = [0] * pipeline, [0] * pipeline, list[tuple[int, int, int]]()
-    forward, inner = ([0] * (stages * micro_batches) for _ in "FI")  # numbers of the passes that others wait for
     running = True
     while running:
         running = False
-        for rank, mine in enumerate(orders):
-            at, previous = done[rank], before[rank]
-            while at < len(mine):
-                kind, stage, i = mine[at]
-                source, place = 0, stage * micro_batches + i
-                if kind == "F":
-                    if stage and not (source := forward[place - micro_batches]):
-                        break
-                elif kind != "W" and stage < last and not (source := inner[place + micro_batches]):
+        for rank, lane in enumerate(lanes):
+            at, previous, end = done[rank], before[rank], len(lane)
+            while at < end:
+                cost, awaited, place = lane[at]
+                number = numbers[awaited]
+                if number is None:
                     break
-                found.append((_INDEX[kind] * stages + stage, previous, source))
-                previous = len(found)
-                if kind == "F":
-                    forward[place] = previous
-                elif kind != "W":
-                    inner[place] = previous
+                found.append((cost, previous, number))
+                previous = numbers[place] = len(found)
                 at += 1
             running = running or at > done[rank]
             done[rank], before[rank] = at, previous
-    assert all(at == len(mine) for at, mine in zip(done, orders, strict=True)), "the schedule waits for itself"
+    assert all(at == len(lane) for at, lane in zip(done, lanes, strict=True)), "the schedule waits for itself"
     return found
+
+
+def _lane(schedule: str, pipeline: int, micro_batches: int, rank: int) -> list[tuple[int, int, int]]:
+    """A rank's passes: (cost, the place of the pass that its input comes from, its own place). Places are those of forward
+    passes and of gradients of inputs, by stage and micro-batch; one that is always there; and one that none looks for."""
+    m, stages = micro_batches, 2 * pipeline
+    nothing, nobody = 2 * stages * m, 2 * stages * m + 1
+    been, lane = {(kind, mine): 0 for kind in "FI" for mine in (0, 1)}, list[tuple[int, int, int]]()
+    for times, unit in script(schedule, pipeline, micro_batches, rank):
+        columns: list[Iterator[tuple[int, int, int]]] = []
+        for kind, mine in unit:
+            stage, of = stages - 1 - rank if mine else rank, "F" if kind == "F" else "I"
+            awaited, place = repeat(nothing, times), repeat(nobody, times)
+            if kind != "W":
+                place, sign = (stage if of == "F" else stages + stage) * m + been[of, mine], -1 if of == "F" else 1
+                been[of, mine] += times
+                if 0 <= stage + sign < stages:
+                    awaited = range(place + sign * m, place + sign * m + times)
+                place = range(place, place + times)
+            columns.append(zip(repeat(_INDEX[kind] * stages + stage, times), awaited, place, strict=True))
+        lane += chain.from_iterable(zip(*columns, strict=True))
+    return lane
 
 
 Seconds = Sequence[float]  # by stage
@@ -186,7 +172,8 @@ def apart(schedule: str, pipeline: int, micro_batches: int) -> float:
     if schedule == "zb_v":
         return 1.0
     few = min(micro_batches, 2 * pipeline)
-    parted = sum(each.kind == "W" for rank in range(pipeline) for each in order(schedule, pipeline, few, rank))
+    scripts = (script(schedule, pipeline, few, rank) for rank in range(pipeline))
+    parted = sum(times * (kind == "W") for each in scripts for times, unit in each for kind, _ in unit)
     return parted / (2 * pipeline * micro_batches)
 
 
