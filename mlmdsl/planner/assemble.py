@@ -74,7 +74,7 @@ def variables(c: Candidate) -> PlanVariables:
 def ledger(place: Place, c: Candidate, *, tensors: bool = False) -> tuple[StageMemory, ...]:
     """By pipeline stage, at the moment when the device holds the most, or when tensors alone are the most."""
     fullest = (place.fullest(c, rank, c.cut.held(rank), tensors=tensors) for rank in range(place.pipeline))
-    context = place.context_bytes + place.more_context_bytes(c)
+    context = place.context_bytes + place.more_context_bytes(c.replicate)
     each = enumerate(fullest)
     return tuple(stage_memory(rank, moment.turn, state, held, context) for rank, (moment, state, held) in each)
 

@@ -19,19 +19,21 @@ Seconds of a sequence do not grow with the micro-batch: kernels and links are th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
-from math import inf
-from operator import itemgetter, mul
+from math import ceil, inf
+from operator import itemgetter
 from typing import NamedTuple
 
 from mlmdsl.planner.communication import collective_seconds
+from mlmdsl.planner.demand import Demand, Held, Line, States, demand_of, held_of, states_of
+from mlmdsl.planner.loads import Load
 from mlmdsl.planner.moments import reduces_each_pass
-from mlmdsl.planner.plan import Schedule
+from mlmdsl.planner.plan import CollectiveKind, Schedule
 from mlmdsl.planner.pools import group_on
-from mlmdsl.planner.pricing import Bench, Place, States, Sums
-from mlmdsl.planner.proportion import Paces
+from mlmdsl.planner.pricing import Bench, Place, Sums
 from mlmdsl.planner.schedule import V_SHAPED, Course
+from mlmdsl.planner.trade import Trade
 
 # Sums of the same numbers in another order differ in their last digits, and plans are compared by nine (outcome.py)
 _ROUNDED = 1 - 1e-8
@@ -40,10 +42,19 @@ _WHOLE = 1 - 1e-6
 
 
 class Overhead(NamedTuple):
-    """Seconds of exchanges and the optimizer that nothing hides: once a step, and for every pass of a stage."""
+    """Seconds of exchanges and the optimizer that nothing hides, once a step; of collectives beside the forward and beside the
+    backward passes of every micro-batch, and what part of them costs time at least."""
 
     once: float
-    each: float
+    ahead: float
+    behind: float
+    taken: float
+
+    def beside(self, passes: float, micro_batches: int, forward: float, backward: float) -> float:
+        """What all passes take with the collectives, at least; `forward`, `backward`: of a micro-batch, of the mean rank."""
+        _, ahead, behind, taken = self
+        busy = max(forward + taken * ahead, ahead) + max(backward + taken * behind, behind)
+        return max(passes + micro_batches * taken * (ahead + behind), micro_batches * busy)
 
 
 def least_pipeline(
@@ -55,9 +66,11 @@ def least_pipeline(
     interleave: int,
     layers: int = 0,
     idle: float = 1.0,
+    longest: float = 0.0,
 ) -> float:
     """Seconds of all micro-batches; `send`: of one hand-over between stages; `layers`: of the model, of which some rank has its
-    whole share; `idle`: what is left of the time that ranks wait for each other (host.py)."""
+    whole share; `idle`: what is left of the time that ranks wait for each other (host.py); `longest`: what some way through
+    the schedule takes where nobody shares cores."""
     m, p = micro_batches, pipeline
     if p == 1:
         return m * (sums.forward + sums.backward)
@@ -65,7 +78,7 @@ def least_pipeline(
     whole = sums.forward + sums.backward + 2 * crossings * send
     busy = m * whole / p
     fullest = m * -(-layers // p) * sums.quickest
-    return busy + idle * (max(_through(schedule, sums, send, whole, m, p), fullest) - busy)
+    return busy + idle * (max(_through(schedule, sums, send, whole, m, p), fullest, longest) - busy)
 
 
 def _through(schedule: Schedule, sums: Sums, send: float, whole: float, m: int, p: int) -> float:
@@ -86,144 +99,199 @@ class Share(NamedTuple):
     states: States
 
 
-def share_of(place: Place, zero: int, replicate: int) -> Share:
-    return Share(overhead_of(place, zero, replicate), place.least_states(zero, replicate))
+def shares_of(place: Place, choices: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Share]:
+    """By (zero, replicate); of their states the whole alone. Where pools are unlike, the least of any of them."""
+    each = [_Traffic(place, bench) for bench in place.distinct]
+    found: dict[tuple[int, int], Share] = {}
+    for choice in choices:
+        overhead = Overhead(*map(min, zip(*(traffic.overhead(*choice) for traffic in each), strict=True)))
+        found[choice] = Share(overhead, states_of(place, *choice))
+    return found
 
 
-def least_uneven(schedule: Schedule, sums: Sums, send: float, micro_batches: int, paces: Paces) -> float:
-    """Seconds of all micro-batches where ranks differ in pace. Ranks that are busy with a micro-batch for c_s seconds do
-    sum(c_s pace_s) of its work w at the most: weighted by pace, the mean of c_s is w / sum(pace) at least. No schedule is
-    shorter than any of these, for every s, nor than their mean:
+class _Traffic:
+    """Exchanges and the optimizer of a rank with the mean rank's weights on one kind of device."""
 
-        gpipe               W + (m - 1) c_s
-        interleaved_1f1b    m c_s and the way to s, down over the shortest of layers and up again
-        zb_v, dualpipe_v    m c_s and the way down to s
-        1f1b                W + (m - p + s) c_s + c_(s+1) + .. + c_(p-1), weighted so that each c_t counts at its pace
-    """
-    m, p, total = micro_batches, len(paces.ranks), sum(paces.ranks)
-    mean, whole = paces.work / total, sums.forward + sums.backward + 2 * (p - 1) * send
+    def __init__(self, place: Place, bench: Bench):
+        self.place, self.bench, self.kernels = place, bench, bench.site.kernels
+        held = place.bench.holdings.of(bench.setting.chain.whole[0])
+        self.elements, self.experts = held.elements / place.pipeline, held.experts / place.pipeline
+        self._sharded: dict[int, tuple[float, float]] = {}
+
+    def overhead(self, zero: int, replicate: int) -> Overhead:
+        place, execution, piped = self.place, self.bench.setting.execution, self.place.pipeline > 1
+        hidden = place.taken  # of what runs beside kernels, what it takes at least
+        if place.replicas == 1:
+            return Overhead(self._optimizer(self.elements + self.experts), 0.0, 0.0, hidden)
+        of_experts = 0.0
+        if self.experts:
+            of_experts = self._seconds("reduce_scatter" if zero else "all_reduce", 4 * self.experts, "copies", replicate)
+        if not zero:
+            reduced = self._seconds("all_reduce", execution.gradient_bytes * self.elements, "replicas", replicate)
+            share = hidden if execution.overlapped_sums and not piped else 1.0
+            return Overhead(share * reduced + of_experts + self._optimizer(self.elements + self.experts), 0.0, 0.0, hidden)
+        step = of_experts + self._optimizer(self.elements * replicate / place.replicas)
+        reduced, gathered = self._over_shards(replicate)
+        ahead, behind = gathered * (zero == 3 and not piped), gathered * (zero == 3)
+        if reduces_each_pass(zero, piped):
+            return Overhead(step, ahead, behind + reduced, hidden)
+        return Overhead(step + reduced * (1.0 if piped else hidden), ahead, behind, hidden)
+
+    def _over_shards(self, replicate: int) -> tuple[float, float]:
+        """Seconds of a sum of all gradients, and of a gather of all weights."""
+        if replicate not in self._sharded:
+            setting, axis = self.bench.setting, "replicas" if replicate == 1 else "shards"
+            reduced = self._seconds("reduce_scatter", setting.execution.gradient_bytes * self.elements, axis, replicate)
+            gathered = self._seconds("all_gather", setting.width * self.elements, axis, replicate)
+            self._sharded[replicate] = reduced, gathered
+        return self._sharded[replicate]
+
+    def _seconds(self, kind: CollectiveKind, size: float, axis: str, replicate: int) -> float:
+        return collective_seconds(kind, size, group_on(self.bench.site, self.place.mesh_of(replicate), axis))
+
+    def _optimizer(self, elements: float) -> float:
+        return self.kernels.optimizer_seconds(self.place.optimizer_bytes * elements)
+
+
+class Rates(NamedTuple):
+    """Of a micro-batch under some ways of recomputing: seconds under the mildest, those of the model's beginning and of its
+    end, and of a hand-over between stages; what it costs to keep less; what is held besides."""
+
+    sums: Sums
+    ends: tuple[float, float]
+    send: float
+    trade: Trade
+    held: Held
+
+
+def rates_of(place: Place, micro_batch: int, modes: tuple[int, ...], apart: bool) -> Rates:
+    speed = place.bench.speed(micro_batch, modes[0])
+    return Rates(
+        place.sums(micro_batch, modes[0]),
+        (speed.first, speed.last),
+        place.least_send(micro_batch),
+        place.trade(micro_batch, modes),
+        held_of(place, micro_batch, modes, apart),
+    )
+
+
+def least_step(place: Place, share: Share, rates: Rates, micro_batches: int, course: Course, demand: Demand) -> float:
+    """Seconds of a step under one schedule, some layers being recomputed in one of the ways and others in another; infinite
+    where none of them frees as much memory as it takes."""
+    (schedule, interleave), sums = course, rates.sums
+    m, p, layers = micro_batches, place.pipeline, place.bench.setting.chain.count
+    longer = rates.trade.seconds(rates.trade.kept - demand.may_keep(share.states))
+    if longer == inf:
+        return inf
+    longest = 0.0
+    if demand.loaded:
+
+        def through(line: Line, load: Load) -> float:
+            return _through_rank(schedule, rates, m, p, load, _longer(rates, share, demand, line, load, layers))
+
+        longest = min(max(through(*rank) for rank in ranks) for ranks in demand.loaded)
+        if longest == inf:
+            return inf
+    sums = sums._replace(backward=sums.backward + longer)
+    passes = least_pipeline(schedule, sums, rates.send, m, p, interleave, layers, place.idle_share, longest)
+    passes = share.overhead.beside(passes, m, sums.forward / p, sums.backward / p)
+    return _ROUNDED * (passes + share.overhead.once + place.sync_seconds)
+
+
+def _longer(rates: Rates, share: Share, demand: Demand, line: Line, load: Load, layers: int) -> float:
+    """What the passes of a rank take longer at least than under the mildest way, for it to hold its load: layers of which it
+    holds the most micro-batches free the most memory for their time."""
+    trade = rates.trade
+    over = line.besides(share.states, demand.summed) + line.kept * trade.kept - demand.room
+    if over <= 0:
+        return 0.0
+    over *= load.total / (line.kept * layers)  # bytes of activations
+    edges, longer = trade.edges, 0.0
+    whole = len(edges) == 1  # every layer is recomputed in one of two ways
+    steps = [(price / count, price, most / layers, count, n) for count, n in load.held for price, most in edges]
+    for _, price, freed, count, n in steps if whole else sorted(steps):  # of one edge they are in order
+        number = min(n, over / (count * freed))
+        if whole:
+            number = min(n, ceil(number * (1 - 1e-9)))
+        longer += price * freed * number
+        over -= count * freed * number
+        if over <= 0:
+            return longer
+    return longer if over <= 1e-9 * load.total * trade.kept else inf
+
+
+def _through_rank(schedule: Schedule, rates: Rates, m: int, p: int, load: Load, longer: float) -> float:
+    """From the first pass to the last, by way of a rank whose passes take as much longer."""
+    sums, send = rates.sums, rates.send
+    if longer == inf:
+        return inf
+    at, (first, last) = load.place, rates.ends
+    busy = load.layers * sums.quickest + first * at.first + last * at.last + at.links * send + longer
+    whole = sums.forward + sums.backward + 2 * (p - 1) * send + longer
     if schedule == "gpipe":
-        return whole + (m - 1) * mean
+        return whole + (m - 1) * busy
     if schedule == "1f1b":
-        weights = 0.0
-        for rank, pace in enumerate(paces.ranks if m > p else ()):
-            weights += max(0.0, pace - weights) / (m - p + rank)
-        return whole + paces.work / weights if weights else m * mean
-    way = send + (sums.quickest_forward if schedule in V_SHAPED else sums.quickest)
-    return m * mean + way * sum(rank * pace for rank, pace in enumerate(paces.ranks)) / total
+        return whole + (m - p + at.rank) * busy + at.behind * sums.quickest + last * (not at.last)
+    if schedule in V_SHAPED:
+        return m * busy + at.before * sums.quickest_forward
+    return m * busy + at.before * sums.quickest + first * (not at.first)
 
 
-def overhead_of(place: Place, zero: int, replicate: int) -> Overhead:
-    """Of the rank with the mean rank's weights; where pools are unlike, the least of any of them."""
-    each = [_overhead_on(place, bench, zero, replicate) for bench in place.distinct]
-    return Overhead(min(overhead.once for overhead in each), min(overhead.each for overhead in each))
+def least_with(place: Place, share: Share, micro_batch: int, passes: float) -> float:
+    """Of a step whose way through the pipeline is known."""
+    passes = share.overhead.beside(passes, place.micro_batches(micro_batch), 0.0, 0.0)
+    return _ROUNDED * (passes + share.overhead.once + place.sync_seconds)
 
 
-def _overhead_on(place: Place, bench: Bench, zero: int, replicate: int) -> Overhead:
-    setting, site, replicas, pipeline = bench.setting, bench.site, place.replicas, place.pipeline
-    execution, kernels = setting.execution, site.kernels
-    held = place.bench.holdings.of(setting.chain.whole[0])
-    elements, experts = held.elements / pipeline, held.experts / pipeline
-    each_element = place.optimizer_bytes
-    if replicas == 1:
-        return Overhead(kernels.optimizer_seconds(each_element * (elements + experts)), 0.0)
-    mesh = place.mesh_of(replicate)
-    shards = replicas // replicate
-    group = group_on(site, mesh, "replicas" if replicate == 1 else "shards")
-    summed = execution.gradient_bytes * elements
-    of_experts = 0.0
-    if experts:
-        kind = "reduce_scatter" if zero else "all_reduce"
-        of_experts = collective_seconds(kind, 4 * experts, group_on(site, mesh, "copies"))
-    hidden = place.taken  # of what runs beside kernels, what it takes at least
-    if not zero:
-        reduced = collective_seconds("all_reduce", summed, group)
-        share = hidden if execution.overlapped_sums and pipeline == 1 else 1.0
-        step = kernels.optimizer_seconds(each_element * (elements + experts))
-        return Overhead(share * reduced + of_experts + step, 0.0)
-    step = kernels.optimizer_seconds(each_element * elements / shards)
-    reduced = collective_seconds("reduce_scatter", summed, group)
-    gathered = collective_seconds("all_gather", setting.width * elements, group)
-    passes = hidden * reduced * reduces_each_pass(zero, pipeline > 1) + hidden * gathered * (zero == 3) * (1 + (pipeline == 1))
-    once = 0.0
-    if not reduces_each_pass(zero, pipeline > 1):
-        once = reduced * (1.0 if pipeline > 1 else hidden)
-    return Overhead(once + of_experts + step, passes)
+class Least(NamedTuple):
+    """Seconds of a step with a micro-batch; and of one with this or a larger one; bytes by which all of either exceed what they
+    may use."""
+
+    seconds: float
+    larger: float
+    over: float
 
 
-def least_seconds(
+def least_at(
     place: Place,
-    overheads: Sequence[Overhead],
+    shares: Iterable[Share],
+    rates: Rates,
     micro_batch: int,
-    mode: int,
-    courses: tuple[Course, ...],
-    excess: float = 0.0,
-    dear: int = 0,
-) -> float:
-    """Of a step, under a way of recomputing and the quickest ways of ZeRO and schedules. `excess`: bytes that layers under a
-    dearer way keep less, each of which costs as little as it can."""
-    m, send, sums = place.micro_batches(micro_batch), place.least_send(micro_batch), place.sums(micro_batch, mode)
-    layers = place.bench.setting.chain.count
-    paces = None if place.alike else place.paces(micro_batch, mode)
-    if excess:
-        ranks = place.benches[:1] if place.alike else place.benches
-        costs = [bench.seconds_for_bytes(micro_batch, mode, dear) for bench in ranks]
-        sums = sums._replace(backward=sums.backward + excess * min(costs))
-        if paces is not None:
-            paces = paces._replace(work=paces.work + excess * min(map(mul, costs, paces.ranks)))
-    best = inf
-    for schedule, interleave in _quickest(courses):
-        around = _around(overheads, m * interleave)
-        passes = least_pipeline(schedule, sums, send, m, place.pipeline, interleave, layers, place.idle_share)
-        if paces is not None:
-            passes = max(passes, least_uneven(schedule, sums, send, m, paces))
-        best = min(best, around + passes)
-    return _ROUNDED * (best + place.sync_seconds)
+    now: tuple[Course, ...],
+    ever: tuple[Course, ...] = (),
+    of: int = 0,
+    balanced: bool = False,
+) -> list[Least]:
+    """By way of ZeRO, under any of some schedules, `now` with this micro-batch, `ever` with a larger one. `of`: the micro-batch
+    that the rates are of, if they are a larger one's; `balanced`: as `demand_of` has it. Of larger micro-batches ranks hold as
+    many sequences at least, and wait longer for each other."""
+    m, p, trade = place.micro_batches(micro_batch), place.pipeline, rates.trade
+    part = _WHOLE * micro_batch / (of or micro_batch)
+    demand, sums, send = demand_of(place, rates.held.scaled(part), m, now, balanced), rates.sums, rates.send
 
+    def least(courses: tuple[Course, ...]) -> float:
+        each = (least_pipeline(schedule, sums, send, m, p, v, 0, place.idle_share) for schedule, v in _quickest(courses))
+        return min(each, default=inf)
 
-def least_with(place: Place, overheads: Sequence[Overhead], micro_batch: int, interleave: int, passes: float) -> float:
-    """Of a step whose way through the pipeline is known, under the quickest way of ZeRO."""
-    around = _around(overheads, place.micro_batches(micro_batch) * interleave)
-    return _ROUNDED * (passes + around + place.sync_seconds)
-
-
-def _around(overheads: Sequence[Overhead], passes: int) -> float:
-    return min([once + passes * each for once, each in overheads])
+    passes, later = least(now), least(ever)
+    busy = m * -(-place.bench.setting.chain.count // p) * sums.quickest if place.idle_share == 1.0 else 0.0
+    if not place.alike:
+        work, paces = place.paces(of or micro_batch, 0)
+        busy = max(busy, m * work / sum(paces))
+    found = list[Least]()
+    for overhead, states in shares:
+        over, seconds, larger = demand.over(states, part * trade.least), inf, inf
+        if over <= 0:
+            longer = trade.seconds(trade.kept - demand.may_keep(states) / part)
+            around, mean = overhead.once + place.sync_seconds, (part * sums.forward / p, part * (sums.backward + longer) / p)
+            alone, ever_so = (part * max(known + m / p * longer, busy) for known in (passes, min(passes, later)))
+            seconds = _WHOLE * (overhead.beside(alone, m, *mean) + around)
+            larger = _WHOLE * (ever_so + around)
+        found.append(Least(seconds, larger, over))
+    return found
 
 
 @cache
 def _quickest(courses: tuple[Course, ...]) -> tuple[Course, ...]:
     """Of each schedule the one with the fewest virtual stages."""
     return tuple(dict(sorted(courses, key=itemgetter(1), reverse=True)).items())
-
-
-def least_blended(
-    place: Place, share: Share, micro_batch: int, ways: Iterable[tuple[int, int]], courses: tuple[Course, ...]
-) -> float:
-    """Of a step that recomputes some layers in a dear way and the others in a mild one, (mild, dear), as few as its memory
-    allows under one of these ways of ZeRO and schedules."""
-    best = inf
-    for mild, dear in ways:
-        excess = place.least_excess(micro_batch, mild, dear, courses, share.states)
-        best = min(best, least_seconds(place, (share.overhead,), micro_batch, mild, courses, excess, dear))
-    return best
-
-
-def least_from(place: Place, overheads: Iterable[Overhead], micro_batch: int) -> float:
-    """Of a step with this micro-batch or a larger one."""
-    largest, rows, p = place.bench.setting.spec.train.batch, place.micro_batches(1), place.pipeline
-    sums, m = place.sums(largest, 0), rows // micro_batch
-    once = min(once + each for once, each in overheads)
-    around = once + place.sync_seconds
-    if p == 1:
-        return _WHOLE * (rows * (sums.forward + sums.backward) / largest + around)
-    send = place.least_send(largest) / largest
-    whole = (sums.forward + sums.backward) / largest + 2 * (p - 1) * send
-    down = (p - 1) / 2 * (sums.quickest_forward / largest + send)
-    passes = rows / p * whole + place.idle_share * rows / m * down
-    if place.idle_share == 1.0:
-        passes = max(passes, rows / largest * -(-place.bench.setting.chain.count // p) * sums.quickest)
-    if not place.alike:
-        work, paces = place.paces(largest, 0)
-        passes = max(passes, rows / largest * work / sum(paces))
-    return _WHOLE * (passes + around)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
 from mlmdsl.planner.rules import CompiledRule
+from mlmdsl.planner.schedule import Course
 
 # A wish (`prefer`, `avoid`) is granted where it costs no more than this share of the objective
 WISH = 0.10
@@ -50,29 +51,46 @@ class Found(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Candidates of one place: all with these micro-batches, the smallest first; or (`mode`) those with one of them and one way
-    of recomputing; or (`schedule`) with one schedule, too, which differ in `shares` alone: ZeRO and its copies.
+    """Candidates of one place: all with these micro-batches, the smallest first; or with one of them (`schedule`) and one
+    schedule and one of the `shares`, which are ZeRO and its copies; or (`mode`) in one way of recomputing, and others that
+    recompute some of the layers in a milder way; or (`candidate`) one that fits, itself or (`mild`) as far as memory allows in
+    that milder way.
 
-    bound: the objective is no less; milder: nor is it of plans that recompute some of the layers in a milder way, if there is
-    one; broken: a bit for each wish that none of them keeps; modes: of every layer, where a pin says so; passes: seconds that
-    all micro-batches take through the pipeline at least, where that was told from the stages' layers."""
+    bound: the objective is no less; broken: a bit for each wish that none of them keeps; modes: of every layer, where a pin
+    says so; first: a bound of the smallest micro-batch alone, where that is known; closely: whether the bound comes from the
+    micro-batch's own sums, and not from those of a larger one; passes: seconds that all micro-batches take through the
+    pipeline at least, where that was told from the stages' layers."""
 
     bound: float
     broken: int
     place: Place
     micro_batches: tuple[int, ...]
     shares: tuple[tuple[int, int], ...]
-    mode: int | None = None
-    modes: tuple[int, ...] = ()
-    milder: float = inf
     schedule: Schedule | None = None
     interleave: int = 1
+    mode: int | None = None
+    modes: tuple[int, ...] = ()
+    candidate: Candidate | None = None
+    mild: int | None = None
+    first: float = 0.0
+    closely: bool = False
     passes: float | None = None
 
     @property
     def mesh(self) -> Mesh:
         sharding = self.place.bench.sharding
         return sharding.tensor, sharding.context, self.place.pipeline, self.place.data, sharding.expert
+
+    @property
+    def micro_batch(self) -> int:
+        """The smallest."""
+        return self.micro_batches[0]
+
+    @property
+    def course(self) -> Course:
+        """Of one with a schedule."""
+        assert self.schedule is not None
+        return self.schedule, self.interleave
 
     def order(self, ignored: int = 0) -> tuple[Any, ...]:
         """In front of all plans that it can have."""

@@ -31,6 +31,7 @@ from mlmdsl.planner.pools import Site, Sites, group_on, mean_peak
 from mlmdsl.planner.proportion import Paces, Speed, paces, proportion
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
 from mlmdsl.planner.stages import Chain, Cut, Part, balance, chain_of, cut_of
+from mlmdsl.planner.trade import Trade, cheapest, trade_of
 
 _WIDTH = {"fp32": 4, "bf16": 2}
 # AdamW reads and writes weight and two moments and reads the gradient, in fp32; clipping reads the gradient; in bf16 the weight
@@ -215,21 +216,19 @@ class Sums(NamedTuple):
     crossing: int
 
 
-class States(NamedTuple):
-    """Bytes of all pipeline ranks' states together, without and with sums of gradients."""
-
-    plain: float
-    summed: float
-
-
 class Least(NamedTuple):
-    """Bytes that all layers keep for one micro-batch, and that a rank with layers needs while the backward pass of one runs."""
+    """Bytes that no plan has fewer of for one micro-batch. By way of recomputing: what all layers keep, and what a rank with
+    layers needs while the backward pass of one runs; besides, where it adds gradients to their sums one by one, and where it
+    makes those of a layer first; what the loss keeps."""
 
-    kept: int
-    working: int
+    kept: tuple[int, ...]
+    working: tuple[int, ...]
+    adding: int
+    making: int
+    loss: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bench:
     """Everything that depends on the sharding over the tensor, context and expert axes; what is asked for is made once."""
 
@@ -246,10 +245,13 @@ class Bench:
     _layout: Layout = field(default_factory=Layout)
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
     _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
-    _least: dict[int, tuple[tuple[Least, ...], int]] = field(default_factory=dict[int, "tuple[tuple[Least, ...], int]"])
-    _exchanged: dict[tuple[int, int, int], float] = field(default_factory=dict[tuple[int, int, int], float])
+    _least: dict[int, Least] = field(default_factory=dict[int, Least])
+    _trades: dict[tuple[int, tuple[int, ...]], Trade] = field(default_factory=dict[tuple[int, tuple[int, ...]], Trade])
     _balanced: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict[tuple[int, int, int], tuple[int, ...]])
     _sums: dict[tuple[int, int], Sums] = field(default_factory=dict[tuple[int, int], Sums])
+    _seconds: dict[tuple[int, int], list[tuple[float, float, float]]] = field(
+        default_factory=dict[tuple[int, int], "list[tuple[float, float, float]]"]
+    )
 
     def over_context(self, context: int) -> Bench | Infeasible:
         """The same with ranks on the context axis, which are next to each other but for the tensor axis' ones."""
@@ -326,26 +328,39 @@ class Bench:
         found = self._speeds[key] = Speed(kinds, sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last))
         return found
 
-    def least_activations(self, micro_batch: int) -> tuple[tuple[Least, ...], int]:
-        """By way of recomputing, and what the loss keeps."""
+    def least_activations(self, micro_batch: int) -> Least:
         found = self._least.get(micro_batch)
         if found is None:
             found = self._least[micro_batch] = self._least_activations(micro_batch)
         return found
 
-    def _least_activations(self, micro_batch: int) -> tuple[tuple[Least, ...], int]:
-        chain, costs = self.setting.chain, self.passes(micro_batch).costs
-        each = [
-            Least(
-                sum(count * costs[i].saved_bytes[mode] for kind, count in chain.layers for i in chain.kinds[kind]),
-                min((max(costs[i].working_bytes[mode] for i in kind) for kind in chain.kinds), default=0),
-            )
-            for mode in range(len(MODES))
-        ]
-        return tuple(each), sum(cost.loss_bytes + cost.logits_bytes * cost.keeps_logits for cost in costs)
+    def _least_activations(self, micro_batch: int) -> Least:
+        chain, costs, modes = self.setting.chain, self.passes(micro_batch).costs, range(len(MODES))
+        each = [[costs[i] for i in kind] for kind in chain.kinds]
+        transient = [max(cost.transient_bytes for cost in layer) for layer in each]
+        adding = (max(cost.adding_bytes for cost in layer) for layer in each)
+        making = (max(cost.making_bytes for cost in layer) for layer in each)
+        return Least(
+            tuple(sum(n * cost.saved_bytes[mode] for kind, n in chain.layers for cost in each[kind]) for mode in modes),
+            tuple(
+                min(
+                    (max(c.working_bytes[mode] for c in layer) + t for layer, t in zip(each, transient, strict=True)), default=0
+                )
+                for mode in modes
+            ),
+            min((max(0, more - t) for more, t in zip(adding, transient, strict=True)), default=0),
+            min((max(0, more - t) for more, t in zip(making, transient, strict=True)), default=0),
+            sum(cost.loss_bytes + cost.logits_bytes * cost.keeps_logits for cost in costs),
+        )
 
     def _region_seconds(self, micro_batch: int, mode: int) -> list[tuple[float, float, float]]:
         """(forward, backward, weights' share of it) of one pass, with what is recomputed in the backward pass."""
+        found = self._seconds.get((micro_batch, mode))
+        if found is None:
+            found = self._seconds[micro_batch, mode] = self._seconds_of_regions(micro_batch, mode)
+        return found
+
+    def _seconds_of_regions(self, micro_batch: int, mode: int) -> list[tuple[float, float, float]]:
         return [
             (
                 cost.forward_seconds + cost.tensor_forward_seconds + cost.context_forward_seconds + cost.expert_forward_seconds,
@@ -378,25 +393,21 @@ class Bench:
         quickest = min((f + b for f, b, _ in each), default=0.0)
         return Sums(forward, backward, weight, min((f for f, _, _ in each), default=0.0), quickest, crossing)
 
-    def seconds_for_bytes(self, micro_batch: int, mild: int, dear: int) -> float:
-        """For each byte that a layer keeps less under a dearer way of recomputing, what its passes take longer: of the kind of
-        layer where that is least."""
-        key = (micro_batch, mild, dear)
-        found = self._exchanged.get(key)
+    def trade(self, micro_batch: int, modes: tuple[int, ...]) -> Trade:
+        """Between ways of recomputing, the mildest first."""
+        found = self._trades.get((micro_batch, modes))
         if found is None:
-            ways = [[f + b for f, b, _ in self._region_seconds(micro_batch, mode)] for mode in (mild, dear)]
-            costs, each = self.passes(micro_batch).costs, list[float]()
-            for kind in self.setting.chain.kinds:
-                saved = sum(costs[i].saved_bytes[mild] - costs[i].saved_bytes[dear] for i in kind)
-                longer = sum(ways[1][i] - ways[0][i] for i in kind)
-                each += [longer / saved] if saved > 0 else []
-            found = self._exchanged[key] = max(0.0, min(each, default=inf))
+            ways = [[f + b for f, b, _ in self._region_seconds(micro_batch, mode)] for mode in modes]
+            chain, costs = self.setting.chain, self.passes(micro_batch).costs
+            points = [
+                [
+                    (sum(costs[i].saved_bytes[mode] for i in kind), sum(seconds[i] for i in kind))
+                    for mode, seconds in zip(modes, ways, strict=True)
+                ]
+                for kind in chain.kinds
+            ]
+            found = self._trades[micro_batch, modes] = trade_of((count, points[kind]) for kind, count in chain.layers)
         return found
-
-    def least_layer(self, micro_batch: int, mild: int, dear: int) -> float:
-        """What a pass through a layer takes at least under one way of recomputing, as a share of that under another."""
-        ways = [[f + b for f, b, _ in self._region_seconds(micro_batch, mode)] for mode in (mild, dear)]
-        return min(sum(ways[0][i] for i in kind) / sum(ways[1][i] for i in kind) for kind in self.setting.chain.kinds)
 
     def part(self, part: Part, micro_batch: int, how: How, piped: bool) -> PartCost:
         key = (part, micro_batch, how, piped)
@@ -445,7 +456,7 @@ class Exchange(NamedTuple):
     hooks: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Place:
     """One mesh: a bench, the degrees, the groups."""
 
@@ -455,7 +466,6 @@ class Place:
     order: Order = USUAL
     _cuts: dict[tuple[object, ...], Cut] = field(default_factory=dict[tuple[object, ...], Cut])
     _exchanges: dict[tuple[object, ...], Exchange] = field(default_factory=dict[tuple[object, ...], Exchange])
-    _least: dict[tuple[int, int], States] = field(default_factory=dict[tuple[int, int], "States"])
     _sends: dict[int, float] = field(default_factory=dict[int, float])
     _paces: dict[tuple[int, int], Paces] = field(default_factory=dict[tuple[int, int], Paces])
     _fillings: dict[tuple[object, ...], memory.Filling] = field(default_factory=dict[tuple[object, ...], memory.Filling])
@@ -463,6 +473,9 @@ class Place:
     _blends: dict[tuple[object, ...], tuple[Blend, ...]] = field(default_factory=dict[tuple[object, ...], "tuple[Blend, ...]"])
     _proportioned: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict[tuple[object, ...], tuple[int, ...]])
     _groups: dict[tuple[object, ...], Group] = field(default_factory=dict[tuple[object, ...], Group])
+    _stage_seconds: dict[tuple[object, ...], tuple[float, float, float]] = field(
+        default_factory=dict[tuple[object, ...], "tuple[float, float, float]"]
+    )
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -547,9 +560,9 @@ class Place:
         several = sum(self.mesh.size(axis) > 1 for axis in axes) + (1 < self.expert < self.replicas)
         return memory.context_bytes(self.bench.setting.device.kind, several)
 
-    def more_context_bytes(self, c: Candidate) -> int:
+    def more_context_bytes(self, replicate: int) -> int:
         """Of two communicators more: of the shards, and of their copies."""
-        return 2 * (c.replicate > 1) * memory.COMMUNICATOR_BYTES[self.bench.setting.device.kind]
+        return 2 * (replicate > 1) * memory.COMMUNICATOR_BYTES[self.bench.setting.device.kind]
 
     @cached_property
     def sync_seconds(self) -> float:
@@ -609,10 +622,6 @@ class Place:
             self._blends[key] = blends(self.bench.setting.chain, *key)
         return self._blends[key][stage]
 
-    def least_layer(self, micro_batch: int, mild: int, dear: int) -> float:
-        """What a pass through a layer takes at least under one way of recomputing, as a share of that under another."""
-        return min(bench.least_layer(micro_batch, mild, dear) for bench in self.distinct)
-
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def filling(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> memory.Filling:
@@ -663,95 +672,44 @@ class Place:
         )
         return max(each, key=lambda found: found[0])[1]
 
-    def rank_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...], filling: memory.Filling) -> int:
-        """What the rank holds at most, but for communicators that only some ways of ZeRO have."""
-        return max(bytes + sum(filling.at(moment)) for bytes, moment, _ in self.moments(c, rank, parts)) + self.context_bytes
+    def rank_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...], filling: memory.Filling, limit: float = inf) -> int:
+        """What the rank holds at most, or at the first moment over the limit; but for communicators that only some ways of ZeRO
+        have."""
+        most, context = 0, self.context_bytes
+        for bytes, moment, _ in self.moments(c, rank, parts):
+            found = bytes + sum(filling.at(moment)) + context
+            if found > most:
+                most = found
+                if most > limit:
+                    break
+        return most
 
     def _fullest(self, c: Candidate) -> Sequence[tuple[int, tuple[Part, ...]]]:
-        """Ranks with their parts, of which one holds the most: in a V any of those that run alike parts."""
+        """Ranks with their parts, of which one holds the most: in a V any that run alike parts, most often the last."""
         every = c.modes or c.schedule in schedule.V_SHAPED
-        return [(rank, c.cut.held(rank)) for rank in range(self.pipeline)] if every else c.cut.ranks
+        return [(rank, c.cut.held(rank)) for rank in reversed(range(self.pipeline))] if every else c.cut.ranks
 
-    def least_bytes(self, micro_batch: int, state: float) -> int:
-        """What the fullest rank of any plan here holds at least: even shares of state (of `least_states`), of what one
-        micro-batch leaves and of the loss. Grows with the micro-batch."""
-        each, loss = self.bench.least_activations(micro_batch)
-        passing = min(least.kept / self.pipeline + max(loss / self.pipeline, least.working) for least in each)
-        buffers = 2 * (self.pipeline - 1) / self.pipeline * self._buffers(micro_batch)
-        return self._bound(state / self.pipeline, passing + buffers)
+    @cached_property
+    def slack(self) -> float:
+        """By what activations take more than their bytes."""
+        return 1 + memory.SLACK[self.bench.setting.device.kind]
 
-    def least_under(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...], states: States) -> int:
-        """The same under a way of recomputing and any of some schedules, whose ranks hold different numbers of
-        micro-batches."""
-        each, loss = self.bench.least_activations(micro_batch)
-        least, found, buffers = each[mode], list[int](), self._buffers(micro_batch)
-        passing = least.kept / self.pipeline + max(loss / self.pipeline, least.working)
-        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
-            even = self._bound(states[summed] / self.pipeline, passing + fullest.buffers * buffers)
-            most = least.kept * fullest.kept + least.working + fullest.received * buffers
-            found.append(max(even, self._bound(states[summed] * fullest.state, most)))
-        return min(found)
-
-    def _buffers(self, micro_batch: int) -> float:
+    def least_buffers(self, micro_batch: int) -> float:
         """Bytes of the receive buffers for all micro-batches between two stages, at least, in one direction."""
         if self.pipeline == 1 or not self.bench.setting.execution.static_buffers:
             return 0.0
-        return self.micro_batches(micro_batch) * self.bench.sums(micro_batch, 0).crossing
-
-    def most_states(self, micro_batch: int, mode: int, courses: tuple[schedule.Course, ...]) -> States:
-        """With which `least_under` is what a plan may use: one of them is not exceeded where it fits."""
-        each, loss = self.bench.least_activations(micro_batch)
-        least, found, buffers = each[mode], [-inf, -inf], self._buffers(micro_batch)
-        room, slack = self.most_bytes - self.context_bytes + 1, 1 + memory.SLACK[self.bench.setting.device.kind]
-        passing = least.kept / self.pipeline + max(loss / self.pipeline, least.working)
-        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
-            even = (room - slack * (passing + fullest.buffers * buffers)) * self.pipeline
-            most = least.kept * fullest.kept + least.working + fullest.received * buffers
-            found[summed] = min(even, (room - slack * most) / fullest.state)
-        return States(*found)
-
-    def least_excess(
-        self, micro_batch: int, mild: int, dear: int, courses: tuple[schedule.Course, ...], states: States
-    ) -> float:
-        """Bytes of one micro-batch that all layers have to keep less than under a mild way of recomputing, at least, where some
-        are under a dearer one so that the plan fits: what `least_under` has too much."""
-        each, loss = self.bench.least_activations(micro_batch)
-        working = min(each[mild].working, each[dear].working)
-        room, slack = self.most_bytes - self.context_bytes, 1 + memory.SLACK[self.bench.setting.device.kind]
-        kept, buffers = 0.0, self._buffers(micro_batch)
-        for summed, fullest in schedule.least_of(courses, self.pipeline, self.micro_batches(micro_batch)):
-            state, around = states[summed], max(loss / self.pipeline, working) + fullest.buffers * buffers
-            even = ((room - state / self.pipeline) / slack - around) * self.pipeline
-            most = (room - state * fullest.state) / slack - working - fullest.received * buffers
-            kept = max(kept, min(even, most / fullest.kept))
-        return max(0.0, each[mild].kept - kept)
-
-    def _bound(self, state: float, passing: float) -> int:
-        return int(state + (1 + memory.SLACK[self.bench.setting.device.kind]) * passing) + self.context_bytes
-
-    def least_states(self, zero: int, replicate: int) -> States:
-        """Of all pipeline ranks together when the first backward pass begins, and in a later one; FSDP2's buffers aside."""
-        found = self._least.get((zero, replicate))
-        if found is None:
-            whole, sharing = self.bench.setting.chain.whole, self.sharing(zero, replicate, 1)
-            state = self.bench.state(whole, sharing, Moment("loss", (1,)))
-            plain = summed = float(sum(state) - state.buffers)
-            if sharing.piped and sharing.zero and not reduces_each_pass(sharing.zero, sharing.piped):
-                state = self.bench.state(whole, sharing, Moment("loss", (1,), (0,)))
-                summed = float(sum(state) - state.buffers)
-            found = self._least[zero, replicate] = States(plain, summed)
-        return found
+        return self.rows / micro_batch * self.bench.sums(micro_batch, 0).crossing
 
     def peak_bytes(self, c: Candidate, limit: float = inf) -> int:
         """On the fullest rank, or on the first one over the limit."""
-        most, more = 0, self.more_context_bytes(c)
+        most, more = 0, self.more_context_bytes(c.replicate)
         if c.schedule in schedule.V_SHAPED:  # whose moments take long to tell
             for rank, parts in c.cut.ranks:
                 least = self.least_rank_bytes(c, rank, parts) + more
                 if least > limit:
                     return least
         for rank, parts in self._fullest(c):
-            most = max(most, self.rank_bytes(c, rank, parts, self.filling(c, rank, parts)) + more)
+            most = max(most, self.rank_bytes(c, rank, parts, self.filling(c, rank, parts), limit - more) + more)
             if most > limit:
                 break
         return most
@@ -769,9 +727,19 @@ class Place:
         ranks = self._fullest(c)
         return max(-self.left_bytes(c, rank, parts, self.filling(c, rank, parts)) for rank, parts in ranks)
 
+    def peak_and_lack(self, c: Candidate) -> tuple[int, int]:
+        """Of the fullest rank, and what one lacks of its device's memory: of the first that lacks some, if one does."""
+        most, more = 0, self.more_context_bytes(c.replicate)
+        for rank, parts in self._fullest(c):
+            used = self.rank_bytes(c, rank, parts, self.filling(c, rank, parts)) + more
+            if (lack := used - self.benches[rank].site.capacity_bytes) > 0:
+                return used, lack
+            most = max(most, used)
+        return most, 0
+
     def left_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...], filling: memory.Filling) -> int:
         """Of what a plan may use of a rank's memory."""
-        used = self.rank_bytes(c, rank, parts, filling) + self.more_context_bytes(c)
+        used = self.rank_bytes(c, rank, parts, filling) + self.more_context_bytes(c.replicate)
         return self.benches[rank].site.capacity_bytes - used
 
     # ---- time -------------------------------------------------------------------------------------------------------
@@ -785,6 +753,15 @@ class Place:
 
     def stage_seconds(self, c: Candidate, stage: int) -> tuple[float, float, float]:
         """Forward and backward seconds of a virtual stage with its sends, and those of weights' gradients."""
+        apart = c.schedule if stage and c.schedule in schedule.V_SHAPED else None
+        where = -1 if self.alike else schedule.pipeline_rank(c.schedule, self.pipeline, stage)
+        key = (c.cut.parts[stage], c.micro_batch, self.how(c, stage), *self.crossings(c, stage), apart, where)
+        found = self._stage_seconds.get(key)
+        if found is None:
+            found = self._stage_seconds[key] = self._seconds_of(c, stage)
+        return found
+
+    def _seconds_of(self, c: Candidate, stage: int) -> tuple[float, float, float]:
         bench = self.bench_of(c, stage)
         cost = bench.part(c.cut.parts[stage], c.micro_batch, self.how(c, stage), self.pipeline > 1)
         given, handed = self.crossings(c, stage)
@@ -809,6 +786,11 @@ class Place:
         each = [bench.sums(micro_batch, mode) for bench in self.distinct]
         return Sums(*map(min, zip(*each, strict=True)))._replace(weight=max(one.weight for one in each))
 
+    def trade(self, micro_batch: int, modes: tuple[int, ...]) -> Trade:
+        if self.alike:
+            return self.bench.trade(micro_batch, modes)
+        return cheapest([bench.trade(micro_batch, modes) for bench in self.distinct])
+
     def paces(self, micro_batch: int, mode: int) -> Paces:
         """Where pools are unlike."""
         found = self._paces.get((micro_batch, mode))
@@ -827,8 +809,7 @@ class Place:
 
     def crossings(self, c: Candidate, stage: int) -> tuple[bool, bool]:
         """Whether a virtual stage is given its input by another rank, and hands its output to one."""
-        mesh = (c.schedule, self.pipeline, c.interleave)
-        return stage > 0 and schedule.hands_on(*mesh, stage - 1), schedule.hands_on(*mesh, stage)
+        return schedule.links(c.schedule, self.pipeline, c.interleave)[stage]
 
     def passes_seconds(self, c: Candidate, clock: schedule.Clock) -> float:
         """Of all micro-batches through the pipeline, ZeRO's gathers and reductions left aside."""
@@ -871,12 +852,12 @@ class Place:
         backward to the next forward pass). ZeRO 2 and, without a pipeline, 3: gradients are reduced after each pass."""
         if not c.zero or self.replicas == 1 or (c.zero == 1 and self._overlaps):
             return runs
-        e = self.exchange(c)
+        e, part = self.exchange(c), 1 / c.interleave  # a virtual stage has its own weights alone
         if not self._overlaps:
-            runs = tuple((n, f + e.hooks / c.interleave, b + e.hooks / c.interleave, w) for n, f, b, w in runs)
-        behind = e.gather if c.zero == 3 else 0.0
+            runs = tuple((n, f + part * e.hooks, b + part * e.hooks, w) for n, f, b, w in runs)
+        behind = part * e.gather if c.zero == 3 else 0.0
         ahead = behind if self.pipeline == 1 else 0.0
-        behind += e.reduce if reduces_each_pass(c.zero, self.pipeline > 1) else 0.0
+        behind += part * e.reduce if reduces_each_pass(c.zero, self.pipeline > 1) else 0.0
         if self._overlaps:
             return tuple((n, max(f + _TAKEN * ahead, ahead), max(b + _TAKEN * behind, behind), w) for n, f, b, w in runs)
         return tuple((n, f + ahead, b + behind, w) for n, f, b, w in runs)

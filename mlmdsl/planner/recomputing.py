@@ -2,109 +2,33 @@
 
 Recomputing a layer costs time and frees memory, both alike for every layer of a kind. So where a plan that recomputes all
 layers fits, and with a milder way of recomputing does not, the best plan in between has on every rank the fewest layers under
-the dearer way that its memory allows. These are counted here, after the plans that treat all layers alike: of those that are
-not proved slower than the best one so far.
+the dearer way that its memory allows.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from heapq import heapify, heappop, heappush
-from math import inf
+from itertools import accumulate
 
 from mlmdsl.planner import schedule
 from mlmdsl.planner.blend import How, blend
-from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.pricing import Candidate, Place
 
-Weigh = Callable[[Candidate, Place], None]
-Bound = Callable[
-    [Branch, Iterable[int]], float
-]  # seconds at least of what a branch has with fewer layers recomputed, by milder way
+_Chosen = tuple[list[int], int]  # of each of a rank's stages how many layers, and what it holds then
 Order = Callable[[Sequence[int], Sequence[int]], list[int]]  # from layers and micro-batches held of each of a rank's stages
 
 
-def refine(outcome: Outcome, limit_bytes: float, weigh: Weigh, bound: Bound) -> None:
-    """Hands plans that fit in `limit_bytes` and may be faster than the best one, which comes first, to `weigh`. Branches are
-    opened as far as theirs may be; `bound` is asked when a quicker one is not enough."""
-    best = outcome.found[0].order()[0]
-    waiting = [promise for number in range(len(outcome.found)) for promise in _promising(outcome, number)]
-    waiting += [(branch.milder, number, -1) for number, branch in outcome.branches.items()]
-    heapify(waiting)
-    while waiting and waiting[0][0] < best:
-        least, number, mild = heappop(waiting)
-        if mild < 0:
-            branch = outcome.branches[number]
-            if branch.mode is not None and (closer := bound(branch, range(branch.mode))) > least:
-                heappush(waiting, (closer, number, mild))
-                continue
-            branches, plans = outcome.opened(number)
-            for promise in [promise for new in plans for promise in _promising(outcome, new)]:
-                heappush(waiting, promise)
-            for new, branch in branches:
-                heappush(waiting, (branch.milder, new, -1))
-            continue
-        found = outcome.found[number]
-        if (closer := bound(_branch_of(found), (mild,))) > least:
-            heappush(waiting, (closer, number, mild))
-            continue
-        for candidate in fewest(found.place, found.candidate, mild, limit_bytes, best):
-            before = len(outcome.found)
-            weigh(candidate, found.place)
-            for new in range(before, len(outcome.found)):
-                if outcome.found[new].order()[0] < best:
-                    best = min(best, outcome.made_exact(new).order()[0])
-
-
-def _branch_of(found: Found) -> Branch:
-    """Of which a plan is the only candidate."""
-    c = found.candidate
-    share = (c.zero, c.replicate)
-    branch = Branch(found.objective, found.broken, found.place, (c.micro_batch,), (share,), c.recompute)
-    return branch._replace(schedule=c.schedule, interleave=c.interleave)
-
-
-def _promising(outcome: Outcome, number: int) -> Iterator[tuple[float, int, int]]:
-    """(bound, number in `found`, milder way of recomputing)."""
-    found = outcome.found[number]
-    for mild in range(found.candidate.recompute if not found.candidate.modes else 0):
-        yield _least(found, mild), number, mild
-
-
-def _least(found: Found, mild: int) -> float:
-    """No plan that recomputes some layers in the milder way takes less: every pass is as short as if all did. Holds where
-    the times of `found` are bounds, too."""
-    c, times = found.candidate, found.times
-    share = found.place.least_layer(c.micro_batch, mild, c.recompute)
-    return times.total - (1 - share) * times.pipeline
-
-
-def fewest(place: Place, c: Candidate, mild: int, limit_bytes: float, seconds: float = inf) -> Iterator[Candidate]:
-    """Plans with the fewest layers under `c.recompute` on each rank that fit, the others under `mild`; of a stage the first. A
-    rank with several stages takes them from those that hold most micro-batches, which are the fewest of all, or evenly, so that
-    no stage is much slower than the others. Nothing where it takes none, all do not suffice, or a rank is busy for
-    `seconds`."""
-    seen: set[tuple[int, ...]] = set()
+def fewest(place: Place, c: Candidate, mild: int, limit_bytes: float) -> Iterator[tuple[Candidate, int]]:
+    """Plans with the fewest layers under `c.recompute` on each rank that fit, the others under `mild`, and what their fullest
+    ranks hold; of a stage the first layers. A rank with several stages takes them from those that hold most micro-batches, or
+    evenly, so that no stage is much slower than the others. Nothing where it takes none, or all do not suffice."""
+    blender, seen = _Blender(place, c, mild, limit_bytes), set[tuple[int, ...]]()
     for order in (_most_held, _evenly) if c.interleave > 1 else (_most_held,):
-        modes = _modes(place, c, mild, limit_bytes, order, seconds)
+        modes, most = blender.modes(order)
         if len(set(modes)) > 1 and modes not in seen:
             seen.add(modes)
-            yield c._replace(modes=modes)
-
-
-def _modes(place: Place, c: Candidate, mild: int, limit_bytes: float, order: Order, seconds: float) -> tuple[int, ...]:
-    """Of every layer; () where a rank does not fit, or takes too long."""
-    counts, guess = dict[int, int](), 0
-    for rank, stages in enumerate(c.cut.placed):
-        one = _Rank(place, c, rank, stages, mild, limit_bytes)
-        found = one.fewest(order, guess)
-        if found is None or one.busy_seconds(found) >= seconds:
-            return ()
-        counts |= zip(stages, found, strict=True)
-        guess = sum(found)  # neighbours need about as many
-    each = ((counts[stage], size) for stage, size in enumerate(c.cut.stages))
-    return tuple(mode for n, size in each for mode in (*(c.recompute,) * n, *(mild,) * (size - n)))
+            yield c._replace(modes=modes), most
 
 
 def _most_held(sizes: Sequence[int], held: Sequence[int]) -> list[int]:
@@ -118,59 +42,105 @@ def _evenly(sizes: Sequence[int], held: Sequence[int]) -> list[int]:
     return [stage for _, _, stage in sorted(each)]
 
 
-class _Rank:
-    """One rank's stages, and what it takes for them to fit."""
+class _Blender:
+    """A plan whose layers are recomputed in two ways, rank by rank."""
 
-    def __init__(self, place: Place, c: Candidate, rank: int, stages: Sequence[int], mild: int, limit_bytes: float):
-        self.place, self.c, self.rank, self.mild = place, c, rank, mild
-        self.parts = c.cut.held(rank)
-        self.sizes = [c.cut.stages[stage] for stage in stages]
-        self.starts = [sum(c.cut.stages[:stage]) for stage in stages]
-        self.limit_bytes = min(limit_bytes, place.benches[rank].site.capacity_bytes) - place.more_context_bytes(c)
-        self.kinds = [kind for kind, count in place.bench.setting.chain.layers for _ in range(count)]
+    def __init__(self, place: Place, c: Candidate, mild: int, limit_bytes: float):
+        self.place, self.c, self.mild, self.limit_bytes = place, c, mild, limit_bytes
+        kinds = [kind for kind, count in place.bench.setting.chain.layers for _ in range(count)]
+        kept, ends = place.bench.least_activations(c.micro_batch).kept, list(accumulate(c.cut.stages))
+        self.freed = place.slack * (kept[mild] - kept[c.recompute]) / len(kinds)  # bytes, by a layer that holds one micro-batch
+        self.kinds = [kinds[end - size : end] for end, size in zip(ends, c.cut.stages, strict=True)]
 
-    def fewest(self, order: Order, guess: int) -> list[int] | None:
-        """Of each stage how many layers."""
-        c, place = self.c, self.place
-        micro_batches = place.micro_batches(c.micro_batch)
-        held = schedule.in_flight(c.schedule, place.pipeline, c.interleave, micro_batches, self.rank)
-        picks = order(self.sizes, held)
+    def modes(self, order: Order) -> tuple[tuple[int, ...], int]:
+        """Of every layer, and what the fullest rank holds; () where a rank does not fit."""
+        c, counts, most, guess = self.c, [0] * len(self.c.cut.stages), 0, 0
+        for ranks in self._alike():
+            found = self._of_alike(ranks, order, guess)
+            if not found:
+                return (), 0
+            guess = sum(found[0][0])  # all ranks need about as many
+            for rank, (chosen, size) in zip(ranks, found, strict=True):
+                for stage, n in zip(c.cut.placed[rank], chosen, strict=True):
+                    counts[stage] = n
+                most = max(most, size)
+        each = zip(counts, c.cut.stages, strict=True)
+        return tuple(mode for n, size in each for mode in (*(c.recompute,) * n, *(self.mild,) * (size - n))), most
+
+    def _alike(self) -> Iterable[list[int]]:
+        """Ranks that run alike parts on alike devices: of these one holds no more micro-batches than the one before."""
+        found: dict[tuple[object, ...], list[int]] = {}
+        for rank, bench in enumerate(self.place.benches):
+            found.setdefault((bench.site, *self.c.cut.held(rank)), []).append(rank)
+        return found.values()
+
+    def _of_alike(self, ranks: Sequence[int], order: Order, guess: int) -> list[_Chosen]:
+        """By rank; none where a rank does not fit. A rank needs no more layers than the one before, so those between two that
+        need as many need as many, too."""
+        first = self._fewest(ranks[0], order, guess)
+        if first is None:
+            return []
+        found: dict[int, _Chosen] = {0: first}
+        waiting = [(0, len(ranks) - 1)]
+        while waiting:
+            low, high = waiting.pop()
+            if high not in found:
+                last = self._fewest(ranks[high], order, sum(found[low][0]))
+                assert last is not None
+                found[high] = last
+            if found[low][0] == found[high][0]:
+                found |= dict.fromkeys(range(low + 1, high), found[low])
+            elif high - low > 1:
+                middle = (low + high) // 2
+                waiting += [(middle, high), (low, middle)]
+        return [found[i] for i in range(len(ranks))]
+
+    def _fewest(self, rank: int, order: Order, guess: int) -> _Chosen | None:
+        """None where it does not fit."""
+        c, place, parts, stages = self.c, self.place, self.c.cut.held(rank), self.c.cut.placed[rank]
+        more = place.more_context_bytes(c.replicate)
+        limit = min(self.limit_bytes, place.benches[rank].site.capacity_bytes)
+        held = schedule.in_flight(c.schedule, place.pipeline, c.interleave, place.micro_batches(c.micro_batch), rank)
+        picks, sizes = order([c.cut.stages[stage] for stage in stages], held), dict[int, int]()
 
         def chosen(n: int) -> list[int]:
-            return [picks[:n].count(stage) for stage in range(len(self.sizes))]
+            return [picks[:n].count(stage) for stage in range(len(stages))]
 
-        n = least_that(lambda n: self.fits(chosen(n)), len(picks), guess)
-        return chosen(n) if n <= len(picks) else None
+        def fits(n: int) -> bool:
+            hows = [self._how(stage, count) for stage, count in zip(stages, chosen(n), strict=True)]
+            filling = place.filling_under(c, rank, parts, hows)
+            sizes[n] = place.rank_bytes(c, rank, parts, filling, limit - more) + more
+            return sizes[n] <= limit
 
-    def fits(self, chosen: Sequence[int]) -> bool:
-        hows = [self.how(stage, n) for stage, n in enumerate(chosen)]
-        filling = self.place.filling_under(self.c, self.rank, self.parts, hows)
-        return self.place.rank_bytes(self.c, self.rank, self.parts, filling) <= self.limit_bytes
+        def near(n: int) -> int:
+            """As many as free what is over, or leave no room for one less."""
+            left = limit - sizes[n]
+            while left < 0 and n < len(picks):
+                left, n = left + held[picks[n]] * self.freed, n + 1
+            while n and (left := left - held[picks[n - 1]] * self.freed) >= 0:
+                n -= 1
+            return n
 
-    def busy_seconds(self, chosen: Sequence[int]) -> float:
-        """Of a step, sends left aside."""
-        bench, piped, micro_batch = self.place.benches[self.rank], self.place.pipeline > 1, self.c.micro_batch
-        costs = (bench.part(part, micro_batch, self.how(i, chosen[i]), piped) for i, part in enumerate(self.parts))
-        return self.place.micro_batches(micro_batch) * sum(cost.forward + cost.backward for cost in costs)
+        n = least_that(fits, len(picks), guess, near)
+        return (chosen(n), sizes[n]) if n <= len(picks) else None
 
-    def how(self, stage: int, n: int) -> How:
+    def _how(self, stage: int, n: int) -> How:
         """With the first n layers under the dearer way."""
-        size, dear = self.sizes[stage], self.c.recompute
+        size, dear = self.c.cut.stages[stage], self.c.recompute
         if n in (0, size):
             return dear if n else self.mild
-        kinds = self.kinds[self.starts[stage] : self.starts[stage] + size]
-        return blend(kinds, (dear,) * n + (self.mild,) * (size - n))
+        return blend(self.kinds[stage], (dear,) * n + (self.mild,) * (size - n))
 
 
-def least_that(holds: Callable[[int], bool], most: int, guess: int) -> int:
+def least_that(holds: Callable[[int], bool], most: int, guess: int, near: Callable[[int], int] | None = None) -> int:
     """The least of 0 .. most for which `holds` does, as it does for all above it; most + 1 if for none. Looked for from a guess
-    on, in steps that double."""
+    on, where `near` says, as soon as one is tried, or in steps that double."""
     low, high, step = -1, most + 1, 1  # holds neither at low nor below, and at high and above
     at = min(guess, most)
     while low < at < high:
         if holds(at):
-            high, at = at, at - step
+            high, at = at, min(near(at), at - 1) if near else at - step
         else:
-            low, at = at, at + step
+            low, at = at, max(near(at), at + 1) if near else at + step
         step *= 2
     return low + 1 + bisect_left(range(low + 1, high), True, key=holds)

@@ -6,13 +6,14 @@ stages with less memory, or that hold more micro-batches, get fewer.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 
 from mlmdsl.planner import schedule
 from mlmdsl.planner.memory import Filling
 from mlmdsl.planner.pricing import Candidate, Place
-from mlmdsl.planner.proportion import proportion
+from mlmdsl.planner.proportion import Speed, proportion
+from mlmdsl.planner.rooms import Rooms
 from mlmdsl.planner.stages import Part
 
 
@@ -32,9 +33,19 @@ class Fitting:
 
     def __init__(self, place: Place, c: Candidate):
         self.place, self.c, self.chain = place, c, place.bench.setting.chain
-        self.speeds = place.speeds(c.micro_batch, c.recompute, c.schedule, c.interleave)
         self.last = len(c.cut.stages) - 1
+        self._lefts: dict[tuple[int, int, int, tuple[int, ...]], int] = {}
         self._held: dict[tuple[int, tuple[int, ...]], tuple[tuple[Part, ...], Filling]] = {}
+
+    @cached_property
+    def speeds(self) -> list[Speed]:
+        c = self.c
+        return self.place.speeds(c.micro_batch, c.recompute, c.schedule, c.interleave)
+
+    @cached_property
+    def _rooms(self) -> Rooms:
+        c = self.c
+        return Rooms(self.place, c.micro_batch, (c.schedule, c.interleave), (c.recompute,))
 
     def within(self, c: Candidate, seconds: float = inf) -> Candidate | None:
         """Of a candidate that may differ in ZeRO, what fits in another distribution; None where that takes longer for sure."""
@@ -48,18 +59,27 @@ class Fitting:
         if found is None or found == c.cut.stages:
             return None
         again = c._replace(cut=place.given(found, c.schedule))
-        return again if place.over_bytes(again) <= 0 else None
+        return again if place.peak_and_lack(again)[1] <= 0 else None
 
     def _rank(self, stage: int) -> int:
         return schedule.pipeline_rank(self.c.schedule, self.place.pipeline, stage)
 
     def _left(self, c: Candidate, rank: int, layers: tuple[int, ...]) -> int:
         """Bytes that a rank has left where all of its stages are as large."""
+        key = (c.zero, c.replicate, rank, layers)
+        found = self._lefts.get(key)
+        if found is None:
+            parts, filling = self._held_by(rank, layers)
+            found = self._lefts[key] = self.place.left_bytes(c, rank, parts, filling)
+        return found
+
+    def _held_by(self, rank: int, layers: tuple[int, ...]) -> tuple[tuple[Part, ...], Filling]:
+        """Whatever ZeRO does."""
         key = (rank, layers)
         if key not in self._held:
             parts = tuple(self.chain.part(layers, stage == 0, stage == self.last) for stage in self.c.cut.placed[rank])
             self._held[key] = parts, self.place.filling(self.c, rank, parts)
-        return self.place.left_bytes(c, rank, *self._held[key])
+        return self._held[key]
 
     def _has_room(self, c: Candidate, stage: int, part: Part) -> bool:
         return self._left(c, self._rank(stage), part.layers) >= 0
@@ -70,13 +90,15 @@ class Fitting:
         ranks = range(self.place.pipeline)
         timely = [self._timely(rank, seconds) for rank in ranks]
         spare = sum(timely) - self.chain.count
-        if spare < 0 or any(timely[rank] < self.c.interleave or self._left(c, rank, (1,)) < 0 for rank in ranks):
+        if spare < 0 or min(timely) < self.c.interleave:
             return None
         most: list[int] = []
+        roomy = [room.most for room in self._rooms.of((c.zero, c.replicate))]
         for rank in ranks:
-            most.append(self._most(c, rank, min(self.chain.count - self.last, timely[rank])))
+            high = min(self.chain.count - self.last, timely[rank], roomy[rank] // self.c.interleave)
+            most.append(self._most(c, rank, high))
             spare -= max(0, timely[rank] - self.c.interleave * most[-1])
-            if spare < 0:
+            if spare < 0 or not most[-1]:
                 return None
         return tuple(most[self._rank(stage)] for stage in range(self.last + 1))
 
@@ -88,11 +110,19 @@ class Fitting:
         return int(min((seconds - ends) / speed.layers[0] * (1 + 1e-9), chain.count)) if seconds > ends else 0
 
     def _most(self, c: Candidate, rank: int, high: int) -> int:
-        """Bytes grow about evenly with layers: what is left at both ends says where it is used up."""
-        low = 1
-        over = self._left(c, rank, (low,))
-        if (under := self._left(c, rank, (high,))) >= 0:
+        """Bytes grow about evenly with layers, about as fast as the bound has it: what is lacking says how many to leave out,
+        and what is left at both ends, where it is used up."""
+        if high < 1 or (under := self._left(c, rank, (high,))) >= 0:
             return high
+        each = self.c.interleave * self._rooms.lines((c.zero, c.replicate))[rank].least
+        low = high
+        while True:
+            low = max(1, min(low - 1, int(low + under / each)))
+            if (over := self._left(c, rank, (low,))) >= 0:
+                break
+            if low == 1:
+                return 0
+            high, under = low, over
         while high - low > 1:
             middle = min(max(low + over * (high - low) // (over - under), low + 1), high - 1)
             left = self._left(c, rank, (middle,))

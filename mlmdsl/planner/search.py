@@ -16,26 +16,27 @@ from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
-from operator import le
 from typing import Any, NamedTuple
 
 from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
-from mlmdsl.planner.bounds import Share, least_blended, least_from, least_seconds, least_with, share_of
+from mlmdsl.planner.bounds import Least, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
+from mlmdsl.planner.demand import Cuts, Demand, demand_of, loaded_demand, with_layers
 from mlmdsl.planner.outcome import Branch, Found, Outcome
-from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
 from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
 from mlmdsl.planner.refitting import Fitting
+from mlmdsl.planner.rooms import Unlike
 from mlmdsl.planner.rules import CompiledRule, compile_rule
-from mlmdsl.planner.schedule import V_SHAPED, Course, pipeline_bound
-from mlmdsl.planner.space import Space
+from mlmdsl.planner.schedule import V_SHAPED, pipeline_bound
+from mlmdsl.planner.space import Family, Space
 
 _TIMES = frozenset({"step_time", "bubble", "mfu", "cost"})  # facts that follow from times
-_LATE = frozenset({"zero", "replicate", "replicate.crosses_nodes", "stages", "memory", *_TIMES})  # not known of a branch
-_GROUPED = frozenset({"micro_batch", "schedule", "interleave", "recompute"})  # known of one with a schedule
+# Facts that are not known of a branch
+_LATE = frozenset({"zero", "recompute", "replicate", "replicate.crosses_nodes", "stages", "memory", *_TIMES})
+_GROUPED = frozenset({"micro_batch", "schedule", "interleave"})  # known of one with a schedule
 _PLAIN: tuple[Schedule, ...] = ("1f1b", "gpipe", "interleaved_1f1b", *V_SHAPED)  # simplest first
 
 
@@ -92,9 +93,6 @@ def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
     for place in space.places():
         judge.plant(place)
     outcome.settle()
-    if outcome.found and "recompute" not in space.pins and limits.minimize != "memory":
-        recomputing.refine(outcome, judge.limit_bytes, judge.add, judge.least_milder)
-        outcome.settle()
     if not outcome.found:
         outcome.find_closest()
     return outcome
@@ -103,7 +101,7 @@ def explore(setting: Setting, limits: PlanConstraints) -> Outcome:
 class _Aside(NamedTuple):
     """A branch that a bound proves not to fit; `over`: by so many bytes at least."""
 
-    over: int
+    over: float
     number: int
     branch: Branch
 
@@ -120,7 +118,13 @@ class Judge:
     _aside: list[_Aside] = field(default_factory=list[_Aside])
     _numbers: Iterator[int] = field(default_factory=count)
     _fittings: dict[tuple[object, ...], Fitting] = field(default_factory=dict[tuple[object, ...], Fitting])
+    _unlike: Unlike = field(default_factory=Unlike)
     _shares: dict[Place, dict[tuple[int, int], Share]] = field(default_factory=dict[Place, "dict[tuple[int, int], Share]"])
+    _layered: dict[tuple[Place, tuple[int, int]], Share] = field(default_factory=dict[tuple[Place, "tuple[int, int]"], Share])
+    _demands: dict[tuple[object, ...], Demand] = field(default_factory=dict[tuple[object, ...], Demand])
+    _rated: dict[tuple[Place, int, tuple[int, ...], bool], Rates] = field(
+        default_factory=dict[tuple[Place, int, tuple[int, ...], bool], Rates]
+    )
 
     # ---- branches ---------------------------------------------------------------------------------------------------
 
@@ -130,152 +134,241 @@ class Judge:
         candidates = self.space.count(place, sizes)
         self.outcome.candidates += candidates
         if candidates:
-            self.outcome.plant(self._from(place, sizes))
+            for branch in self._from(place, sizes):
+                self.outcome.plant(branch)
 
-    def _from(self, place: Place, sizes: tuple[int, ...]) -> Branch:
-        if self.minimize == "memory":
-            bound = self._least_bytes(place, sizes[0]) * (1 - 1e-8)
+    def _from(self, place: Place, sizes: tuple[int, ...]) -> Iterator[Branch]:
+        """With these micro-batches, the smallest first, as far as sums over a whole batch tell; if they may fit."""
+        alone, larger, over = inf, inf, inf
+        for family in self.space.families(place, sizes[0]):
+            for least in self._coarsely(place, family, sizes[0]):
+                alone, larger, over = min(alone, least.seconds), min(larger, least.larger), min(over, least.over)
+        first, bound = self._objective(place, alone, over), self._objective(place, larger, over)
+        branch = Branch(bound, self._broken(place), place, sizes, self.space.shares(place), first=first)
+        if over > 0:
+            self._put_aside(over, branch)
         else:
-            bound = least_from(place, [share.overhead for share in self._on(place).values()], sizes[0])
-        return Branch(bound, self._broken(place), place, sizes, self.space.shares(place))
+            yield branch
+
+    def _peeled(self, branch: Branch) -> Iterator[Branch]:
+        """The smallest micro-batch, and all others."""
+        first, *others = branch.micro_batches
+        yield branch._replace(bound=max(branch.bound, branch.first), micro_batches=(first,), closely=True)
+        if others:
+            yield from self._from(branch.place, tuple(others))
+
+    def _coarsely(self, place: Place, family: Family, micro_batch: int) -> list[Least]:
+        """By way of ZeRO, of this micro-batch or a larger one, as far as sums over a whole batch tell."""
+        shares, whole, modes = self._on(place), self.setting.spec.train.batch, self.space.modes(family.schedule)
+        choices = self.space.shares(place, family.schedule)
+        rates = self._rates(place, whole, modes, family.schedule)
+        return least_at(
+            place, [shares[choice] for choice in choices], rates, micro_batch, *family, whole, self._is_balanced(place)
+        )
+
+    def _objective(self, place: Place, seconds: float, over: float) -> float:
+        return (over + place.most_bytes) * (1 - 1e-8) if self.minimize == "memory" else seconds
 
     def open_up(self, branch: Branch) -> Iterator[Branch]:
         """Smaller branches, or the same with a closer bound; a plan that fits goes to the outcome."""
-        if branch.schedule is not None and branch.passes is None and self._has_one_cut(branch):
-            candidate = next(self._candidates(branch))
-            yield self._bounded(branch._replace(passes=branch.place.passes_seconds(candidate, pipeline_bound)))
-        elif branch.schedule is not None and len(branch.shares) == 1:
-            self._price(branch)
-        elif branch.mode is None and (over := self._over(branch)) > 0:
-            self._put_aside(over, branch)
+        if branch.mild is not None:
+            yield from self._mixed(branch)
+        elif branch.candidate is not None:
+            self._weigh(branch.candidate, branch.place, branch.place.peak_bytes(branch.candidate))
+        elif branch.mode is not None:
+            yield from self._fitting(branch)
+        elif not branch.closely:
+            yield from self._peeled(branch) if branch.schedule is None else self._viable(branch._replace(closely=True))
+        elif branch.schedule is not None:
+            for part in self._parts(branch):
+                yield from self._viable(part)
         else:
             for part in self._parts(branch):
-                if part.mode is None:
-                    yield part
-                elif (fitting := self._fitting(part)).shares:
-                    yield self._bounded(fitting)
-
-    def _has_one_cut(self, branch: Branch) -> bool:
-        """Whether layers are cut into stages in the same way whatever fits, and times matter."""
-        return self.minimize != "memory" and branch.place.alike and not branch.modes
+                place, shares, schedule = part.place, self._on(part.place), part.course[0]
+                rates = self._rates(place, part.micro_batch, self.space.modes(schedule), schedule)
+                chosen, even = [shares[choice] for choice in part.shares], self._is_balanced(place)
+                each = least_at(place, chosen, rates, part.micro_batch, (part.course,), balanced=even)
+                yield from self._kept(part, [(self._objective(place, x.seconds, x.over), x.over) for x in each])
 
     def _parts(self, branch: Branch) -> Iterator[Branch]:
-        """All that a branch consists of."""
-        if branch.mode is None:
-            return self._ways(branch)
-        return self._groups(branch) if branch.schedule is None else self._leaves(branch)
+        """All that a branch consists of: by schedule, by ZeRO and its copies, by way of recomputing."""
+        place = branch.place
+        if branch.schedule is None:
+            for schedule, interleave in self.space.runs(place).courses[branch.micro_batch]:
+                shares = self.space.shares(place, schedule)
+                if shares and self.space.ways(schedule):
+                    part = branch._replace(shares=shares, schedule=schedule, interleave=interleave, closely=False)
+                    yield part._replace(broken=self._broken(place, part)) if self.outcome.wishes else part
+        elif len(branch.shares) > 1:
+            for share in branch.shares:
+                yield branch._replace(shares=(share,))
+        else:
+            for mode, modes in self.space.ways(branch.schedule):
+                yield branch._replace(mode=mode, modes=modes)
 
-    def _ways(self, branch: Branch) -> Iterator[Branch]:
-        """With the first micro-batch, by way of recomputing; all with larger ones."""
-        place, (micro_batch, *larger), milder = branch.place, branch.micro_batches, inf
-        for mode, modes in self.space.ways():
-            if self.space.courses(place, micro_batch, (mode, modes)):
-                yield Branch(0.0, branch.broken, place, (micro_batch,), self.space.shares(place), mode, modes, milder)
-                milder = branch.bound
-        if larger:
-            yield self._from(place, tuple(larger))
+    def _kept(self, branch: Branch, bounds: Iterable[tuple[float, float]]) -> Iterator[Branch]:
+        """Of one with a schedule, by way of ZeRO, what may fit; the rest is put aside. (bound, over) of each."""
+        aside, least = list[tuple[int, int]](), inf
+        for choice, (bound, over) in zip(branch.shares, bounds, strict=True):
+            if over <= 0 and bound < inf:
+                yield branch._replace(shares=(choice,), bound=max(bound, branch.bound))
+            else:
+                aside.append(choice)
+                least = min(least, over)
+        if aside:
+            self._put_aside(least, branch._replace(shares=tuple(aside)))
 
-    def _groups(self, way: Branch) -> Iterator[Branch]:
-        """By schedule."""
-        for schedule, interleave in self._courses(way):
-            shares = tuple(share for share in self.space.shares(way.place, schedule) if share in way.shares)
-            if shares:
-                group = way._replace(shares=shares, schedule=schedule, interleave=interleave)
-                yield group._replace(broken=self._broken(way.place, group)) if self.outcome.wishes else group
+    def _viable(self, branch: Branch) -> Iterator[Branch]:
+        """Of one with a schedule and a way of ZeRO."""
+        yield from self._kept(branch, [self._bounds(branch)])
 
-    def _leaves(self, group: Branch) -> Iterator[Branch]:
-        """By ZeRO and its copies."""
-        return (group._replace(shares=(share,)) for share in group.shares)
+    def _bounds(self, branch: Branch) -> tuple[float, float]:
+        """(bound, over) of one with a schedule and a way of ZeRO: what none of its candidates falls below, and bytes by which
+        they exceed what a plan may use, at least."""
+        place, micro_batch, (choice,) = branch.place, branch.micro_batch, branch.shares
+        rates, demand, kept = self._terms(branch)
+        share = self._closely(place, choice)
+        over, bound = demand.over(share.states, kept), inf
+        if over <= 0 and self.minimize != "memory":
+            bound = least_step(place, share, rates, place.micro_batches(micro_batch), branch.course, demand)
+        if self._is_free(branch):
+            passes, lacking = self._unlike.least(place, micro_batch, branch.course, self._modes(branch), choice)
+            bound, over = max(bound, least_with(place, share, micro_batch, passes)), max(over, lacking)
+        return self._objective(place, bound, over), over
 
-    def _fitting(self, branch: Branch) -> Branch:
-        """What may fit of one with a way of recomputing; the rest is put aside."""
-        if branch.modes:
-            return branch
-        assert branch.mode is not None
-        known = self._on(branch.place)
-        most = branch.place.most_states(branch.micro_batches[0], branch.mode, self._courses(branch))
-        fitting = tuple(share for share in branch.shares if any(map(le, known[share].states, most)))
-        if len(fitting) == len(branch.shares):
-            return branch
-        rest = branch._replace(shares=tuple(share for share in branch.shares if share not in fitting))
-        self._put_aside(self._over(rest), rest)
-        return branch._replace(shares=fitting)
+    def _fitting(self, branch: Branch) -> Iterator[Branch]:
+        """One way of recomputing: if that fits, itself, and others that recompute some layers in a milder way."""
+        if branch.passes is None and branch.course[0] in V_SHAPED and branch.place.alike:  # it takes long to tell what fits
+            yield self._told(branch, self._candidate(branch))
+            return
+        candidate = self._laid_out(branch)
+        if candidate is None:
+            return
+        milder = (mild for mild, _ in self.space.ways(candidate.schedule) if mild < candidate.recompute)
+        for mild in (None, *(milder if self._mixes(branch) else ())):
+            part = branch._replace(candidate=candidate, mild=mild, passes=None)
+            if self._is_free(branch):
+                yield self._told(part, candidate)
+            else:
+                yield part._replace(bound=max(branch.bound, self._bounds(part)[0]))
 
-    def _bounded(self, branch: Branch) -> Branch:
-        """One with a way of recomputing."""
-        if self.minimize == "memory":
-            return branch._replace(bound=self._least_under(branch) * (1 - 1e-8))
-        place, (micro_batch,), mode, courses = branch.place, branch.micro_batches, branch.mode, self._courses(branch)
-        assert mode is not None
-        overheads = [self._on(place)[share].overhead for share in branch.shares]
-        if branch.passes is not None:
-            return branch._replace(bound=least_with(place, overheads, micro_batch, branch.interleave, branch.passes))
-        return branch._replace(bound=least_seconds(place, overheads, micro_batch, 0 if branch.modes else mode, courses))
+    def _told(self, branch: Branch, candidate: Candidate) -> Branch:
+        """One whose layers are laid on stages: what its passes take at least, each as short as if all layers were recomputed in
+        the milder way."""
+        place = branch.place
+        mild = candidate.recompute if branch.mild is None else branch.mild
+        if self._is_free(branch):
+            passes = self._unlike.laid(place, candidate, mild)
+        else:
+            passes = place.passes_seconds(candidate._replace(recompute=mild), pipeline_bound)
+        share = self._closely(place, *branch.shares)
+        bound = least_with(place, share, branch.micro_batch, passes)
+        return branch._replace(bound=branch.bound if self.minimize == "memory" else max(bound, branch.bound), passes=passes)
 
-    def least_milder(self, branch: Branch, milds: Iterable[int]) -> float:
-        """A closer bound than `milder`: as few layers are recomputed as memory allows, the others in one of these ways."""
-        assert branch.mode is not None
-        place, (micro_batch,) = branch.place, branch.micro_batches
-        courses, ways = self._courses(branch), [(mild, branch.mode) for mild in milds]
-        shares = [self._on(place)[share] for share in branch.shares]
-        closest = min(least_blended(place, share, micro_batch, ways, courses) for share in shares)
+    def _mixes(self, branch: Branch) -> bool:
+        """Whether layers of a plan may be recomputed in two ways."""
+        return not branch.modes and "recompute" not in self.space.pins and self.minimize != "memory"
+
+    def _mixed(self, branch: Branch) -> Iterator[Branch]:
+        """As few layers under the dearer way as memory allows."""
+        place, candidate, mild = branch.place, branch.candidate, branch.mild
+        assert candidate is not None and mild is not None
         if branch.passes is None:
-            return closest
-        candidate, overheads = next(self._candidates(branch)), [share.overhead for share in shares]
-        each = (place.passes_seconds(candidate._replace(recompute=mild), pipeline_bound) for mild, _ in ways)
-        return max(closest, least_with(place, overheads, micro_batch, branch.interleave, min(each)))
+            yield self._told(branch, candidate)
+            return
+        for found, peak in recomputing.fewest(place, candidate, mild, self.limit_bytes):
+            self.outcome.candidates += 1
+            self._weigh(found, place, peak)
 
-    def _courses(self, branch: Branch) -> tuple[Course, ...]:
-        """Of one with a way of recomputing."""
-        if branch.schedule is not None:
-            return ((branch.schedule, branch.interleave),)
-        assert branch.mode is not None
-        return self.space.courses(branch.place, branch.micro_batches[0], (branch.mode, branch.modes))
+    def _terms(self, branch: Branch) -> tuple[Rates, Demand, float]:
+        """What bounds on one with a schedule are made of; bytes of a micro-batch that its layers keep at least."""
+        place, micro_batch, schedule = branch.place, branch.micro_batch, branch.course[0]
+        modes = self._modes(branch)
+        rates = self._rates(place, micro_batch, modes, schedule)
+        kept = rates.trade.least
+        if branch.mode is not None and not branch.modes:  # alone it has to fit
+            kept = self._rates(place, micro_batch, (branch.mode,), schedule).trade.kept
+        return rates, self._demand(branch, rates, modes), kept
 
-    def _on(self, place: Place) -> Mapping[tuple[int, int], Share]:
-        """What ways of ZeRO take on a place."""
-        found = self._shares.get(place)
+    def _is_free(self, branch: Branch) -> bool:
+        """Whether layers are laid on the stages of unlike devices as memory allows."""
+        return not branch.place.alike and not branch.modes and "stages" not in self.space.pins
+
+    def _modes(self, branch: Branch) -> tuple[int, ...]:
+        """Ways in which layers may be recomputed, the mildest first."""
+        assert branch.schedule is not None
+        every, mode = self.space.modes(branch.schedule), branch.mode
+        if mode is None or branch.modes:
+            return every
+        if branch.mild is not None:
+            return branch.mild, mode
+        if branch.candidate is not None or not self._mixes(branch):
+            return (mode,)
+        return tuple(mild for mild in every if mild <= mode)
+
+    def _demand(self, branch: Branch, rates: Rates, modes: tuple[int, ...]) -> Demand:
+        """Of one with a schedule."""
+        place, micro_batch, course, candidate = branch.place, branch.micro_batch, branch.course, branch.candidate
+        m = place.micro_batches(micro_batch)
+        if not place.alike or place.pipeline == 1 or len(self.setting.chain.kinds) != 1:
+            return demand_of(place, rates.held, m, (course,))
+        if candidate is not None:
+            return loaded_demand(place, rates.held, m, course, (candidate.cut.stages,))
+        key = (place, micro_batch, course, branch.mode, modes)
+        found = self._demands.get(key)
         if found is None:
-            found = self._shares[place] = {share: share_of(place, *share) for share in self.space.shares(place)}
+            found = self._demands[key] = loaded_demand(place, rates.held, m, course, self._cuts(branch))
         return found
 
-    def _broken(self, place: Place, group: Branch | None = None) -> int:
+    def _is_balanced(self, place: Place) -> bool:
+        """Whether layers are alike, and cut so that the slowest stage is as fast as can be."""
+        return place.alike and len(self.setting.chain.kinds) == 1 and "stages" not in self.space.pins
+
+    def _cuts(self, branch: Branch) -> Cuts:
+        """Ways in which layers may be cut into stages: for each way of recomputing the one that balances them."""
+        if (given := self.space.pins.get("stages")) is not None:
+            return (given,)
+        assert branch.schedule is not None
+        modes = [mode for mode, _ in self.space.ways(branch.schedule)] if branch.mode is None else [branch.mode]
+        bench, stages = branch.place.bench, branch.place.pipeline * branch.interleave
+        found = [bench.balanced(branch.micro_batch, mode, stages) for mode in modes]
+        return tuple({id(cut): cut for cut in found}.values())  # equal ones are one object
+
+    def _rates(self, place: Place, micro_batch: int, modes: tuple[int, ...], schedule: Schedule) -> Rates:
+        key = (place, micro_batch, modes, schedule in V_SHAPED)
+        found = self._rated.get(key)
+        if found is None:
+            found = self._rated[key] = rates_of(*key)
+        return found
+
+    def _on(self, place: Place) -> Mapping[tuple[int, int], Share]:
+        """What ways of ZeRO take on a place, of their state the whole alone."""
+        found = self._shares.get(place)
+        if found is None:
+            found = self._shares[place] = shares_of(place, self.space.shares(place))
+        return found
+
+    def _closely(self, place: Place, choice: tuple[int, int]) -> Share:
+        """What a way of ZeRO takes, with what layers have of its state."""
+        found = self._layered.get((place, choice))
+        if found is None:
+            whole = self._on(place)[choice]
+            found = whole._replace(states=with_layers(place, *choice, whole.states))
+            self._layered[place, choice] = found
+        return found
+
+    def _broken(self, place: Place, branch: Branch | None = None) -> int:
         """Wishes that no candidate of a branch keeps, as far as they speak of what all have in common."""
         known, unknown = self._facts_of(place) if self.outcome.wishes else {}, _LATE | _GROUPED
-        if group is not None and group.mode is not None and not group.modes:
-            known |= {
-                "micro_batch": group.micro_batches[0],
-                "schedule": group.schedule,
-                "interleave": group.interleave,
-                "recompute": MODES[group.mode],
-            }
+        if branch is not None:
+            known |= {"micro_batch": branch.micro_batch, "schedule": branch.schedule, "interleave": branch.interleave}
             unknown = _LATE
         wishes = enumerate(self.outcome.wishes)
         return sum(1 << i for i, wish in wishes if wish.names.isdisjoint(unknown) and not wish.kept(known))
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
-    def _over(self, branch: Branch) -> int:
-        """Bytes by which all of its candidates exceed what a plan may use, at least. What layers keep that are recomputed in
-        several ways has no bound."""
-        if branch.modes or (branch.mode is None and isinstance(self.space.pins.get("recompute"), tuple)):
-            return 0
-        if branch.mode is None:
-            return self._least_bytes(branch.place, branch.micro_batches[0]) - branch.place.most_bytes
-        return self._least_under(branch) - branch.place.most_bytes
-
-    def _least_bytes(self, place: Place, micro_batch: int) -> int:
-        """Grows with the micro-batch."""
-        return place.least_bytes(micro_batch, min(share.states.plain for share in self._on(place).values()))
-
-    def _least_under(self, branch: Branch) -> int:
-        """Of one with a way of recomputing."""
-        assert branch.mode is not None
-        chosen = (branch.micro_batches[0], branch.mode, self._courses(branch))
-        states = (self._on(branch.place)[share].states for share in branch.shares)
-        return min(branch.place.least_under(*chosen, each) for each in states)
-
-    def _put_aside(self, over: int, branch: Branch) -> None:
+    def _put_aside(self, over: float, branch: Branch) -> None:
         """Not looked at, unless it may be the closest to fit."""
         candidates = self._count(branch)
         self.outcome.reject("memory").count += candidates
@@ -283,9 +376,9 @@ class Judge:
         self._aside.append(_Aside(over, next(self._numbers), branch))
 
     def _count(self, branch: Branch) -> int:
-        if branch.mode is None:
+        if branch.schedule is None:
             return self.space.count(branch.place, branch.micro_batches)
-        return sum(len(group.shares) for group in self._groups(branch)) if branch.schedule is None else len(branch.shares)
+        return len(branch.shares) * len(self.space.ways(branch.schedule)) if branch.mode is None else 1
 
     def find_closest(self) -> None:
         """Of what was put aside, what may be closer to fitting than anything so far: the least bound first."""
@@ -296,35 +389,39 @@ class Judge:
         heapify(waiting)
         while waiting and waiting[0].over < tally.distance:
             _, _, branch = heappop(waiting)
-            if branch.schedule is not None:
-                for candidate in self._candidates(branch):
-                    tally.closer(branch.place.over_bytes(candidate), candidate, branch.place)
+            if branch.mode is not None:
+                candidate, place = self._candidate(branch), branch.place
+                limit = min(tally.distance, waiting[0].over if waiting else inf)  # what is further over may wait
+                over = place.peak_bytes(candidate, place.most_bytes + limit) - place.most_bytes
+                if not place.alike or over <= limit:
+                    tally.closer(over if place.alike else place.over_bytes(candidate), candidate, place)
+                elif over < tally.distance:
+                    heappush(waiting, _Aside(over, next(self._numbers), branch))
                 continue
             for part in self._parts(branch):
-                heappush(waiting, _Aside(self._over(part), next(self._numbers), part))
+                over = min(self._bounds(part._replace(shares=(choice,)))[1] for choice in part.shares)
+                heappush(waiting, _Aside(over, next(self._numbers), part))
 
     # ---- prices -----------------------------------------------------------------------------------------------------
 
-    def _price(self, branch: Branch) -> None:
-        """What does not fit needs no price."""
-        for candidate in self._candidates(branch):
-            if branch.place.alike:
-                limit = branch.place.most_bytes
-                peak = branch.place.peak_bytes(candidate, limit)
-                if peak > limit:
-                    self._put_aside(peak - limit, branch)
-                else:
-                    self._weigh(candidate, branch.place, peak)
-                continue
-            over = branch.place.over_bytes(candidate)
-            if over <= 0:
-                self._weigh(candidate, branch.place, branch.place.peak_bytes(candidate))
-                continue
-            self.outcome.reject("memory").add(over, candidate, branch.place)
-            if not branch.modes and "stages" not in self.space.pins:
-                other = self._refitting(branch.place, candidate).within(candidate)
-                if other is not None:
-                    self.add(other, branch.place)
+    def _laid_out(self, branch: Branch) -> Candidate | None:
+        """The candidate, where pools are unlike with its layers laid on the stages in another way if need be; None where that
+        does not fit."""
+        candidate, place = self._candidate(branch), branch.place
+        if place.alike:
+            peak = place.peak_bytes(candidate, place.most_bytes)
+            if peak <= place.most_bytes:
+                return candidate
+            self._put_aside(peak - place.most_bytes, branch)
+            return None
+        _, lacking = place.peak_and_lack(candidate)
+        if lacking <= 0:
+            return candidate
+        self._put_aside(lacking, branch)
+        other = self._refitting(place, candidate).within(candidate) if self._is_free(branch) else None
+        if other is not None:
+            self.outcome.candidates += 1
+        return other
 
     def _refitting(self, place: Place, c: Candidate) -> Fitting:
         """Alike for plans that differ in ZeRO alone."""
@@ -333,25 +430,18 @@ class Judge:
             self._fittings[key] = Fitting(place, c)
         return self._fittings[key]
 
-    def _candidates(self, branch: Branch) -> Iterator[Candidate]:
-        """By ZeRO and its copies."""
-        place, sharding, schedule = branch.place, branch.place.bench.sharding, branch.schedule
+    def _candidate(self, branch: Branch) -> Candidate:
+        """Of one with one share and a way of recomputing."""
+        place, sharding, schedule, micro_batch = branch.place, branch.place.bench.sharding, branch.schedule, branch.micro_batch
         assert schedule is not None and branch.mode is not None
-        given, (micro_batch,) = self.space.pins.get("stages"), branch.micro_batches
+        given, ((zero, replicate),) = self.space.pins.get("stages"), branch.shares
         if given is not None:
             cut = place.given(given, schedule)
         else:
             cut = place.cut(micro_batch, branch.mode, schedule, branch.interleave)
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
         chosen = (micro_batch, schedule, branch.interleave, branch.mode)
-        around = (cut, place.context, place.expert)
-        for zero, replicate in branch.shares:
-            yield Candidate(*fixed, *chosen, zero, *around, replicate, branch.modes, place.order)
-
-    def add(self, candidate: Candidate, place: Place) -> None:
-        """One that fits."""
-        self.outcome.candidates += 1
-        self._weigh(candidate, place, place.peak_bytes(candidate))
+        return Candidate(*fixed, *chosen, zero, cut, place.context, place.expert, replicate, branch.modes, place.order)
 
     @cached_property
     def limit_bytes(self) -> float:

@@ -10,11 +10,12 @@ divides and what torch's schedules can run; everything else has its price.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import product
 from math import gcd
 from typing import Any, NamedTuple, cast
 
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar.constraints import ORDERS, USUAL, ZEROS, Order
 from mlmdsl.planner.mesh import shares_out
 from mlmdsl.planner.outcome import Outcome, Tally
@@ -41,7 +42,19 @@ class Runs(NamedTuple):
         return sum(v == v_shaped for v in each)
 
 
-@dataclass(frozen=True)
+class Family(NamedTuple):
+    """Schedules with a micro-batch, and with this or a larger one."""
+
+    now: tuple[Course, ...]
+    ever: tuple[Course, ...]
+
+    @property
+    def schedule(self) -> Schedule:
+        """One of them."""
+        return self.now[0][0]
+
+
+@frozen
 class Space:
     """The legal candidates within the pins."""
 
@@ -52,9 +65,9 @@ class Space:
         default_factory=dict[tuple[Place, bool], "tuple[tuple[int, int], ...]"]
     )
     _runs: dict[tuple[int, int], Runs] = field(default_factory=dict[tuple[int, int], Runs])
-    _courses: dict[tuple[object, ...], tuple[Course, ...]] = field(
-        default_factory=dict[tuple[object, ...], "tuple[Course, ...]"]
-    )
+    _families: dict[tuple[int, ...], tuple[Family, ...]] = field(default_factory=dict[tuple[int, ...], "tuple[Family, ...]"])
+    _ways: dict[Schedule, tuple[Way, ...]] = field(default_factory=dict[Schedule, tuple[Way, ...]])
+    _modes: dict[Schedule, tuple[int, ...]] = field(default_factory=dict[Schedule, "tuple[int, ...]"])
 
     def within(self, name: str, values: Iterable[Any]) -> list[Any]:
         """The values that a pin leaves."""
@@ -185,17 +198,34 @@ class Space:
             return several
         return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
 
-    def courses(self, place: Place, micro_batch: int, way: Way) -> tuple[Course, ...]:
-        """Those that go with a way of recomputing."""
-        key = (place.pipeline, place.micro_batches(1), micro_batch, way)
-        found = self._courses.get(key)
+    def families(self, place: Place, micro_batch: int) -> tuple[Family, ...]:
+        """Schedules that go with the same ways of recomputing and of ZeRO."""
+        key = (place.pipeline, place.micro_batches(1), micro_batch)
+        found = self._families.get(key)
         if found is None:
-            every = self.runs(place).courses[micro_batch]
-            found = self._courses[key] = tuple(course for course in every if way in self.ways(course[0]))
+            runs = self.runs(place).courses
+            every = [course for size, courses in runs.items() if size > micro_batch for course in courses]
+            both = [[[c for c in of if (c[0] in V_SHAPED) == v] for of in (runs[micro_batch], every)] for v in (False, True)]
+            made = (Family(tuple(now), tuple(dict.fromkeys((*now, *later)))) for now, later in both if now)
+            found = self._families[key] = tuple(family for family in made if self.ways(family.schedule))
+        return found
+
+    def modes(self, schedule: Schedule) -> tuple[int, ...]:
+        """Ways in which a layer may be recomputed, the mildest first."""
+        found = self._modes.get(schedule)
+        if found is None:
+            each = {mode for mode, modes in self.ways(schedule) for mode in modes or (mode,)}
+            found = self._modes[schedule] = tuple(sorted(each))
         return found
 
     def ways(self, schedule: Schedule = "1f1b") -> tuple[Way, ...]:
         """Ways of recomputing, the mildest first; as a pin says for every layer, if it does."""
+        found = self._ways.get(schedule)
+        if found is None:
+            found = self._ways[schedule] = self._found_ways(schedule)
+        return found
+
+    def _found_ways(self, schedule: Schedule) -> tuple[Way, ...]:
         legal = recomputes(schedule) if self.setting.chain.layers else MODES[:1]
         if isinstance(asked := self.pins.get("recompute"), tuple):
             several = cast(tuple[str, ...], asked)

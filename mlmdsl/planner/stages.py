@@ -10,16 +10,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate, groupby, pairwise
 from math import floor
 
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.graph import Graph, Node
 
 _EPS = 1e-9  # relative: sums of equal numbers in another order
 
 
-@dataclass(frozen=True)
+@frozen
 class Chain:
     """The model as stages see it: regions by index. `kinds` are the sorts of layers (the regions that one runs), `layers` how
     many of each follow one another, as (kind, count)."""
@@ -35,7 +36,7 @@ class Chain:
         key = (layers, first, last)
         return self._parts.get(key) or self._parts.setdefault(key, Part(*key))
 
-    @property
+    @cached_property
     def count(self) -> int:
         return sum(count for _, count in self.layers)
 
@@ -208,7 +209,7 @@ def _needed(before: Sequence[float], bound: float) -> list[int]:
 # ---- what the search needs of a distribution ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@frozen
 class Cut:
     """A distribution of layers over pipeline * interleave virtual stages, and its distinct parts.
 

@@ -226,7 +226,7 @@ def test_rules_over_what_plans_cost() -> None:
     ],
 )
 def test_a_wish_is_granted_where_it_costs_a_tenth_at_most(line: str, keeps: Keeps) -> None:
-    plan = planned(line, memory=ROOM)
+    plan = planned(ALIKE, line, memory=ROOM)
     spec, graph = problem(memory=ROOM)
     found = [(p.times(c).total, keeps(_variables(c))) for p, c in legal(spec, graph) if fits(p, c)]
     best = min(seconds for seconds, _ in found)

@@ -1,0 +1,155 @@
+"""What no plan holds less than: bytes of some rank, told before layers are cut into stages, or once it is known how.
+
+Every bound is a line: so many bytes whatever is chosen, and multiples of the state, and of what layers keep for one
+micro-batch. So it says as well how much of one there is room for, given the other.
+
+    mean       of even shares: of state, of one micro-batch's activations and of the loss
+    schedule   of ranks that hold c micro-batches, however layers lie on them (`schedule.least_in_flight`)
+    load       of one rank whose layers are known (loads.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from mlmdsl.planner.loads import Load, loads_of
+from mlmdsl.planner.moments import Moment, reduces_each_pass
+from mlmdsl.planner.pricing import Place
+from mlmdsl.planner.schedule import V_SHAPED, Course, in_flight, least_of, sums_while_full
+
+_FIRST, _LATER = Moment("loss", (1,)), Moment("loss", (1,), (0,))
+
+Cuts = tuple[tuple[int, ...], ...]  # ways in which layers may be cut into virtual stages; none where it is not known
+
+
+class States(NamedTuple):
+    """Bytes of state at least, without and with sums of gradients: of all pipeline ranks together when the first backward pass
+    begins, and in a later one; of each layer. FSDP2's buffers aside. `makes`: whether a backward pass makes the gradients of a
+    layer before it adds them to their sums."""
+
+    whole: tuple[float, float]
+    makes: tuple[bool, bool]
+    layer: tuple[float, float] = (0.0, 0.0)
+
+
+def states_of(place: Place, zero: int, replicate: int) -> States:
+    """Of the whole alone."""
+    sharing = place.sharing(zero, replicate, 1)
+    summed = sharing.piped and sharing.zero and not reduces_each_pass(sharing.zero, sharing.piped)
+    whole = place.bench.setting.chain.whole
+    plain, *more = (place.bench.state(whole, sharing, moment) for moment in (_FIRST, _LATER)[: 1 + bool(summed)])
+    each = [float(sum(state) - state.buffers) for state in (plain, *more)]
+    in_place = place.bench.setting.width == 4 and not reduces_each_pass(sharing.zero, sharing.piped)
+    return States((each[0], each[-1]), (sharing.zero > 0, sharing.zero > 0 and not in_place))
+
+
+def with_layers(place: Place, zero: int, replicate: int, states: States) -> States:
+    """Of layers of one kind. What ZeRO 3 gathers of them is that of one or two at a time, but for a pipeline's stages whose
+    first backward pass is over."""
+    if len(place.bench.setting.chain.kinds) != 1:
+        return states
+    sharing = place.sharing(zero, replicate, 1)
+    summed = sharing.piped and sharing.zero and not reduces_each_pass(sharing.zero, sharing.piped)
+    layer = (place.bench.setting.chain.part((1,), False, False),)
+    weights = place.bench.setting.graph.weights
+    if any(not weights[key].region for key in place.bench.holdings.of(layer[0]).keys):
+        return states  # layers have some in common
+    plain, *more = (place.bench.state(layer, sharing, moment) for moment in (_FIRST, _LATER)[: 1 + bool(summed)])
+    first = float(sum(plain) - plain.buffers - plain.unsharded)
+    return states._replace(layer=(first, float(sum(more[0]) - more[0].buffers) if more else first))
+
+
+class Line(NamedTuple):
+    """Bytes of a rank: `around`, where gradients are added one by one and where a layer's are made first; and multiples of the
+    whole state, of a layer's state, and of what all layers keep."""
+
+    around: tuple[float, float]
+    whole: float
+    layer: float
+    kept: float
+
+    def besides(self, states: States, summed: bool) -> float:
+        """Without activations."""
+        (adding, making), whole, layer, _ = self
+        fixed = making if states.makes[summed] else adding
+        return fixed + whole * states.whole[summed] + layer * states.layer[summed]
+
+
+class Demand(NamedTuple):
+    """Of a micro-batch under one schedule: lines that hold however layers are cut; for each way to cut them, lines of ranks
+    with their loads; whether sums of gradients are there by then; what a plan may use."""
+
+    mean: tuple[Line, ...]
+    loaded: tuple[tuple[tuple[Line, Load], ...], ...]
+    summed: bool
+    room: float
+
+    def over(self, states: States, kept: float) -> float:
+        """Bytes by which a plan exceeds its room, at least, where all layers keep so many for a micro-batch."""
+        summed = self.summed
+        found = max([line.besides(states, summed) + line.kept * kept for line in self.mean])
+        if self.loaded:
+            cuts = [max([line.besides(states, summed) + line.kept * kept for line, _ in ranks]) for ranks in self.loaded]
+            found = max(found, min(cuts))
+        return found - self.room
+
+    def may_keep(self, states: States) -> float:
+        """Bytes of one micro-batch that all layers may keep together."""
+        return min([(self.room - line.besides(states, self.summed)) / line.kept for line in self.mean])
+
+
+class Held(NamedTuple):
+    """What all lines of a micro-batch are made of: the loss; what layers need while the backward pass of one runs, gradients
+    being added one by one, or a layer's made first; the receive buffers between two stages in one direction."""
+
+    loss: float
+    working: tuple[float, float]
+    buffers: float
+
+    def scaled(self, factor: float) -> Held:
+        """Of a smaller micro-batch; the receive buffers are those of as many sequences."""
+        adding, making = self.working
+        return Held(self.loss * factor, (adding * factor, making * factor), self.buffers)
+
+
+def held_of(place: Place, micro_batch: int, modes: Iterable[int], apart: bool) -> Held:
+    """Under the least of some ways of recomputing; `apart`: where gradients of weights may be put off."""
+    least = place.bench.least_activations(micro_batch)
+    working = min(least.working[mode] for mode in modes)
+    adding, making = (0, 0) if apart else (least.adding, least.making)
+    return Held(least.loss, (working + adding, working + making), place.least_buffers(micro_batch))
+
+
+def demand_of(place: Place, held: Held, micro_batches: int, courses: tuple[Course, ...], balanced: bool = False) -> Demand:
+    """Of the schedule that holds least among some, for each of the quantities, however layers lie on the ranks. `balanced`:
+    whether layers are alike, and cut so that the slowest stage is as fast as can be: none but the first and the last has fewer
+    than if all had as many. In a V, all of whose layers keep as much, the second rank is known by that."""
+    pipeline, slack, layers = place.pipeline, place.slack, place.bench.setting.chain.count
+    summed, (kept, state, received, buffers) = least_of(courses, pipeline, micro_batches)
+    if balanced and pipeline > 2 and all(schedule in V_SHAPED for schedule, _ in courses):
+        counts = min(sum(in_flight(schedule, pipeline, 2, micro_batches, 1)) for schedule, _ in courses)
+        kept = max(kept, layers // (2 * pipeline) * counts / layers)
+    mean = Line(_around(place, held, buffers, held.loss / pipeline), 1 / pipeline, 0.0, slack / pipeline)
+    most = Line(_around(place, held, received), state, 0.0, slack * kept)
+    return Demand((mean, most), (), summed, float(place.most_bytes))
+
+
+def loaded_demand(place: Place, held: Held, micro_batches: int, course: Course, cuts: Cuts) -> Demand:
+    """Of one schedule, layers being cut into stages in one of these ways."""
+    (schedule, interleave), pipeline, slack = course, place.pipeline, place.slack
+    each, loaded = slack / place.bench.setting.chain.count, list[tuple[tuple[Line, Load], ...]]()
+    for stages in cuts:
+        loads = loads_of(course, pipeline, micro_batches, stages)
+        loaded.append(tuple((Line(_around(place, held, x.place.links), 0.0, x.layers, each * x.total), x) for x in loads))
+    buffers = 2 * (pipeline * interleave - 1) / pipeline
+    mean = Line(_around(place, held, buffers, held.loss / pipeline), 1 / pipeline, 0.0, slack / pipeline)
+    summed = sums_while_full(schedule, pipeline, micro_batches)
+    return Demand((mean,), tuple(loaded), summed, float(place.most_bytes))
+
+
+def _around(place: Place, held: Held, links: float, loss: float = 0.0) -> tuple[float, float]:
+    """Bytes of activations are whole numbers."""
+    base, slack, (adding, making) = place.context_bytes - 1, place.slack, held.working
+    buffers = links * held.buffers
+    return base + slack * (max(loss, adding) + buffers), base + slack * (max(loss, making) + buffers)

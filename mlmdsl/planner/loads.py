@@ -1,0 +1,92 @@
+"""Which rank holds the most layers' activations, where it is known how layers are cut into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+from mlmdsl.planner.schedule import V_SHAPED, Course, extremes, in_flight, links, rounds, stages_of
+
+
+class Position(NamedTuple):
+    """Of a rank: layers of its virtual stages, of those before its first one, and of those behind its last one; links to other
+    stages, in one direction or the other; whether it has the model's beginning, and its end."""
+
+    rank: int
+    sizes: tuple[int, ...]
+    before: int
+    behind: int
+    links: int
+    first: bool
+    last: bool
+
+
+class Load(NamedTuple):
+    """Of a rank at one time: how many layers it has; `total`: of micro-batches held times layers; `held`: both by virtual
+    stage, the most micro-batches first; `place`: where it lies."""
+
+    layers: int
+    total: float
+    held: tuple[tuple[float, int], ...]
+    place: Position
+
+
+@cache
+def loads_of(course: Course, pipeline: int, micro_batches: int, stages: tuple[int, ...]) -> tuple[Load, ...]:
+    """Of ranks and times of which no other has as many layers, holds as much, has as many links and comes as late. `stages`:
+    layers of every virtual stage."""
+    places = _ends(course[0] in V_SHAPED, pipeline, course[1], stages)
+    every = {load for place in places for load in _loads(course, pipeline, micro_batches, place)}
+    found: list[Load] = []
+    for load in sorted(every, reverse=True):
+        if not any(_less(load, other) for other in found):
+            found.append(load)
+    return tuple(found)
+
+
+def _less(one: Load, other: Load) -> bool:
+    here, there = one.place, other.place
+    fuller = one.layers <= other.layers and one.total <= other.total and one.held[0] <= other.held[0]
+    beyond = here.links <= there.links and here.before <= there.before
+    return fuller and beyond and here.first <= there.first and here.last <= there.last
+
+
+@cache
+def _ends(v_shaped: bool, pipeline: int, interleave: int, stages: tuple[int, ...]) -> tuple[Position, ...]:
+    """Of the ranks that are alike the first, which holds the most, and the last."""
+    schedule, last = V_SHAPED[0] if v_shaped else "interleaved_1f1b", len(stages) - 1
+    between, alike = links(schedule, pipeline, interleave), dict[tuple[object, ...], list[int]]()
+    placed = [stages_of(schedule, pipeline, interleave, rank) for rank in range(pipeline)]
+    for rank, mine in enumerate(placed):
+        handed = sum([sum(between[stage]) for stage in mine])
+        alike.setdefault((*[stages[stage] for stage in mine], handed, 0 in mine, last in mine), []).append(rank)
+    found: list[Position] = []
+    for ranks in alike.values():
+        for rank in dict.fromkeys((ranks[0], ranks[-1])):
+            mine = placed[rank]
+            sizes, handed = tuple([stages[stage] for stage in mine]), sum([sum(between[stage]) for stage in mine])
+            around = sum(stages[: mine[0]]), sum(stages[mine[-1] + 1 :])
+            found.append(Position(rank, sizes, *around, handed, 0 in mine, last in mine))
+    return tuple(found)
+
+
+def _loads(course: Course, pipeline: int, micro_batches: int, place: Position) -> Iterator[Load]:
+    """At the moments when it may hold the most, as the ledger has them (moments.py)."""
+    (schedule, interleave), sizes = course, place.sizes
+    counts = in_flight(schedule, pipeline, interleave, micro_batches, place.rank)
+    if schedule != "interleaved_1f1b" or rounds(pipeline, micro_batches) == 1:
+        yield _load(place, zip(counts, sizes, strict=True))
+        return
+    if interleave > 2:
+        # the larger counts are charged to the larger stages (`memory.Filling.at`): no less than if all were the mean one, in
+        # whichever ways layers are recomputed (Chebyshev's sum inequality)
+        yield _load(place, [(sum(counts) / interleave, sum(sizes))])
+    for most in extremes(pipeline, interleave, micro_batches, place.rank):
+        yield _load(place, zip(most, sizes, strict=True))
+
+
+def _load(place: Position, held: Iterable[tuple[float, int]]) -> Load:
+    fullest = tuple(sorted(((count, size) for count, size in held if count), reverse=True))
+    total = sum(count * size for count, size in fullest)
+    return Load(sum(place.sizes), total, fullest, place)
