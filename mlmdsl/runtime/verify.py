@@ -377,11 +377,13 @@ _ATTENTION = functional.scaled_dot_product_attention
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
-    """torch's, with the kernel that GPUs have where a mask has a gradient."""
-    if attn_mask is None or not attn_mask.requires_grad:
+    """torch's, with the kernel that GPUs have where a mask has a gradient, and where values are not as wide as keys."""
+    learned = attn_mask is not None and attn_mask.requires_grad
+    if not learned and (q.size(-1) == v.size(-1) or q.size(1) != k.size(1)):
         return _ATTENTION(q, k, v, attn_mask, **settings)
-    mask = attn_mask.expand(*q.shape[:-1], k.size(-2))
-    attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, **settings)[0]
+    mask = None if attn_mask is None else attn_mask.expand(*q.shape[:-1], k.size(-2))
+    known = {name: value for name, value in settings.items() if name != "enable_gqa"}
+    attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, **known)[0]
     return attended
 
 

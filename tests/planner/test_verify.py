@@ -120,6 +120,12 @@ model drawn {
 }
 """
 
+# Heads whose values are not as wide as their keys
+LATENT = PARALLEL_BLOCK.replace(
+    "Attention(n, heads = 16, causal = true, bias = false, rope_theta = 10_000)",
+    "LatentAttention(n, heads = 16, query_rank = 512, kv_rank = 256, head_dim = 96, rope_dim = 32)",
+)
+
 LARGE = """
 cluster large {
   nodes = 1
@@ -179,6 +185,14 @@ LARGE_CASES: list[tuple[str, int, str, dict[str, Any], tuple[int, ...], tuple[st
         dict(pipeline=2, data=8, zero=1, micro_batch=4, schedule="interleaved_1f1b", interleave=2),
         (1, 9),
         ("drawn.layers=8",),
+    ),
+    (
+        "latent",
+        4,
+        "bf16",
+        dict(tensor=2, sequence_parallel=True, pipeline=2, schedule="1f1b", micro_batch=1),
+        (0, 3),
+        ("drawn.layers=4",),
     ),
     # a cut vocabulary: the loss keeps the logits, not their softmax
     ("drawn", 3, "bf16", dict(tensor=4, pipeline=2, schedule="gpipe", recompute="full"), (4,), ("drawn.vocab=128_000",)),
@@ -249,7 +263,7 @@ def test_a_large_program_keeps_its_plan(
     """On a GPU."""
     pins = {"tensor": 1, "context": 1, "pipeline": 1, "data": 1, "zero": 0, "micro_batch": 2, "recompute": "none"} | pins
     world = prod(pins[axis] for axis in ("tensor", "context", "pipeline", "data"))
-    text = PARALLEL_BLOCK if model == "drawn" else small_model(model)
+    text = {"drawn": PARALLEL_BLOCK, "latent": LATENT}.get(model) or small_model(model)
     done = compile_spec(
         text + LARGE % (world, micro_batches * pins["micro_batch"] * pins["data"], precision),
         path="/specs/x.mlm",
