@@ -36,9 +36,9 @@ from mlmdsl.compile import compile_spec
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble
+from mlmdsl.planner.bench import Setting
 from mlmdsl.planner.machine import machine_of, machine_text
 from mlmdsl.planner.plan import SearchReport
-from mlmdsl.planner.pricing import Setting
 from mlmdsl.planner.search import explore, search
 
 ROOT = Path(__file__).resolve().parents[1]

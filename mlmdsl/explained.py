@@ -11,9 +11,9 @@ from mlmdsl.frozen import frozen
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.accuracy import Accuracy, accuracy
+from mlmdsl.planner.bench import Setting
 from mlmdsl.planner.operation import Goodput, goodput
 from mlmdsl.planner.plan import Plan
-from mlmdsl.planner.pricing import Setting
 
 if TYPE_CHECKING:  # imported when it is asked for
     from mlmdsl.planner.whatif import WhatIf

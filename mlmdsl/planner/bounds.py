@@ -11,7 +11,11 @@ for W seconds of a micro-batch through all p stages with what they send. (1f1b: 
 schedule.py lists, the one that stays on stage s and goes down and up the stages after it takes W + (m - p + s) c_s + c_(s+1) +
 .. + c_(p-1). If all of these were shorter than W + (m - 1) W / p, then by induction from the last stage down the c would not
 add up to W.) The fullest rank has the mean rank's weights at least, and so exchanges these and steps them. Where pools are
-unlike, W is that of the quickest, and `least_uneven` bounds the ranks that work is spread over by their paces.
+unlike, W is that of the quickest (uneven.py knows more).
+
+Where memory is short, some layers are recomputed: as many as free what some rank has too much of (demand.py), in the ways that
+cost least time for it (trade.py). Where it is known how layers are cut, no schedule is shorter than the way by any of its ranks
+(loads.py), whose passes recompute what it takes for that rank alone.
 
 Seconds of a sequence do not grow with the micro-batch: kernels and links are the faster the more there is to do at once
 (compute.py, communication.py). So one large micro-batch bounds all smaller ones.
@@ -25,13 +29,14 @@ from math import ceil, inf
 from operator import itemgetter
 from typing import NamedTuple
 
+from mlmdsl.planner.bench import Bench, Sums
 from mlmdsl.planner.communication import collective_seconds
 from mlmdsl.planner.demand import Demand, Held, Line, States, demand_of, held_of, states_of
 from mlmdsl.planner.loads import Load
 from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import CollectiveKind, Schedule
 from mlmdsl.planner.pools import group_on
-from mlmdsl.planner.pricing import Bench, Place, Sums
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.schedule import V_SHAPED, Course
 from mlmdsl.planner.trade import Trade
 

@@ -15,8 +15,9 @@ from itertools import count
 from math import inf
 from typing import Any, NamedTuple
 
+from mlmdsl.planner.bench import Setting
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.pricing import Candidate, Place, Setting, Times
+from mlmdsl.planner.pricing import Candidate, Place, Times
 from mlmdsl.planner.rules import CompiledRule
 from mlmdsl.planner.schedule import Course
 

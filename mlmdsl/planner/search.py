@@ -22,11 +22,12 @@ from mlmdsl.grammar.constraints import USUAL
 from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
+from mlmdsl.planner.bench import Bench, Setting
 from mlmdsl.planner.bounds import Least, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
 from mlmdsl.planner.demand import Cuts, Demand, demand_of, loaded_demand, with_layers
 from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
-from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
+from mlmdsl.planner.pricing import Candidate, Place, Times
 from mlmdsl.planner.refitting import Fitting
 from mlmdsl.planner.rooms import Unlike
 from mlmdsl.planner.rules import CompiledRule, compile_rule

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, cast
 
 from mlmdsl.frozen import frozen
 from mlmdsl.grammar.constraints import ORDERS, USUAL, ZEROS, Order
+from mlmdsl.planner.bench import Bench, Setting
 from mlmdsl.planner.mesh import shares_out
 from mlmdsl.planner.outcome import Outcome, Tally
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.pricing import Bench, Place, Setting
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.schedule import V_SHAPED, Course, cannot_run, executable, recomputes, zeros
 from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.planner.stages import begins_anew

@@ -16,11 +16,11 @@ from mlmdsl.grammar.overrides import Overrides
 from mlmdsl.grammar.spec import Frozen, Pin, PlanConstraints, PlanValue, Rule
 from mlmdsl.planner import explain
 from mlmdsl.planner.assemble import variables
+from mlmdsl.planner.bench import Setting
 from mlmdsl.planner.check import check
 from mlmdsl.planner.compare import Costed, Part, costed, costed_plan, difference, parts_of, verdict
 from mlmdsl.planner.outcome import Found, Outcome
 from mlmdsl.planner.plan import Plan, PlanVariables, Predicted, StageMemory
-from mlmdsl.planner.pricing import Setting
 from mlmdsl.planner.search import explore
 
 Verdict = Literal["slower", "as_fast", "faster", "memory", "rule", "illegal"]

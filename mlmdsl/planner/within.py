@@ -8,9 +8,9 @@ from mlmdsl.diagnostics import Diagnostic, UsageError
 from mlmdsl.grammar.spec import Frozen, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.assemble import plan_of
+from mlmdsl.planner.bench import Setting
 from mlmdsl.planner.operation import Bill, Goodput, bill, goodput
 from mlmdsl.planner.plan import Plan, PlanVariables, SearchReport
-from mlmdsl.planner.pricing import Setting
 from mlmdsl.planner.search import explore
 from mlmdsl.units import quantity
 

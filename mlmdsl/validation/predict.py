@@ -8,10 +8,11 @@ from functools import cache
 
 from mlmdsl.compile import compile_spec
 from mlmdsl.diagnostics import MlmError
+from mlmdsl.planner.bench import Bench, Setting
 from mlmdsl.planner.execution import Execution
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.pricing import Bench, Candidate, Place, Setting, Times
+from mlmdsl.planner.pricing import Candidate, Place, Times
 from mlmdsl.planner.schedule import executable
 from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.validation.footprint import footprint

@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlmdsl.compile import Compilation, compile_spec
+from mlmdsl.planner.bench import Bench, Setting
 from mlmdsl.planner.blend import blends
 from mlmdsl.planner.memory import CONTEXT_BYTES, SLACK, Passing, State, capacity_bytes
 from mlmdsl.planner.moments import Moment
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan
-from mlmdsl.planner.pricing import Bench, Place, Setting
+from mlmdsl.planner.pricing import Place
 from mlmdsl.runtime.parallel import local_part
 from tests.parity.curve import make_trainer
 from tests.parity.models import GPT, LLAMA, MODELS, SETTINGS, small_model

@@ -10,10 +10,11 @@ from mlmdsl.compile import compile_spec
 from mlmdsl.diagnostics import PlanError
 from mlmdsl.grammar.constraints import ORDERS, USUAL
 from mlmdsl.grammar.spec import Spec
+from mlmdsl.planner.bench import Bench, Setting
 from mlmdsl.planner.mesh import Mesh
 from mlmdsl.planner.plan import Plan
 from mlmdsl.planner.pools import Sites, group_on, mean_peak, pools_of
-from mlmdsl.planner.pricing import Bench, Place, Setting
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.search import search
 from mlmdsl.planner.whatif import what_if
 from mlmdsl.report.terminal import render_plan

@@ -17,8 +17,8 @@ import pytest
 
 from mlmdsl.grammar.constraints import ORDERS, SCHEDULES, USUAL
 from mlmdsl.planner.assemble import ledger
+from mlmdsl.planner.bench import Setting
 from mlmdsl.planner.plan import Plan, PlanVariables
-from mlmdsl.planner.pricing import Setting
 from mlmdsl.planner.search import explore, search, single_device
 from mlmdsl.planner.verify_layout import verify_layout
 from mlmdsl.report.terminal import render_plan

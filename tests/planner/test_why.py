@@ -10,8 +10,8 @@ import pytest
 from mlmdsl.cli import main
 from mlmdsl.compile import compile_spec
 from mlmdsl.diagnostics import SpecError
+from mlmdsl.planner.bench import Setting
 from mlmdsl.planner.plan import Plan
-from mlmdsl.planner.pricing import Setting
 from mlmdsl.planner.search import explore
 from mlmdsl.planner.why import Answer, answer, questions
 
