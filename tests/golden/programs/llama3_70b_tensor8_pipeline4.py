@@ -1,13 +1,12 @@
 """llama3_70b on h100x256.
 
-Plan: tensor 8 x pipeline 4 x data 8, sequence parallel, interleaved_1f1b x 2, ZeRO 1, micro-batch 2, recompute selective of 42
-layers, none of 38 layers.
+Plan: tensor 8 x pipeline 4 x data 8, sequence parallel, dualpipe_v, ZeRO 1, micro-batch 1, recompute none.
 Written by mlmdsl from llama3_70b.mlm; it needs torch and mlmdsl.runtime, and runs with
     torchrun --nnodes 32 --nproc-per-node 8 program.py --out runs/llama3_70b
-Predicted: 18.6 s a step, 879 tokens/s and 395 TFLOP/s per device (MFU 39.9 % of 989 TFLOP/s, counting matrix products only,
-causal attention half); peak memory 73.65 GiB to 74.66 GiB.
+Predicted: 18.6 s a step, 881 tokens/s and 396 TFLOP/s per device (MFU 40.0 % of 989 TFLOP/s, counting matrix products only,
+causal attention half); peak memory 70.65 GiB to 71.7 GiB.
 
-Shapes: B = 2 (sequences of a micro-batch), S = 8,192 (tokens); n/tp is a dim divided over the 8 ranks of the tensor axis.
+Shapes: B = 1 (sequences of a micro-batch), S = 8,192 (tokens); n/tp is a dim divided over the 8 ranks of the tensor axis.
 Ranks: torch.arange(256).view(4, 8, 1, 8): pipeline, data, context, tensor. Collectives over data and pipeline are the
 runtime's.
 """
@@ -31,7 +30,6 @@ from mlmdsl.runtime import (
     main,
     normal,
     ones,
-    recomputed_blocks,
     reduce_scatter,
     rotary,
     vocab_parallel_cross_entropy,
@@ -43,20 +41,10 @@ PARALLEL = Parallel(
     data=8,
     tensor=8,
     interleave=2,
-    schedule="interleaved_1f1b",
+    schedule="dualpipe_v",
     stages=(10, 10, 10, 10, 10, 10, 10, 10),
     zero=1,
-    micro_batch=2,
-    recompute=(
-        *("selective",) * 29,
-        "none",
-        *("selective",) * 2,
-        *("none",) * 8,
-        *("selective",) * 7,
-        *("none",) * 3,
-        *("selective",) * 4,
-        *("none",) * 26,
-    ),
+    micro_batch=1,
 )
 
 TRAINING = Training(
@@ -98,7 +86,7 @@ class LlamaBlock(nn.Module):
         tp = self.tp
         attn_norm = F.rms_norm(h, (8192,), self.attn_norm.weight, 1e-5)
         # attn: Attention
-        # 256 MiB; backward reduce_scatter: attn.query, attn.key, attn.value are column-parallel
+        # 128 MiB; backward reduce_scatter: attn.query, attn.key, attn.value are column-parallel
         attn_norm = all_gather(attn_norm, tp, dim=1)
         q = F.linear(attn_norm, self.attn.query.weight).unflatten(-1, (8, 128))  # [B, S, 64/tp, 128]
         k = F.linear(attn_norm, self.attn.key.weight).unflatten(-1, (1, 128))  # [B, S, 8/tp, 128]
@@ -107,14 +95,14 @@ class LlamaBlock(nn.Module):
         k = rotary(k, 500000.0)  # [B, S, 8/tp, 128]
         a = attention(q, k, v, causal=True).flatten(-2)  # [B, S, 8192/tp]
         out = F.linear(a, self.attn.out.weight)  # [B, S, 8192], partial sums
-        out = reduce_scatter(out, tp, dim=1)  # [B, S/tp, 8192], 256 MiB; backward all_gather: attn.out is row-parallel
+        out = reduce_scatter(out, tp, dim=1)  # [B, S/tp, 8192], 128 MiB; backward all_gather: attn.out is row-parallel
         h = h + out
         mlp_norm = F.rms_norm(h, (8192,), self.mlp_norm.weight, 1e-5)
         # mlp: SwiGLU
-        mlp_norm = all_gather(mlp_norm, tp, dim=1)  # 256 MiB; backward reduce_scatter: mlp.gate, mlp.up are column-parallel
+        mlp_norm = all_gather(mlp_norm, tp, dim=1)  # 128 MiB; backward reduce_scatter: mlp.gate, mlp.up are column-parallel
         x = F.silu(F.linear(mlp_norm, self.mlp.gate.weight)) * F.linear(mlp_norm, self.mlp.up.weight)  # [B, S, 28672/tp]
         down = F.linear(x, self.mlp.down.weight)  # [B, S, 8192], partial sums
-        down = reduce_scatter(down, tp, dim=1)  # [B, S/tp, 8192], 256 MiB; backward all_gather: mlp.down is row-parallel
+        down = reduce_scatter(down, tp, dim=1)  # [B, S/tp, 8192], 128 MiB; backward all_gather: mlp.down is row-parallel
         return h + down
 
 
@@ -139,13 +127,13 @@ class Stage(nn.Module):
         if self.first:
             tokens = h
             h = F.embedding(tokens, self.tok.weight)  # [B, S, 8192/tp]
-            h = all_to_all(h, tp, 2, 1)  # 32 MiB; backward all_to_all: blocks carries it cut along the sequence
-        for block in recomputed_blocks(self.blocks, PARALLEL.recompute):
+            h = all_to_all(h, tp, 2, 1)  # 16 MiB; backward all_to_all: blocks carries it cut along the sequence
+        for block in self.blocks.values():
             h = block(h)
         if not self.last:
             return h
         norm = F.rms_norm(h, (8192,), self.norm.weight, 1e-5)  # [B, S/tp, 8192]
-        norm = all_gather(norm, tp, dim=1)  # [B, S, 8192], 256 MiB; backward reduce_scatter: linear is column-parallel
+        norm = all_gather(norm, tp, dim=1)  # [B, S, 8192], 128 MiB; backward reduce_scatter: linear is column-parallel
         return F.linear(norm, self.linear.weight)  # [B, S, 128256/tp]
 
 
