@@ -8,6 +8,7 @@ from mlmdsl.graph.flops import active_parameters, flops_per_token
 from mlmdsl.planner import schedule
 from mlmdsl.planner.bench import Setting
 from mlmdsl.planner.blend import regions_of
+from mlmdsl.planner.candidate import Candidate, Times
 from mlmdsl.planner.memory import stage_memory
 from mlmdsl.planner.plan import (
     ClusterFacts,
@@ -20,7 +21,7 @@ from mlmdsl.planner.plan import (
     StageTime,
 )
 from mlmdsl.planner.pools import pool_facts
-from mlmdsl.planner.pricing import Candidate, Place, Times
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.traffic import collectives, flops
 
 _AXES = ("tensor", "context", "expert", "data", "pipeline")

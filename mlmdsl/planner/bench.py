@@ -20,9 +20,11 @@ from mlmdsl.planner.communication import Group, group_of
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.context import over_context
 from mlmdsl.planner.execution import OURS, Execution
+from mlmdsl.planner.holdings import Holdings, Sharing, State
+from mlmdsl.planner.layout import Layout
 from mlmdsl.planner.mesh import Mesh, Network
 from mlmdsl.planner.moments import Moment
-from mlmdsl.planner.passes import MODES, Layout, Passes, Prices
+from mlmdsl.planner.passes import MODES, Passes, Prices
 from mlmdsl.planner.pools import Site, Sites, group_on, mean_peak
 from mlmdsl.planner.proportion import Speed
 from mlmdsl.planner.sharding import Costs, Infeasible, Sharding, reference_micro_batch, replicated, shard_graph
@@ -192,7 +194,7 @@ class Bench:
     _passes: dict[int, Passes] = field(default_factory=dict[int, Passes])
     _layout: Layout = field(default_factory=Layout)
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
-    _states: dict[tuple[object, ...], memory.State] = field(default_factory=dict[tuple[object, ...], memory.State])
+    _states: dict[tuple[object, ...], State] = field(default_factory=dict[tuple[object, ...], State])
     _least: dict[int, Least] = field(default_factory=dict[int, Least])
     _trades: dict[tuple[int, tuple[int, ...]], Trade] = field(default_factory=dict[tuple[int, tuple[int, ...]], Trade])
     _balanced: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict[tuple[int, int, int], tuple[int, ...]])
@@ -246,8 +248,8 @@ class Bench:
         return self._sites[site]
 
     @cached_property
-    def holdings(self) -> memory.Holdings:
-        return memory.Holdings(self.setting.graph, self.sharding, self.setting.chain)
+    def holdings(self) -> Holdings:
+        return Holdings(self.setting.graph, self.sharding, self.setting.chain)
 
     def passes(self, micro_batch: int) -> Passes:
         if micro_batch not in self._passes:
@@ -380,7 +382,7 @@ class Bench:
         kernels = self.site.kernels
         return launches * kernels.launch if kernels.device.kind == "cpu" else 0.0
 
-    def state(self, parts: tuple[Part, ...], sharing: memory.Sharing, moment: Moment) -> memory.State:
+    def state(self, parts: tuple[Part, ...], sharing: Sharing, moment: Moment) -> State:
         key = (parts, sharing, *moment.of_state)
         found = self._states.get(key)
         if found is None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from mlmdsl import words
 from mlmdsl.grammar.spec import Frozen
 from mlmdsl.planner.assemble import ledger, links_of, predicted, variables
+from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.plan import Plan, PlanVariables, Predicted, StageMemory
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 
 _SAME = 0.0005  # of a step: times that differ by less are alike
 _NOTABLE = 0.10  # of the difference: parts that explain less are left out

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from mlmdsl.planner.holdings import Sharing
 from mlmdsl.planner.loads import Load, loads_of
 from mlmdsl.planner.moments import Moment, reduces_each_pass
 from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.schedule import V_SHAPED, Course, in_flight, least_of, sums_while_full
-
-_FIRST, _LATER = Moment("loss", (1,)), Moment("loss", (1,), (0,))
+from mlmdsl.planner.stages import Part
 
 Cuts = tuple[tuple[int, ...], ...]  # ways in which layers may be cut into virtual stages; none where it is not known
 
@@ -35,29 +35,33 @@ class States(NamedTuple):
 
 def states_of(place: Place, zero: int, replicate: int) -> States:
     """Of the whole alone."""
-    sharing = place.sharing(zero, replicate, 1)
-    summed = sharing.piped and sharing.zero and not reduces_each_pass(sharing.zero, sharing.piped)
-    whole = place.bench.setting.chain.whole
-    plain, *more = (place.bench.state(whole, sharing, moment) for moment in (_FIRST, _LATER)[: 1 + bool(summed)])
-    each = [float(sum(state) - state.buffers) for state in (plain, *more)]
-    in_place = place.bench.setting.width == 4 and not reduces_each_pass(sharing.zero, sharing.piped)
-    return States((each[0], each[-1]), (sharing.zero > 0, sharing.zero > 0 and not in_place))
+    sharing, piped = place.sharing(zero, replicate, 1), place.pipeline > 1
+    in_place = place.bench.setting.width == 4 and not reduces_each_pass(sharing.zero, piped)
+    whole = [state_bytes(place, place.bench.setting.chain.whole[0], sharing, summed) for summed in (False, True)]
+    return States((whole[0], whole[1]), (sharing.zero > 0, sharing.zero > 0 and not in_place))
 
 
 def with_layers(place: Place, zero: int, replicate: int, states: States) -> States:
-    """Of layers of one kind. What ZeRO 3 gathers of them is that of one or two at a time, but for a pipeline's stages whose
-    first backward pass is over."""
+    """Of layers of one kind in a pipeline."""
     if len(place.bench.setting.chain.kinds) != 1:
         return states
     sharing = place.sharing(zero, replicate, 1)
-    summed = sharing.piped and sharing.zero and not reduces_each_pass(sharing.zero, sharing.piped)
-    layer = (place.bench.setting.chain.part((1,), False, False),)
-    weights = place.bench.setting.graph.weights
-    if any(not weights[key].region for key in place.bench.holdings.of(layer[0]).keys):
-        return states  # layers have some in common
-    plain, *more = (place.bench.state(layer, sharing, moment) for moment in (_FIRST, _LATER)[: 1 + bool(summed)])
-    first = float(sum(plain) - plain.buffers - plain.unsharded)
-    return states._replace(layer=(first, float(sum(more[0]) - more[0].buffers) if more else first))
+    return states._replace(layer=(layer_bytes(place, sharing, False), layer_bytes(place, sharing, True)))
+
+
+def layer_bytes(place: Place, sharing: Sharing, summed: bool) -> float:
+    """State of one layer more in a stage of a pipeline: what layers have in common and what is gathered of one or two at a time
+    aside."""
+    one, two = (place.bench.setting.chain.part((n,), False, False) for n in (1, 2))
+    return state_bytes(place, two, sharing, summed) - state_bytes(place, one, sharing, summed)
+
+
+def state_bytes(place: Place, part: Part, sharing: Sharing, summed: bool) -> float:
+    """Of a rank with this part, when its first backward pass begins, or (`summed`) a later one, if sums wait till then for a
+    reduction."""
+    waits = summed and sharing.piped and sharing.zero > 0 and not reduces_each_pass(sharing.zero, sharing.piped)
+    state = place.bench.state((part,), sharing, Moment("loss", (1,), (0,) if waits else ()))
+    return float(sum(state) - state.buffers)
 
 
 class Line(NamedTuple):

@@ -12,10 +12,11 @@ from mlmdsl.grammar.spec import Pin, PlanConstraints, PlanValue, Spec
 from mlmdsl.planner import memory
 from mlmdsl.planner.assemble import ledger, links_of, predicted, variables
 from mlmdsl.planner.bench import Setting
+from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.outcome import Found, Outcome, Tally
 from mlmdsl.planner.plan import Alternative, Plan, Rejection, SoftConstraint, StageMemory
 from mlmdsl.planner.pools import size_of
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 
 _RUNNERS_UP = 5
 _TIGHT = 0.97  # of what a plan may use

@@ -16,8 +16,9 @@ from math import inf
 from typing import Any, NamedTuple
 
 from mlmdsl.planner.bench import Setting
+from mlmdsl.planner.candidate import Candidate, Times
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.pricing import Candidate, Place, Times
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.rules import CompiledRule
 from mlmdsl.planner.schedule import Course
 

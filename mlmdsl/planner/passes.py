@@ -24,11 +24,11 @@ from mlmdsl.graph.graph import Graph, Node, Region
 from mlmdsl.graph.ops import CATALOGUE
 from mlmdsl.graph.ops.base import Local, Work
 from mlmdsl.graph.placement import PARTIAL
-from mlmdsl.graph.tensor import TensorType
 from mlmdsl.planner.choice import width
 from mlmdsl.planner.communication import Group, collective_seconds
 from mlmdsl.planner.compute import Kernels
 from mlmdsl.planner.execution import OURS, Execution
+from mlmdsl.planner.layout import Form, Key, Layout
 from mlmdsl.planner.plan import CollectiveKind, Recompute
 from mlmdsl.planner.sharding import Lie, Move, Sharding
 
@@ -37,8 +37,6 @@ MODES: tuple[Recompute, ...] = get_args(Recompute)
 _SIMPLE = frozenset({"rms_norm"})
 _COMPOSED = {"cpu": _SIMPLE}
 _SUMS = ("reduce_scatter", "all_reduce")
-
-Key = tuple[str, str]  # a value and the placement it was brought to ("" as it was made): names a storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,37 +102,6 @@ class Priced(NamedTuple):
 
 Shapes = tuple[tuple[int, ...], ...]
 Prices = dict[tuple[str, Shapes, tuple[int, ...], Shapes, Callable[[Local], Work]], Priced]  # nodes by local shapes
-
-
-class Form(NamedTuple):
-    """A node under a sharding, for any size of micro-batch: how its values lie, as numbers in `Layout.lies`."""
-
-    inputs: tuple[int, ...]
-    input_bytes: tuple[int, ...]
-    output: int
-    output_bytes: int
-    weights: tuple[tuple[int, ...], ...]
-
-
-class Layout:
-    """What passes of any size under one sharding have in common, made when it is first asked for: which values there are, and
-    by region what is kept of them."""
-
-    def __init__(self) -> None:
-        self.lies: list[tuple[TensorType, Lie]] = []
-        self.numbers: dict[tuple[TensorType, Lie], int] = {}
-        self.forms: dict[str, Form] = {}
-        self.aliases: dict[str, str] = {}
-        self.made: dict[int, Callable[[Key], bool]] = {}
-        self.plain: dict[int, tuple[tuple[str, Key, int], ...]] = {}
-        self.dear: dict[int, tuple[tuple[Key, int], ...]] = {}
-
-    def number(self, type: TensorType, lie: Lie) -> int:
-        found = self.numbers.get((type, lie))
-        if found is None:
-            found = self.numbers[type, lie] = len(self.lies)
-            self.lies.append((type, lie))
-        return found
 
 
 def computed_flops(work: Work) -> tuple[float, float]:

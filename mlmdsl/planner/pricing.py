@@ -16,11 +16,12 @@ from mlmdsl.grammar.constraints import USUAL, Order
 from mlmdsl.planner import host, memory, schedule, zero_bubble
 from mlmdsl.planner.bench import Bench, Sums
 from mlmdsl.planner.blend import Blend, How, blends
+from mlmdsl.planner.candidate import Candidate, Times
 from mlmdsl.planner.communication import Group, collective_seconds, group_of, send_seconds
+from mlmdsl.planner.holdings import Sharing, State, shard_elements
 from mlmdsl.planner.mesh import Mesh
 from mlmdsl.planner.moments import Moment, moments, reduces_each_pass
-from mlmdsl.planner.passes import MODES
-from mlmdsl.planner.plan import CollectiveKind, Recompute, Schedule
+from mlmdsl.planner.plan import CollectiveKind, Schedule
 from mlmdsl.planner.pools import group_on
 from mlmdsl.planner.proportion import Paces, Speed, paces, proportion
 from mlmdsl.planner.stages import Cut, Part, cut_of
@@ -35,45 +36,7 @@ _OPTIMIZER_BYTES = {"fp32": 32.0, "bf16": 38.0}
 _TAKEN = 0.2
 
 
-Moments = tuple[tuple[int, Moment, memory.State], ...]  # bytes of state, when, what they are made of
-
-
-class Candidate(NamedTuple):
-    """The plan's variables, and how its layers are cut."""
-
-    tensor: int
-    sequence_parallel: bool
-    pipeline: int
-    data: int
-    micro_batch: int
-    schedule: Schedule
-    interleave: int
-    recompute: int  # index into MODES
-    zero: int
-    cut: Cut
-    context: int = 1
-    expert: int = 1
-    replicate: int = 1
-    modes: tuple[int, ...] = ()  # of every layer, where they are not all recomputed alike; `recompute` is the largest of them
-    order: Order = USUAL
-
-    @property
-    def recomputed(self) -> Recompute | tuple[Recompute, ...]:
-        """In words."""
-        each: tuple[Recompute, ...] = tuple(MODES[mode] for mode in self.modes)
-        return each or MODES[self.recompute]
-
-
-class Times(NamedTuple):
-    """Seconds of a step. pipeline: all micro-batches through the stages; bubble: of these, the mean rank's idle ones; gathered:
-    ZeRO's gathers that nothing hides, once a step; summed: gradients over replicas, partial and tied ones; optimizer; total."""
-
-    pipeline: float
-    bubble: float
-    gathered: float
-    summed: float
-    optimizer: float
-    total: float
+Moments = tuple[tuple[int, Moment, State], ...]  # bytes of state, when, what they are made of
 
 
 class Exchange(NamedTuple):
@@ -293,13 +256,13 @@ class Place:
             found = self._moments[key] = tuple((sum(state), moment, state) for moment, state in states)
         return found
 
-    def sharing(self, zero: int, replicate: int, micro_batches: int) -> memory.Sharing:
+    def sharing(self, zero: int, replicate: int, micro_batches: int) -> Sharing:
         shared = zero if self.replicas > 1 else 0
-        return memory.Sharing(shared, self.replicas, replicate, self.pipeline > 1, min(micro_batches, 3))
+        return Sharing(shared, self.replicas, replicate, self.pipeline > 1, min(micro_batches, 3))
 
     def fullest(
         self, c: Candidate, rank: int, parts: tuple[Part, ...], *, tensors: bool = False
-    ) -> tuple[Moment, memory.State, memory.Held]:
+    ) -> tuple[Moment, State, memory.Held]:
         """When the rank holds the most, and what; `tensors`: without what its allocator loses."""
         filling = self.filling(c, rank, parts)
         each = (
@@ -336,19 +299,26 @@ class Place:
             return 0.0
         return self.rows / micro_batch * self.bench.sums(micro_batch, 0).crossing
 
-    def peak_bytes(self, c: Candidate, limit: float = inf) -> int:
-        """On the fullest rank, or on the first one over the limit."""
-        most, more = 0, self.more_context_bytes(c.replicate)
-        if c.schedule in schedule.V_SHAPED:  # whose moments take long to tell
-            for rank, parts in c.cut.ranks:
-                least = self.least_rank_bytes(c, rank, parts) + more
-                if least > limit:
-                    return least
+    def peak_bytes(self, c: Candidate) -> int:
+        """On the fullest rank."""
+        ranks = self._fullest(c)
+        return max(self.rank_bytes(c, *rank, self.filling(c, *rank)) for rank in ranks) + self.more_context_bytes(c.replicate)
+
+    def over_bytes(self, c: Candidate, limit: float = inf) -> int:
+        """What a rank lacks of its device's memory at the most, or the first that lacks more than the limit; negative where all
+        of them fit."""
+        more, over = self.more_context_bytes(c.replicate), -self.most_bytes
+        room = [bench.site.capacity_bytes - more for bench in self.benches]
+        for rank, parts in c.cut.ranks if c.schedule in schedule.V_SHAPED else ():  # whose moments take long to tell
+            least = self.least_rank_bytes(c, rank, parts) - room[rank]
+            if least > limit:
+                return least
         for rank, parts in self._fullest(c):
-            most = max(most, self.rank_bytes(c, rank, parts, self.filling(c, rank, parts), limit - more) + more)
-            if most > limit:
+            used = self.rank_bytes(c, rank, parts, self.filling(c, rank, parts), room[rank] + limit)
+            over = max(over, used - room[rank])
+            if over > limit:
                 break
-        return most
+        return over
 
     def least_rank_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> int:
         """What a rank of a V holds besides passes and gradients when its first backward pass begins."""
@@ -357,21 +327,6 @@ class Place:
         state = self.bench.state(parts, self.sharing(c.zero, c.replicate, m), Moment("loss", (1,)))
         rest = self.filling(c, rank, parts).at(Moment("reduction", held, settled=True))
         return sum(state) - state.buffers + sum(rest) + self.context_bytes
-
-    def over_bytes(self, c: Candidate) -> int:
-        """What the fullest rank lacks of its device's memory; negative where all of them fit."""
-        ranks = self._fullest(c)
-        return max(-self.left_bytes(c, rank, parts, self.filling(c, rank, parts)) for rank, parts in ranks)
-
-    def peak_and_lack(self, c: Candidate) -> tuple[int, int]:
-        """Of the fullest rank, and what one lacks of its device's memory: of the first that lacks some, if one does."""
-        most, more = 0, self.more_context_bytes(c.replicate)
-        for rank, parts in self._fullest(c):
-            used = self.rank_bytes(c, rank, parts, self.filling(c, rank, parts)) + more
-            if (lack := used - self.benches[rank].site.capacity_bytes) > 0:
-                return used, lack
-            most = max(most, used)
-        return most, 0
 
     def left_bytes(self, c: Candidate, rank: int, parts: tuple[Part, ...], filling: memory.Filling) -> int:
         """Of what a plan may use of a rank's memory."""
@@ -597,7 +552,7 @@ class Place:
         counted = Counter(key for keys in held for key in keys)
         mine = {key for part in parts for key in holdings.of(part).keys}
         shapes = [holdings.local_shapes[key] for key in sorted(mine & shared) if counted[key] > 1]
-        return sum(memory.shard_elements(shape, self.shards(c)) for shape in shapes)
+        return sum(shard_elements(shape, self.shards(c)) for shape in shapes)
 
     @cached_property
     def _pair(self) -> Group:

@@ -13,7 +13,8 @@ from itertools import accumulate
 
 from mlmdsl.planner import schedule
 from mlmdsl.planner.blend import How, blend
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.candidate import Candidate
+from mlmdsl.planner.pricing import Place
 
 _Chosen = tuple[list[int], int]  # of each of a rank's stages how many layers, and what it holds then
 Order = Callable[[Sequence[int], Sequence[int]], list[int]]  # from layers and micro-batches held of each of a rank's stages

@@ -10,8 +10,9 @@ from functools import cached_property, partial
 from math import inf
 
 from mlmdsl.planner import schedule
+from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.memory import Filling
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.proportion import Speed, proportion
 from mlmdsl.planner.rooms import Rooms
 from mlmdsl.planner.stages import Part
@@ -59,7 +60,7 @@ class Fitting:
         if found is None or found == c.cut.stages:
             return None
         again = c._replace(cut=place.given(found, c.schedule))
-        return again if place.peak_and_lack(again)[1] <= 0 else None
+        return again if place.over_bytes(again, 0) <= 0 else None
 
     def _rank(self, stage: int) -> int:
         return schedule.pipeline_rank(self.c.schedule, self.place.pipeline, stage)

@@ -12,9 +12,10 @@ from functools import cached_property
 from math import inf
 from typing import NamedTuple
 
-from mlmdsl.planner.moments import Moment, reduces_each_pass
+from mlmdsl.planner.candidate import Candidate
+from mlmdsl.planner.demand import held_of, layer_bytes, state_bytes
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.schedule import V_SHAPED, Course, in_flight, least_counts, pipeline_bound, sums_while_full
 from mlmdsl.planner.uneven import Room, least_passes, least_with_room
 
@@ -36,12 +37,11 @@ class Rooms:
     def __init__(self, place: Place, micro_batch: int, course: Course, modes: tuple[int, ...]):
         self.place, self.course, self.m = place, course, place.micro_batches(micro_batch)
         self.chain = place.bench.setting.chain
-        least = place.bench.least_activations(micro_batch)
-        self.loss, self.working = least.loss, min(least.working[mode] for mode in modes)
+        self.held = held_of(place, micro_batch, modes, course[0] in V_SHAPED)
         trades = [bench.trade(micro_batch, modes) for bench in place.benches]
         self.kept, self.least = trades[0].kept / self.chain.count, trades[0].least / self.chain.count
         self.prices = [trade.edges[0][0] if trade.edges else 0.0 for trade in trades]
-        self.buffers, self.crossing = place.least_buffers(micro_batch), place.bench.sums(micro_batch, 0).crossing
+        self.crossing = place.bench.sums(micro_batch, 0).crossing
         self._lines: dict[Share, tuple[Line, ...]] = {}
         self._found: dict[Share, tuple[Room, ...]] = {}
 
@@ -92,7 +92,7 @@ class Rooms:
         for rank, count in enumerate(self._counts):
             ends = rank == (0 if v_shaped else last)
             buffers = 2 * self.course[1] - (rank == 0) - ends
-            inside = max(self.working, self.loss * ends * (not v_shaped)) + buffers * self.buffers
+            inside = max(self.held.working[0], self.held.loss * ends * (not v_shaped)) + buffers * self.held.buffers
             if ends or (v_shaped and rank == last):
                 inside -= count * self.crossing
             if v_shaped and rank:  # its two stages differ by a layer
@@ -117,19 +117,17 @@ class Rooms:
 
     def _state(self, share: Share) -> list[float]:
         """Bytes of a layer's state, and by rank of what stands around layers."""
-        sharing, pipeline = self.place.sharing(*share, 1), self.place.pipeline
-        sums = sums_while_full(self.course[0], pipeline, self.m) and not reduces_each_pass(sharing.zero, sharing.piped)
-        moment = Moment("loss", (1,), (0,) if sums else ())
+        place, chain, sharing = self.place, self.chain, self.place.sharing(*share, 1)
+        summed = sums_while_full(self.course[0], place.pipeline, self.m)
 
-        def state(layers: int, *, first: bool = False, last: bool = False) -> float:
-            found = self.place.bench.state((self.chain.part((layers,), first, last),), sharing, moment)
-            return sum(found) - found.buffers
+        def state(first: bool = False, last: bool = False) -> float:
+            return state_bytes(place, chain.part((1,), first, last), sharing, summed)
 
-        one, two = state(1), state(2)
-        fixed = [2 * one - two] * pipeline
-        fixed[0] += state(1, first=True) - one
-        fixed[0 if self.course[0] in V_SHAPED else -1] += state(1, last=True) - one
-        return [two - one, *fixed]
+        layer = layer_bytes(place, sharing, summed)
+        fixed = [state() - layer] * place.pipeline
+        fixed[0] += state(first=True) - state()
+        fixed[0 if self.course[0] in V_SHAPED else -1] += state(last=True) - state()
+        return [layer, *fixed]
 
 
 class Unlike:

@@ -24,10 +24,11 @@ from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
 from mlmdsl.planner.bench import Bench, Setting
 from mlmdsl.planner.bounds import Least, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
+from mlmdsl.planner.candidate import Candidate, Times
 from mlmdsl.planner.demand import Cuts, Demand, demand_of, loaded_demand, with_layers
 from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
-from mlmdsl.planner.pricing import Candidate, Place, Times
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.refitting import Fitting
 from mlmdsl.planner.rooms import Unlike
 from mlmdsl.planner.rules import CompiledRule, compile_rule
@@ -393,9 +394,9 @@ class Judge:
             if branch.mode is not None:
                 candidate, place = self._candidate(branch), branch.place
                 limit = min(tally.distance, waiting[0].over if waiting else inf)  # what is further over may wait
-                over = place.peak_bytes(candidate, place.most_bytes + limit) - place.most_bytes
-                if not place.alike or over <= limit:
-                    tally.closer(over if place.alike else place.over_bytes(candidate), candidate, place)
+                over = place.over_bytes(candidate, limit)
+                if over <= limit:
+                    tally.closer(over, candidate, place)
                 elif over < tally.distance:
                     heappush(waiting, _Aside(over, next(self._numbers), branch))
                 continue
@@ -409,16 +410,10 @@ class Judge:
         """The candidate, where pools are unlike with its layers laid on the stages in another way if need be; None where that
         does not fit."""
         candidate, place = self._candidate(branch), branch.place
-        if place.alike:
-            peak = place.peak_bytes(candidate, place.most_bytes)
-            if peak <= place.most_bytes:
-                return candidate
-            self._put_aside(peak - place.most_bytes, branch)
-            return None
-        _, lacking = place.peak_and_lack(candidate)
-        if lacking <= 0:
+        over = place.over_bytes(candidate, 0)
+        if over <= 0:
             return candidate
-        self._put_aside(lacking, branch)
+        self._put_aside(over, branch)
         other = self._refitting(place, candidate).within(candidate) if self._is_free(branch) else None
         if other is not None:
             self.outcome.candidates += 1

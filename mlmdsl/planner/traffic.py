@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from typing import cast
 
 from mlmdsl.planner.blend import regions_of
-from mlmdsl.planner.memory import Units, crossings
+from mlmdsl.planner.candidate import Candidate
+from mlmdsl.planner.holdings import Units
+from mlmdsl.planner.memory import crossings
 from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import Collective, CollectiveAxis, CollectiveKind
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.stages import Part
 
 Call = tuple[CollectiveKind, CollectiveAxis, int, int, str]  # kind, axis, bytes, count, reason

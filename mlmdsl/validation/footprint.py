@@ -7,8 +7,10 @@ like also the device's context and the libraries' buffers.
 from __future__ import annotations
 
 from mlmdsl.planner import memory, schedule
+from mlmdsl.planner.candidate import Candidate
+from mlmdsl.planner.holdings import State
 from mlmdsl.planner.moments import Moment
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.stages import Part
 from mlmdsl.validation.runs import Run
 
@@ -30,7 +32,7 @@ def _of_rank(run: Run, place: Place, c: Candidate, rank: int, parts: tuple[Part,
     return int(most if "allocated" in kind or "reserved" in kind else most + place.context_bytes)
 
 
-def _state(place: Place, c: Candidate, parts: tuple[Part, ...], state: memory.State) -> int:
+def _state(place: Place, c: Candidate, parts: tuple[Part, ...], state: State) -> int:
     """Where sums are not cut up, they and the weights are there all the time."""
     if place.bench.setting.execution.shards_sums or not c.zero:
         return sum(state)

@@ -9,10 +9,11 @@ from functools import cache
 from mlmdsl.compile import compile_spec
 from mlmdsl.diagnostics import MlmError
 from mlmdsl.planner.bench import Bench, Setting
+from mlmdsl.planner.candidate import Candidate, Times
 from mlmdsl.planner.execution import Execution
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Schedule
-from mlmdsl.planner.pricing import Candidate, Place, Times
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.schedule import executable
 from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.validation.footprint import footprint

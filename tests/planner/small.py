@@ -10,10 +10,11 @@ from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.assemble import ledger
 from mlmdsl.planner.bench import Bench, Setting
+from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.memory import capacity_bytes
 from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.plan import Plan, Schedule
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.search import explore
 
 TEXT = """

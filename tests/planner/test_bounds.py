@@ -15,9 +15,10 @@ from mlmdsl.compile import compile_spec
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.bounds import Share, least_at, least_step, rates_of, shares_of
+from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.demand import Demand, demand_of, loaded_demand, with_layers
 from mlmdsl.planner.outcome import Outcome
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.recomputing import least_that
 from mlmdsl.planner.schedule import V_SHAPED, Course, executable, least_of
 from mlmdsl.planner.search import search

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from mlmdsl.compile import Compilation, compile_spec
 from mlmdsl.planner.bench import Bench, Setting
 from mlmdsl.planner.blend import blends
-from mlmdsl.planner.memory import CONTEXT_BYTES, SLACK, Passing, State, capacity_bytes
+from mlmdsl.planner.holdings import State
+from mlmdsl.planner.memory import CONTEXT_BYTES, SLACK, Passing, capacity_bytes
 from mlmdsl.planner.moments import Moment
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Plan

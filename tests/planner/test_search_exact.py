@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmdsl.diagnostics import PlanError
+from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.explain import runners_up
 from mlmdsl.planner.outcome import Tally
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.refitting import Fitting, slowest
 from mlmdsl.planner.search import search
 from tests.planner.small import ALIKE, exhausted, fits, legal, pooled, problem

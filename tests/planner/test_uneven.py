@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlmdsl.diagnostics import PlanError
-from mlmdsl.planner.pricing import Candidate, Place
+from mlmdsl.planner.candidate import Candidate
+from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.proportion import Paces, Speed
 from mlmdsl.planner.recomputing import fewest
 from mlmdsl.planner.refitting import Fitting
