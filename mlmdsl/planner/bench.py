@@ -166,7 +166,7 @@ class Sums(NamedTuple):
     crossing: int
 
 
-class Least(NamedTuple):
+class LeastKept(NamedTuple):
     """Bytes that no plan has fewer of for one micro-batch. By way of recomputing: what all layers keep, and what a rank with
     layers needs while the backward pass of one runs; besides, where it adds gradients to their sums one by one, and where it
     makes those of a layer first; what the loss keeps."""
@@ -195,7 +195,7 @@ class Bench:
     _layout: Layout = field(default_factory=Layout)
     _parts: dict[tuple[Part, int, How, bool], PartCost] = field(default_factory=dict[tuple[Part, int, How, bool], PartCost])
     _states: dict[tuple[object, ...], State] = field(default_factory=dict[tuple[object, ...], State])
-    _least: dict[int, Least] = field(default_factory=dict[int, Least])
+    _least: dict[int, LeastKept] = field(default_factory=dict[int, LeastKept])
     _trades: dict[tuple[int, tuple[int, ...]], Trade] = field(default_factory=dict[tuple[int, tuple[int, ...]], Trade])
     _balanced: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict[tuple[int, int, int], tuple[int, ...]])
     _sums: dict[tuple[int, int], Sums] = field(default_factory=dict[tuple[int, int], Sums])
@@ -278,19 +278,19 @@ class Bench:
         found = self._speeds[key] = Speed(kinds, sum(whole[i] for i in chain.first), sum(whole[i] for i in chain.last))
         return found
 
-    def least_activations(self, micro_batch: int) -> Least:
+    def least_activations(self, micro_batch: int) -> LeastKept:
         found = self._least.get(micro_batch)
         if found is None:
             found = self._least[micro_batch] = self._least_activations(micro_batch)
         return found
 
-    def _least_activations(self, micro_batch: int) -> Least:
+    def _least_activations(self, micro_batch: int) -> LeastKept:
         chain, costs, modes = self.setting.chain, self.passes(micro_batch).costs, range(len(MODES))
         each = [[costs[i] for i in kind] for kind in chain.kinds]
         transient = [max(cost.transient_bytes for cost in layer) for layer in each]
         adding = (max(cost.adding_bytes for cost in layer) for layer in each)
         making = (max(cost.making_bytes for cost in layer) for layer in each)
-        return Least(
+        return LeastKept(
             tuple(sum(n * cost.saved_bytes[mode] for kind, n in chain.layers for cost in each[kind]) for mode in modes),
             tuple(
                 min(

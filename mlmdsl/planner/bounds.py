@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from mlmdsl.planner.bench import Bench, Sums
 from mlmdsl.planner.communication import collective_seconds
-from mlmdsl.planner.demand import Demand, Held, Line, States, demand_of, held_of, states_of
+from mlmdsl.planner.demand import Demand, LeastHeld, Line, States, demand_of, held_of, states_of
 from mlmdsl.planner.loads import Load
 from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import CollectiveKind, Schedule
@@ -166,7 +166,7 @@ class Rates(NamedTuple):
     ends: tuple[float, float]
     send: float
     trade: Trade
-    held: Held
+    held: LeastHeld
 
 
 def rates_of(place: Place, micro_batch: int, modes: tuple[int, ...], apart: bool) -> Rates:
@@ -248,7 +248,7 @@ def least_with(place: Place, share: Share, micro_batch: int, passes: float) -> f
     return _ROUNDED * (passes + share.overhead.once + place.sync_seconds)
 
 
-class Least(NamedTuple):
+class LeastStep(NamedTuple):
     """Seconds of a step with a micro-batch; and of one with this or a larger one; bytes by which all of either exceed what they
     may use."""
 
@@ -266,7 +266,7 @@ def least_at(
     ever: tuple[Course, ...] = (),
     of: int = 0,
     balanced: bool = False,
-) -> list[Least]:
+) -> list[LeastStep]:
     """By way of ZeRO, under any of some schedules, `now` with this micro-batch, `ever` with a larger one. `of`: the micro-batch
     that the rates are of, if they are a larger one's; `balanced`: as `demand_of` has it. Of larger micro-batches ranks hold as
     many sequences at least, and wait longer for each other."""
@@ -283,7 +283,7 @@ def least_at(
     if not place.alike:
         work, paces = place.paces(of or micro_batch, 0)
         busy = max(busy, m * work / sum(paces))
-    found = list[Least]()
+    found = list[LeastStep]()
     for overhead, states in shares:
         over, seconds, larger = demand.over(states, part * trade.least), inf, inf
         if over <= 0:
@@ -292,7 +292,7 @@ def least_at(
             alone, ever_so = (part * max(known + m / p * longer, busy) for known in (passes, min(passes, later)))
             seconds = _WHOLE * (overhead.beside(alone, m, *mean) + around)
             larger = _WHOLE * (ever_so + around)
-        found.append(Least(seconds, larger, over))
+        found.append(LeastStep(seconds, larger, over))
     return found
 
 

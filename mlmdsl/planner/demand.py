@@ -103,7 +103,7 @@ class Demand(NamedTuple):
         return min([(self.room - line.besides(states, self.summed)) / line.kept for line in self.mean])
 
 
-class Held(NamedTuple):
+class LeastHeld(NamedTuple):
     """What all lines of a micro-batch are made of: the loss; what layers need while the backward pass of one runs, gradients
     being added one by one, or a layer's made first; the receive buffers between two stages in one direction."""
 
@@ -111,21 +111,21 @@ class Held(NamedTuple):
     working: tuple[float, float]
     buffers: float
 
-    def scaled(self, factor: float) -> Held:
+    def scaled(self, factor: float) -> LeastHeld:
         """Of a smaller micro-batch; the receive buffers are those of as many sequences."""
         adding, making = self.working
-        return Held(self.loss * factor, (adding * factor, making * factor), self.buffers)
+        return LeastHeld(self.loss * factor, (adding * factor, making * factor), self.buffers)
 
 
-def held_of(place: Place, micro_batch: int, modes: Iterable[int], apart: bool) -> Held:
+def held_of(place: Place, micro_batch: int, modes: Iterable[int], apart: bool) -> LeastHeld:
     """Under the least of some ways of recomputing; `apart`: where gradients of weights may be put off."""
     least = place.bench.least_activations(micro_batch)
     working = min(least.working[mode] for mode in modes)
     adding, making = (0, 0) if apart else (least.adding, least.making)
-    return Held(least.loss, (working + adding, working + making), place.least_buffers(micro_batch))
+    return LeastHeld(least.loss, (working + adding, working + making), place.least_buffers(micro_batch))
 
 
-def demand_of(place: Place, held: Held, micro_batches: int, courses: tuple[Course, ...], balanced: bool = False) -> Demand:
+def demand_of(place: Place, held: LeastHeld, micro_batches: int, courses: tuple[Course, ...], balanced: bool = False) -> Demand:
     """Of the schedule that holds least among some, for each of the quantities, however layers lie on the ranks. `balanced`:
     whether layers are alike, and cut so that the slowest stage is as fast as can be: none but the first and the last has fewer
     than if all had as many. In a V, all of whose layers keep as much, the second rank is known by that."""
@@ -139,7 +139,7 @@ def demand_of(place: Place, held: Held, micro_batches: int, courses: tuple[Cours
     return Demand((mean, most), (), summed, float(place.most_bytes))
 
 
-def loaded_demand(place: Place, held: Held, micro_batches: int, course: Course, cuts: Cuts) -> Demand:
+def loaded_demand(place: Place, held: LeastHeld, micro_batches: int, course: Course, cuts: Cuts) -> Demand:
     """Of one schedule, layers being cut into stages in one of these ways."""
     (schedule, interleave), pipeline, slack = course, place.pipeline, place.slack
     each, loaded = slack / place.bench.setting.chain.count, list[tuple[tuple[Line, Load], ...]]()
@@ -152,7 +152,7 @@ def loaded_demand(place: Place, held: Held, micro_batches: int, course: Course, 
     return Demand((mean,), tuple(loaded), summed, float(place.most_bytes))
 
 
-def _around(place: Place, held: Held, links: float, loss: float = 0.0) -> tuple[float, float]:
+def _around(place: Place, held: LeastHeld, links: float, loss: float = 0.0) -> tuple[float, float]:
     """Bytes of activations are whole numbers."""
     base, slack, (adding, making) = place.context_bytes - 1, place.slack, held.working
     buffers = links * held.buffers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from mlmdsl.planner.schedule import V_SHAPED, Course, extremes, in_flight, links, rounds, stages_of
@@ -56,19 +57,15 @@ def _less(one: Load, other: Load) -> bool:
 def _ends(v_shaped: bool, pipeline: int, interleave: int, stages: tuple[int, ...]) -> tuple[Position, ...]:
     """Of the ranks that are alike the first, which holds the most, and the last."""
     schedule, last = V_SHAPED[0] if v_shaped else "interleaved_1f1b", len(stages) - 1
-    between, alike = links(schedule, pipeline, interleave), dict[tuple[object, ...], list[int]]()
-    placed = [stages_of(schedule, pipeline, interleave, rank) for rank in range(pipeline)]
-    for rank, mine in enumerate(placed):
-        handed = sum([sum(between[stage]) for stage in mine])
-        alike.setdefault((*[stages[stage] for stage in mine], handed, 0 in mine, last in mine), []).append(rank)
-    found: list[Position] = []
-    for ranks in alike.values():
-        for rank in dict.fromkeys((ranks[0], ranks[-1])):
-            mine = placed[rank]
-            sizes, handed = tuple([stages[stage] for stage in mine]), sum([sum(between[stage]) for stage in mine])
-            around = sum(stages[: mine[0]]), sum(stages[mine[-1] + 1 :])
-            found.append(Position(rank, sizes, *around, handed, 0 in mine, last in mine))
-    return tuple(found)
+    between, before = links(schedule, pipeline, interleave), [0, *accumulate(stages)]
+    alike: dict[tuple[object, ...], list[Position]] = {}
+    for rank in range(pipeline):
+        mine = stages_of(schedule, pipeline, interleave, rank)
+        sizes, handed = tuple([stages[stage] for stage in mine]), sum([sum(between[stage]) for stage in mine])
+        around = before[mine[0]], before[-1] - before[mine[-1] + 1]
+        place = Position(rank, sizes, *around, handed, 0 in mine, last in mine)
+        alike.setdefault((sizes, handed, place.first, place.last), []).append(place)
+    return tuple(place for places in alike.values() for place in dict.fromkeys((places[0], places[-1])))
 
 
 def _loads(course: Course, pipeline: int, micro_batches: int, place: Position) -> Iterator[Load]:

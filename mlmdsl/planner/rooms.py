@@ -19,10 +19,10 @@ from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.schedule import V_SHAPED, Course, in_flight, least_counts, pipeline_bound, sums_while_full
 from mlmdsl.planner.uneven import Room, least_passes, least_with_room
 
-Share = tuple[int, int]  # ZeRO, and its copies
+Choice = tuple[int, int]  # ZeRO, and its copies
 
 
-class Line(NamedTuple):
+class Need(NamedTuple):
     """Bytes of a rank: so many, and for each layer under the mildest way of recomputing, and as few as any of them keeps."""
 
     fixed: float
@@ -42,10 +42,10 @@ class Rooms:
         self.kept, self.least = trades[0].kept / self.chain.count, trades[0].least / self.chain.count
         self.prices = [trade.edges[0][0] if trade.edges else 0.0 for trade in trades]
         self.crossing = place.bench.sums(micro_batch, 0).crossing
-        self._lines: dict[Share, tuple[Line, ...]] = {}
-        self._found: dict[Share, tuple[Room, ...]] = {}
+        self._lines: dict[Choice, tuple[Need, ...]] = {}
+        self._found: dict[Choice, tuple[Room, ...]] = {}
 
-    def of(self, share: Share) -> tuple[Room, ...]:
+    def of(self, share: Choice) -> tuple[Room, ...]:
         """By rank, at the most."""
         if share not in self._found:
             each = zip(self._free(share), self.lines(share), self.prices, self._counts, strict=True)
@@ -55,7 +55,7 @@ class Rooms:
             )
         return self._found[share]
 
-    def over(self, share: Share) -> int:
+    def over(self, share: Choice) -> int:
         """Bytes that some rank lacks at least, however layers are laid; none where there is room for all."""
         most, stages = [room.most for room in self.of(share)], self.course[1]
         if sum(most) >= self.chain.count and min(most) >= stages:
@@ -66,20 +66,20 @@ class Rooms:
         evenly = (self.chain.count - layers) / sum(1 / line.least for line in lines)
         return max(1, int(max(lacking, evenly)))
 
-    def _free(self, share: Share) -> list[float]:
+    def _free(self, share: Choice) -> list[float]:
         """Bytes that a rank may use for its layers."""
         return [
             bench.site.capacity_bytes - line.fixed for bench, line in zip(self.place.benches, self.lines(share), strict=True)
         ]
 
-    def lines(self, share: Share) -> tuple[Line, ...]:
+    def lines(self, share: Choice) -> tuple[Need, ...]:
         """By rank, at least."""
         if share not in self._lines:
             layer, *fixed = self._state(share)
             passes = zip(fixed, self._besides, self._counts, strict=True)
             slack, more = self.place.slack, self.place.more_context_bytes(share[1])
             self._lines[share] = tuple(
-                Line(state + besides + more, layer + slack * count * self.kept, layer + slack * count * self.least)
+                Need(state + besides + more, layer + slack * count * self.kept, layer + slack * count * self.least)
                 for state, besides, count in passes
             )
         return self._lines[share]
@@ -115,7 +115,7 @@ class Rooms:
             counts[1:] = (sum(in_flight(*self._mesh, rank)) / 2 for rank in range(1, self.place.pipeline))
         return counts
 
-    def _state(self, share: Share) -> list[float]:
+    def _state(self, share: Choice) -> list[float]:
         """Bytes of a layer's state, and by rank of what stands around layers."""
         place, chain, sharing = self.place, self.chain, self.place.sharing(*share, 1)
         summed = sums_while_full(self.course[0], place.pipeline, self.m)
@@ -138,7 +138,7 @@ class Unlike:
         self._rooms: dict[tuple[Place, int, Course, tuple[int, ...]], Rooms] = {}
 
     def least(
-        self, place: Place, micro_batch: int, course: Course, modes: tuple[int, ...], share: Share | None
+        self, place: Place, micro_batch: int, course: Course, modes: tuple[int, ...], share: Choice | None
     ) -> tuple[float, int]:
         """(seconds of all micro-batches through the pipeline, bytes that some rank lacks) at least, where layers are recomputed
         in these ways; `share`: where it is known."""

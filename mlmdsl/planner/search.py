@@ -23,7 +23,7 @@ from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
 from mlmdsl.planner.bench import Bench, Setting
-from mlmdsl.planner.bounds import Least, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
+from mlmdsl.planner.bounds import LeastStep, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
 from mlmdsl.planner.candidate import Candidate, Times
 from mlmdsl.planner.demand import Cuts, Demand, demand_of, loaded_demand, with_layers
 from mlmdsl.planner.outcome import Branch, Found, Outcome
@@ -159,7 +159,7 @@ class Judge:
         if others:
             yield from self._from(branch.place, tuple(others))
 
-    def _coarsely(self, place: Place, family: Family, micro_batch: int) -> list[Least]:
+    def _coarsely(self, place: Place, family: Family, micro_batch: int) -> list[LeastStep]:
         """By way of ZeRO, of this micro-batch or a larger one, as far as sums over a whole batch tell."""
         shares, whole, modes = self._on(place), self.setting.spec.train.batch, self.space.modes(family.schedule)
         choices = self.space.shares(place, family.schedule)
@@ -186,11 +186,15 @@ class Judge:
                 yield from self._viable(part)
         else:
             for part in self._parts(branch):
-                place, shares, schedule = part.place, self._on(part.place), part.course[0]
-                rates = self._rates(place, part.micro_batch, self.space.modes(schedule), schedule)
-                chosen, even = [shares[choice] for choice in part.shares], self._is_balanced(place)
-                each = least_at(place, chosen, rates, part.micro_batch, (part.course,), balanced=even)
-                yield from self._kept(part, [(self._objective(place, x.seconds, x.over), x.over) for x in each])
+                yield from self._scheduled(part)
+
+    def _scheduled(self, branch: Branch) -> Iterator[Branch]:
+        """Of one with a schedule, by way of ZeRO, however layers are cut."""
+        place, shares, schedule = branch.place, self._on(branch.place), branch.course[0]
+        rates = self._rates(place, branch.micro_batch, self.space.modes(schedule), schedule)
+        chosen, even = [shares[choice] for choice in branch.shares], self._is_balanced(place)
+        each = least_at(place, chosen, rates, branch.micro_batch, (branch.course,), balanced=even)
+        yield from self._kept(branch, [(self._objective(place, least.seconds, least.over), least.over) for least in each])
 
     def _parts(self, branch: Branch) -> Iterator[Branch]:
         """All that a branch consists of: by schedule, by ZeRO and its copies, by way of recomputing."""
@@ -312,7 +316,7 @@ class Judge:
         """Of one with a schedule."""
         place, micro_batch, course, candidate = branch.place, branch.micro_batch, branch.course, branch.candidate
         m = place.micro_batches(micro_batch)
-        if not place.alike or place.pipeline == 1 or len(self.setting.chain.kinds) != 1:
+        if place.pipeline == 1 or not self._is_plain(place):
             return demand_of(place, rates.held, m, (course,))
         if candidate is not None:
             return loaded_demand(place, rates.held, m, course, (candidate.cut.stages,))
@@ -322,9 +326,13 @@ class Judge:
             found = self._demands[key] = loaded_demand(place, rates.held, m, course, self._cuts(branch))
         return found
 
+    def _is_plain(self, place: Place) -> bool:
+        """Whether all layers are alike, and all devices."""
+        return place.alike and len(self.setting.chain.kinds) == 1
+
     def _is_balanced(self, place: Place) -> bool:
-        """Whether layers are alike, and cut so that the slowest stage is as fast as can be."""
-        return place.alike and len(self.setting.chain.kinds) == 1 and "stages" not in self.space.pins
+        """Whether they are cut so that the slowest stage is as fast as can be, too."""
+        return self._is_plain(place) and "stages" not in self.space.pins
 
     def _cuts(self, branch: Branch) -> Cuts:
         """Ways in which layers may be cut into stages: for each way of recomputing the one that balances them."""

@@ -59,6 +59,16 @@ def test_the_slowest_stage_of_layers_that_cost_alike(layers: int, stages: int, e
     assert_best([(0, layers)], [each], first * each, last * each, min(stages, layers))
 
 
+@given(st.integers(3, 130), st.integers(3, 64), SECONDS, ENDS, ENDS)
+@settings(max_examples=300, deadline=None)
+def test_no_stage_between_has_fewer_layers_than_if_all_had_as_many(
+    layers: int, stages: int, each: float, first: float, last: float
+) -> None:
+    """Which bounds on memory count on (demand.py)."""
+    stages = min(stages, layers)
+    assert min(balance(chain((0, layers)), [each], first * each, last * each, stages)[1:-1]) >= layers // stages
+
+
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_the_slowest_stage_of_layers_of_several_kinds(data: st.DataObject) -> None:
