@@ -41,7 +41,7 @@ from mlmdsl.planner.schedule import V_SHAPED, Course
 from mlmdsl.planner.trade import Trade
 
 # Sums of the same numbers in another order differ in their last digits, and plans are compared by nine (outcome.py)
-_ROUNDED = 1 - 1e-8
+ROUNDED = 1 - 1e-8
 # Rows that are shared out evenly are whole numbers: of large micro-batches they may be a few more than of small ones
 _WHOLE = 1 - 1e-6
 
@@ -145,11 +145,21 @@ class _Traffic:
     def _over_shards(self, replicate: int) -> tuple[float, float]:
         """Seconds of a sum of all gradients, and of a gather of all weights."""
         if replicate not in self._sharded:
-            setting, axis = self.bench.setting, "replicas" if replicate == 1 else "shards"
-            reduced = self._seconds("reduce_scatter", setting.execution.gradient_bytes * self.elements, axis, replicate)
-            gathered = self._seconds("all_gather", setting.width * self.elements, axis, replicate)
+            setting = self.bench.setting
+            reduced = self._layer_by_layer("reduce_scatter", setting.execution.gradient_bytes, replicate)
+            gathered = self._layer_by_layer("all_gather", setting.width, replicate)
             self._sharded[replicate] = reduced, gathered
         return self._sharded[replicate]
+
+    def _layer_by_layer(self, kind: CollectiveKind, width: int, replicate: int) -> float:
+        """Of a collective of every layer: the mean rank's bytes in as many calls as it has layers; or that of the rank with the
+        most layers, at least."""
+        place, chain, axis = self.place, self.bench.setting.chain, "replicas" if replicate == 1 else "shards"
+        units = place.bench.holdings.units(chain.whole[0], place.replicas // replicate).layers
+        each = min((self._seconds(kind, width * size, axis, replicate) for _, size in units), default=0.0)
+        fewer = chain.count / place.pipeline - 1 if each and all(size for _, size in units) else 0.0
+        mean = self._seconds(kind, width * self.elements, axis, replicate) + fewer * self._seconds(kind, 0, axis, replicate)
+        return max(mean, -(-chain.count // place.pipeline) * each)
 
     def _seconds(self, kind: CollectiveKind, size: float, axis: str, replicate: int) -> float:
         return collective_seconds(kind, size, group_on(self.bench.site, self.place.mesh_of(replicate), axis))
@@ -200,7 +210,7 @@ def least_step(place: Place, share: Share, rates: Rates, micro_batches: int, cou
     sums = sums._replace(backward=sums.backward + longer)
     passes = least_pipeline(schedule, sums, rates.send, m, p, interleave, layers, place.idle_share, longest)
     passes = share.overhead.beside(passes, m, sums.forward / p, sums.backward / p)
-    return _ROUNDED * (passes + share.overhead.once + place.sync_seconds)
+    return ROUNDED * (passes + share.overhead.once + place.sync_seconds)
 
 
 def _longer(rates: Rates, share: Share, demand: Demand, line: Line, load: Load, layers: int) -> float:
@@ -245,7 +255,7 @@ def _through_rank(schedule: Schedule, rates: Rates, m: int, p: int, load: Load, 
 def least_with(place: Place, share: Share, micro_batch: int, passes: float) -> float:
     """Of a step whose way through the pipeline is known."""
     passes = share.overhead.beside(passes, place.micro_batches(micro_batch), 0.0, 0.0)
-    return _ROUNDED * (passes + share.overhead.once + place.sync_seconds)
+    return ROUNDED * (passes + share.overhead.once + place.sync_seconds)
 
 
 class LeastStep(NamedTuple):

@@ -60,8 +60,7 @@ class Branch(NamedTuple):
 
     bound: the objective is no less; broken: a bit for each wish that none of them keeps; modes: of every layer, where a pin
     says so; first: a bound of the smallest micro-batch alone, where that is known; closely: whether the bound comes from the
-    micro-batch's own sums, and not from those of a larger one; passes: seconds that all micro-batches take through the
-    pipeline at least, where that was told from the stages' layers."""
+    micro-batch's own sums, and not from those of a larger one; told: whether it comes from the stages' layers."""
 
     bound: float
     broken: int
@@ -76,7 +75,7 @@ class Branch(NamedTuple):
     mild: int | None = None
     first: float = 0.0
     closely: bool = False
-    passes: float | None = None
+    told: bool = False
 
     @property
     def mesh(self) -> Mesh:

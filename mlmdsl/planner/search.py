@@ -23,7 +23,7 @@ from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
 from mlmdsl.planner.bench import Bench, Setting
-from mlmdsl.planner.bounds import LeastStep, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
+from mlmdsl.planner.bounds import ROUNDED, LeastStep, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
 from mlmdsl.planner.candidate import Candidate, Times
 from mlmdsl.planner.demand import Cuts, Demand, demand_of, loaded_demand, with_layers
 from mlmdsl.planner.outcome import Branch, Found, Outcome
@@ -244,7 +244,7 @@ class Judge:
 
     def _fitting(self, branch: Branch) -> Iterator[Branch]:
         """One way of recomputing: if that fits, itself, and others that recompute some layers in a milder way."""
-        if branch.passes is None and branch.course[0] in V_SHAPED and branch.place.alike:  # it takes long to tell what fits
+        if not branch.told and branch.course[0] in V_SHAPED and branch.place.alike:  # it takes long to tell what fits
             yield self._told(branch, self._candidate(branch))
             return
         candidate = self._laid_out(branch)
@@ -252,24 +252,25 @@ class Judge:
             return
         milder = (mild for mild, _ in self.space.ways(candidate.schedule) if mild < candidate.recompute)
         for mild in (None, *(milder if self._mixes(branch) else ())):
-            part = branch._replace(candidate=candidate, mild=mild, passes=None)
+            part = branch._replace(candidate=candidate, mild=mild, told=False)
             if self._is_free(branch):
                 yield self._told(part, candidate)
             else:
                 yield part._replace(bound=max(branch.bound, self._bounds(part)[0]))
 
     def _told(self, branch: Branch, candidate: Candidate) -> Branch:
-        """One whose layers are laid on stages: what its passes take at least, each as short as if all layers were recomputed in
+        """One whose layers are laid on stages: what it takes at least, each layer's passes as short as if all were recomputed in
         the milder way."""
         place = branch.place
         mild = candidate.recompute if branch.mild is None else branch.mild
+        if self.minimize == "memory":
+            return branch._replace(told=True)
         if self._is_free(branch):
             passes = self._unlike.laid(place, candidate, mild)
+            bound = least_with(place, self._closely(place, *branch.shares), branch.micro_batch, passes)
         else:
-            passes = place.passes_seconds(candidate._replace(recompute=mild), pipeline_bound)
-        share = self._closely(place, *branch.shares)
-        bound = least_with(place, share, branch.micro_batch, passes)
-        return branch._replace(bound=branch.bound if self.minimize == "memory" else max(bound, branch.bound), passes=passes)
+            bound = ROUNDED * place.times(candidate._replace(recompute=mild), pipeline_bound).total
+        return branch._replace(bound=max(bound, branch.bound), told=True)
 
     def _mixes(self, branch: Branch) -> bool:
         """Whether layers of a plan may be recomputed in two ways."""
@@ -279,7 +280,7 @@ class Judge:
         """As few layers under the dearer way as memory allows."""
         place, candidate, mild = branch.place, branch.candidate, branch.mild
         assert candidate is not None and mild is not None
-        if branch.passes is None:
+        if not branch.told:
             yield self._told(branch, candidate)
             return
         for found, peak in recomputing.fewest(place, candidate, mild, self.limit_bytes):
