@@ -105,7 +105,7 @@ class Share(NamedTuple):
 
 
 def shares_of(place: Place, choices: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Share]:
-    """By (zero, replicate); of their states the whole alone. Where pools are unlike, the least of any of them."""
+    """By (zero, replicate). Where pools are unlike, the least of any of them."""
     each = [_Traffic(place, bench) for bench in place.distinct]
     found: dict[tuple[int, int], Share] = {}
     for choice in choices:
@@ -151,7 +151,7 @@ class _Traffic:
             self._sharded[replicate] = reduced, gathered
         return self._sharded[replicate]
 
-    def _layer_by_layer(self, kind: CollectiveKind, width: int, replicate: int) -> float:
+    def _layer_by_layer(self, kind: CollectiveKind, width: float, replicate: int) -> float:
         """Of a collective of every layer: the mean rank's bytes in as many calls as it has layers; or that of the rank with the
         most layers, at least."""
         place, chain, axis = self.place, self.bench.setting.chain, "replicas" if replicate == 1 else "shards"
@@ -289,7 +289,9 @@ def least_at(
         return min(each, default=inf)
 
     passes, later = least(now), least(ever)
-    busy = m * -(-place.bench.setting.chain.count // p) * sums.quickest if place.idle_share == 1.0 else 0.0
+    layers, busy, interior = place.bench.setting.chain.count, 0.0, demand.interior
+    if place.idle_share == 1.0:
+        busy = m * -(-layers // p) * sums.quickest
     if not place.alike:
         work, paces = place.paces(of or micro_batch, 0)
         busy = max(busy, m * work / sum(paces))
@@ -300,6 +302,9 @@ def least_at(
             longer = trade.seconds(trade.kept - demand.may_keep(states) / part)
             around, mean = overhead.once + place.sync_seconds, (part * sums.forward / p, part * (sums.backward + longer) / p)
             alone, ever_so = (part * max(known + m / p * longer, busy) for known in (passes, min(passes, later)))
+            if interior is not None and place.idle_share == 1.0:
+                most = trade.seconds(trade.kept - demand.interior_may_keep(states) / part)
+                alone = max(alone, part * m * (interior.layers * sums.quickest + interior.even / layers * most))
             seconds = _WHOLE * (overhead.beside(alone, m, *mean) + around)
             larger = _WHOLE * (ever_so + around)
         found.append(LeastStep(seconds, larger, over))

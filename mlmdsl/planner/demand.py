@@ -6,18 +6,20 @@ micro-batch. So it says as well how much of one there is room for, given the oth
     mean       of even shares: of state, of one micro-batch's activations and of the loss
     schedule   of ranks that hold c micro-batches, however layers lie on them (`schedule.least_in_flight`)
     load       of one rank whose layers are known (loads.py)
+    interior   of the second rank, where layers are alike and balanced: it has its share of them (`loads.interior`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import NamedTuple
 
 from mlmdsl.planner.holdings import Sharing
-from mlmdsl.planner.loads import Load, loads_of
+from mlmdsl.planner.loads import Load, interior_of, loads_of
 from mlmdsl.planner.moments import Moment, reduces_each_pass
 from mlmdsl.planner.pricing import Place
-from mlmdsl.planner.schedule import V_SHAPED, Course, in_flight, least_of, sums_while_full
+from mlmdsl.planner.schedule import Course, least_of, sums_while_full
 from mlmdsl.planner.stages import Part
 
 Cuts = tuple[tuple[int, ...], ...]  # ways in which layers may be cut into virtual stages; none where it is not known
@@ -30,37 +32,41 @@ class States(NamedTuple):
 
     whole: tuple[float, float]
     makes: tuple[bool, bool]
-    layer: tuple[float, float] = (0.0, 0.0)
+    layer: tuple[float, float]
 
 
 def states_of(place: Place, zero: int, replicate: int) -> States:
-    """Of the whole alone."""
+    """Of layers where they are of one kind, in a pipeline."""
     sharing, piped = place.sharing(zero, replicate, 1), place.pipeline > 1
     in_place = place.bench.setting.width == 4 and not reduces_each_pass(sharing.zero, piped)
     whole = [state_bytes(place, place.bench.setting.chain.whole[0], sharing, summed) for summed in (False, True)]
-    return States((whole[0], whole[1]), (sharing.zero > 0, sharing.zero > 0 and not in_place))
-
-
-def with_layers(place: Place, zero: int, replicate: int, states: States) -> States:
-    """Of layers of one kind in a pipeline."""
-    if len(place.bench.setting.chain.kinds) != 1:
-        return states
-    sharing = place.sharing(zero, replicate, 1)
-    return states._replace(layer=(layer_bytes(place, sharing, False), layer_bytes(place, sharing, True)))
+    counted = piped and len(place.bench.setting.chain.kinds) == 1
+    layer = [layer_bytes(place, sharing, summed) if counted else 0.0 for summed in (False, True)]
+    return States((whole[0], whole[1]), (sharing.zero > 0, sharing.zero > 0 and not in_place), (layer[0], layer[1]))
 
 
 def layer_bytes(place: Place, sharing: Sharing, summed: bool) -> float:
-    """State of one layer more in a stage of a pipeline: what layers have in common and what is gathered of one or two at a time
-    aside."""
-    one, two = (place.bench.setting.chain.part((n,), False, False) for n in (1, 2))
-    return state_bytes(place, two, sharing, summed) - state_bytes(place, one, sharing, summed)
+    """State of one layer more in a stage of a pipeline, as `state_bytes` has it: what layers have in common and what is
+    gathered of one or two at a time aside."""
+    holdings, width, one = place.bench.holdings, place.bench.setting.width, place.bench.setting.chain.part((1,), False, False)
+    shards, experts = sharing.shards, holdings.of(one).experts
+    whole, own = holdings.units(one, 1).layers[0][1], holdings.units(one, shards).layers[0][1] / shards
+    if not sharing.zero:
+        return (width + 4 * (width < 4) + 12) * (whole + experts)
+    waits = _waits(sharing, summed)
+    found = 12 * own + width * whole * (sharing.zero < 3 or waits) + 4 * whole * waits
+    return found + sum(holdings.shared((one,), sharing, width, "loss")) if experts else found
+
+
+def _waits(sharing: Sharing, summed: bool) -> bool:
+    """Whether sums of gradients are there, which wait for a reduction."""
+    return summed and sharing.piped and sharing.zero > 0 and not reduces_each_pass(sharing.zero, sharing.piped)
 
 
 def state_bytes(place: Place, part: Part, sharing: Sharing, summed: bool) -> float:
     """Of a rank with this part, when its first backward pass begins, or (`summed`) a later one, if sums wait till then for a
     reduction."""
-    waits = summed and sharing.piped and sharing.zero > 0 and not reduces_each_pass(sharing.zero, sharing.piped)
-    state = place.bench.state((part,), sharing, Moment("loss", (1,), (0,) if waits else ()))
+    state = place.bench.state((part,), sharing, Moment("loss", (1,), (0,) if _waits(sharing, summed) else ()))
     return float(sum(state) - state.buffers)
 
 
@@ -80,12 +86,22 @@ class Line(NamedTuple):
         return fixed + whole * states.whole[summed] + layer * states.layer[summed]
 
 
+class Interior(NamedTuple):
+    """The second rank's line; layers that it has at least, and so many of them at least that would keep as much if it held the
+    most micro-batches of each."""
+
+    line: Line
+    layers: int
+    even: float
+
+
 class Demand(NamedTuple):
     """Of a micro-batch under one schedule: lines that hold however layers are cut; for each way to cut them, lines of ranks
-    with their loads; whether sums of gradients are there by then; what a plan may use."""
+    with their loads; of balanced layers the second rank's; whether sums of gradients are there by then; what a plan may use."""
 
     mean: tuple[Line, ...]
     loaded: tuple[tuple[tuple[Line, Load], ...], ...]
+    interior: Interior | None
     summed: bool
     room: float
 
@@ -96,11 +112,21 @@ class Demand(NamedTuple):
         if self.loaded:
             cuts = [max([line.besides(states, summed) + line.kept * kept for line, _ in ranks]) for ranks in self.loaded]
             found = max(found, min(cuts))
+        if self.interior is not None:
+            line = self.interior.line
+            found = max(found, line.besides(states, summed) + line.kept * kept)
         return found - self.room
 
     def may_keep(self, states: States) -> float:
         """Bytes of one micro-batch that all layers may keep together."""
-        return min([(self.room - line.besides(states, self.summed)) / line.kept for line in self.mean])
+        return min([self._may_keep(line, states) for line in self.mean])
+
+    def interior_may_keep(self, states: States) -> float:
+        """The same for the second rank's sake: if all layers kept as much as its own do."""
+        return inf if self.interior is None else self._may_keep(self.interior.line, states)
+
+    def _may_keep(self, line: Line, states: States) -> float:
+        return (self.room - line.besides(states, self.summed)) / line.kept
 
 
 class LeastHeld(NamedTuple):
@@ -127,16 +153,16 @@ def held_of(place: Place, micro_batch: int, modes: Iterable[int], apart: bool) -
 
 def demand_of(place: Place, held: LeastHeld, micro_batches: int, courses: tuple[Course, ...], balanced: bool = False) -> Demand:
     """Of the schedule that holds least among some, for each of the quantities, however layers lie on the ranks. `balanced`:
-    whether layers are alike, and cut so that the slowest stage is as fast as can be: none but the first and the last has fewer
-    than if all had as many. In a V, all of whose layers keep as much, the second rank is known by that."""
+    whether layers are alike, and cut so that the slowest stage is as fast as can be."""
     pipeline, slack, layers = place.pipeline, place.slack, place.bench.setting.chain.count
     summed, (kept, state, received, buffers) = least_of(courses, pipeline, micro_batches)
-    if balanced and pipeline > 2 and all(schedule in V_SHAPED for schedule, _ in courses):
-        counts = min(sum(in_flight(schedule, pipeline, 2, micro_batches, 1)) for schedule, _ in courses)
-        kept = max(kept, layers // (2 * pipeline) * counts / layers)
     mean = Line(_around(place, held, buffers, held.loss / pipeline), 1 / pipeline, 0.0, slack / pipeline)
     most = Line(_around(place, held, received), state, 0.0, slack * kept)
-    return Demand((mean, most), (), summed, float(place.most_bytes))
+    interior = None
+    if balanced and pipeline > 2:
+        count, total, even, links = interior_of(courses, pipeline, micro_batches, layers)
+        interior = Interior(Line(_around(place, held, links), 0.0, count, slack * total / layers), count, even)
+    return Demand((mean, most), (), interior, summed, float(place.most_bytes))
 
 
 def loaded_demand(place: Place, held: LeastHeld, micro_batches: int, course: Course, cuts: Cuts) -> Demand:
@@ -149,7 +175,7 @@ def loaded_demand(place: Place, held: LeastHeld, micro_batches: int, course: Cou
     buffers = 2 * (pipeline * interleave - 1) / pipeline
     mean = Line(_around(place, held, buffers, held.loss / pipeline), 1 / pipeline, 0.0, slack / pipeline)
     summed = sums_while_full(schedule, pipeline, micro_batches)
-    return Demand((mean,), tuple(loaded), summed, float(place.most_bytes))
+    return Demand((mean,), tuple(loaded), None, summed, float(place.most_bytes))
 
 
 def _around(place: Place, held: LeastHeld, links: float, loss: float = 0.0) -> tuple[float, float]:

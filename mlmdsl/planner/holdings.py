@@ -247,7 +247,7 @@ class Holdings:
         sharded = (piped if sharing.piped else _layer_by_layer)(has, sharing, width, moment)
         if not has.experts:
             return sharded
-        return State(*map(sum, zip(sharded, self._shared(parts, sharing, width, moment.turn), strict=True)))
+        return State(*map(sum, zip(sharded, self.shared(parts, sharing, width, moment.turn), strict=True)))
 
     def _shares_of(self, parts: tuple[Part, ...], shards: int) -> Shares:
         key = (parts, shards)
@@ -263,7 +263,7 @@ class Holdings:
             )
         return self._shares[key]
 
-    def _shared(self, parts: Iterable[Part], sharing: Sharing, width: int, turn: Turn) -> State:
+    def shared(self, parts: Iterable[Part], sharing: Sharing, width: int, turn: Turn) -> State:
         """Experts that are shared out, under ZeRO: in the step one weight at a time is copied and sent."""
         weights = master = gradients = optimizer = buffers = 0
         for stack in (stack for part in parts for stack in self.experts(part, sharing.replicas)):

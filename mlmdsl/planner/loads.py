@@ -46,6 +46,35 @@ def loads_of(course: Course, pipeline: int, micro_batches: int, stages: tuple[in
     return tuple(found)
 
 
+class Interior(NamedTuple):
+    """Of the second rank, at least: layers, micro-batches held times layers, this over the most micro-batches of any of them,
+    and links to other stages."""
+
+    layers: int
+    total: float
+    even: float
+    links: int
+
+
+@cache
+def interior_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int, layers: int) -> Interior:
+    """Of each the least under any of the schedules, in a pipeline of more than two ranks whose layers are alike and balanced:
+    no stage between the first and the last has fewer than if these were like it (`stages.balance`)."""
+    return Interior(*map(min, zip(*(_interior(course, pipeline, micro_batches, layers) for course in courses), strict=True)))
+
+
+@cache
+def _interior(course: Course, pipeline: int, micro_batches: int, layers: int) -> Interior:
+    schedule, interleave = course
+    fewer, rest = divmod(layers, pipeline * interleave)
+    mine = stages_of(schedule, pipeline, interleave, 1)
+    sizes = tuple(fewer + (stage >= pipeline * interleave - rest) for stage in mine)
+    handed = sum([sum(links(schedule, pipeline, interleave)[stage]) for stage in mine])
+    place = Position(1, sizes, 0, 0, handed, False, False)
+    fullest = max(_loads(course, pipeline, micro_batches, place), key=lambda load: load.total)
+    return Interior(sum(sizes), fullest.total, fullest.total / fullest.held[0][0], handed)
+
+
 def _less(one: Load, other: Load) -> bool:
     here, there = one.place, other.place
     fuller = one.layers <= other.layers and one.total <= other.total and one.held[0] <= other.held[0]

@@ -25,7 +25,7 @@ from mlmdsl.planner import assemble, explain, recomputing
 from mlmdsl.planner.bench import Bench, Setting
 from mlmdsl.planner.bounds import ROUNDED, LeastStep, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
 from mlmdsl.planner.candidate import Candidate, Times
-from mlmdsl.planner.demand import Cuts, Demand, demand_of, loaded_demand, with_layers
+from mlmdsl.planner.demand import Cuts, Demand, demand_of, loaded_demand
 from mlmdsl.planner.outcome import Branch, Found, Outcome
 from mlmdsl.planner.plan import Plan, Schedule, SearchReport
 from mlmdsl.planner.pricing import Place
@@ -122,7 +122,6 @@ class Judge:
     _fittings: dict[tuple[object, ...], Fitting] = field(default_factory=dict[tuple[object, ...], Fitting])
     _unlike: Unlike = field(default_factory=Unlike)
     _shares: dict[Place, dict[tuple[int, int], Share]] = field(default_factory=dict[Place, "dict[tuple[int, int], Share]"])
-    _layered: dict[tuple[Place, tuple[int, int]], Share] = field(default_factory=dict[tuple[Place, "tuple[int, int]"], Share])
     _demands: dict[tuple[object, ...], Demand] = field(default_factory=dict[tuple[object, ...], Demand])
     _rated: dict[tuple[Place, int, tuple[int, ...], bool], Rates] = field(
         default_factory=dict[tuple[Place, int, tuple[int, ...], bool], Rates]
@@ -233,7 +232,7 @@ class Judge:
         they exceed what a plan may use, at least."""
         place, micro_batch, (choice,) = branch.place, branch.micro_batch, branch.shares
         rates, demand, kept = self._terms(branch)
-        share = self._closely(place, choice)
+        share = self._on(place)[choice]
         over, bound = demand.over(share.states, kept), inf
         if over <= 0 and self.minimize != "memory":
             bound = least_step(place, share, rates, place.micro_batches(micro_batch), branch.course, demand)
@@ -259,15 +258,15 @@ class Judge:
                 yield part._replace(bound=max(branch.bound, self._bounds(part)[0]))
 
     def _told(self, branch: Branch, candidate: Candidate) -> Branch:
-        """One whose layers are laid on stages: what it takes at least, each layer's passes as short as if all were recomputed in
-        the milder way."""
+        """One whose layers are laid on stages: what it takes at least, each layer's passes as short as if all were recomputed
+        in the milder way."""
         place = branch.place
         mild = candidate.recompute if branch.mild is None else branch.mild
         if self.minimize == "memory":
             return branch._replace(told=True)
         if self._is_free(branch):
             passes = self._unlike.laid(place, candidate, mild)
-            bound = least_with(place, self._closely(place, *branch.shares), branch.micro_batch, passes)
+            bound = least_with(place, self._on(place)[branch.shares[0]], branch.micro_batch, passes)
         else:
             bound = ROUNDED * place.times(candidate._replace(recompute=mild), pipeline_bound).total
         return branch._replace(bound=max(bound, branch.bound), told=True)
@@ -353,19 +352,10 @@ class Judge:
         return found
 
     def _on(self, place: Place) -> Mapping[tuple[int, int], Share]:
-        """What ways of ZeRO take on a place, of their state the whole alone."""
+        """What ways of ZeRO take on a place."""
         found = self._shares.get(place)
         if found is None:
             found = self._shares[place] = shares_of(place, self.space.shares(place))
-        return found
-
-    def _closely(self, place: Place, choice: tuple[int, int]) -> Share:
-        """What a way of ZeRO takes, with what layers have of its state."""
-        found = self._layered.get((place, choice))
-        if found is None:
-            whole = self._on(place)[choice]
-            found = whole._replace(states=with_layers(place, *choice, whole.states))
-            self._layered[place, choice] = found
         return found
 
     def _broken(self, place: Place, branch: Branch | None = None) -> int:

@@ -16,7 +16,8 @@ from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.bounds import Share, least_at, least_step, rates_of, shares_of
 from mlmdsl.planner.candidate import Candidate
-from mlmdsl.planner.demand import Demand, demand_of, loaded_demand, with_layers
+from mlmdsl.planner.demand import Demand, demand_of, layer_bytes, loaded_demand, state_bytes
+from mlmdsl.planner.loads import interior_of, loads_of
 from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.recomputing import least_that
@@ -60,9 +61,7 @@ def modes_of(c: Candidate) -> tuple[int, ...]:
 
 
 def share_of(place: Place, c: Candidate) -> Share:
-    choice = (c.zero, c.replicate)
-    share = shares_of(place, [choice])[choice]
-    return share._replace(states=with_layers(place, *choice, share.states))
+    return shares_of(place, [(c.zero, c.replicate)])[c.zero, c.replicate]
 
 
 def demands(place: Place, c: Candidate, modes: tuple[int, ...]) -> Iterator[Demand]:
@@ -216,6 +215,36 @@ def test_no_plan_holds_less_than_its_bounds(memory: str) -> None:
             refused += 1
             assert not fits(place, c)
     assert refused > 20 and close > 200
+
+
+@pytest.mark.parametrize("made", [lambda: problem(memory="4 GiB", nodes=2, per_node=2, batch=8), routed])
+def test_state_of_one_layer_more(made: Callable[[], tuple[Spec, Graph]]) -> None:
+    """Is what a stage with two layers has more than one with one."""
+    seen = set[tuple[bool, int, bool]]()
+    for place, c in legal(*made()):
+        if place.pipeline == 1:
+            continue
+        sharing = place.sharing(c.zero, c.replicate, 1)
+        one, two = (place.bench.setting.chain.part((n,), False, False) for n in (1, 2))
+        for summed in (False, True):
+            more = state_bytes(place, two, sharing, summed) - state_bytes(place, one, sharing, summed)
+            assert layer_bytes(place, sharing, summed) == more > 0
+            seen.add((place.expert > 1, sharing.zero, summed))
+    assert len(seen) >= 8
+
+
+def test_interior_ranks_have_no_less_than_the_bound_says() -> None:
+    """Of layers that are alike and balanced."""
+    seen = 0
+    for place, c in legal(*problem(memory="4 GiB", nodes=1, per_node=6, batch=12)):
+        if place.pipeline > 2:
+            seen += 1
+            m, course = place.micro_batches(c.micro_batch), (c.schedule, c.interleave)
+            layers, total, even, links = interior_of((course,), place.pipeline, m, sum(c.cut.stages))
+            loads = [load for load in loads_of(course, place.pipeline, m, c.cut.stages) if load.layers >= layers]
+            assert any(load.total >= total and load.place.links >= links for load in loads)
+            assert 0 < even <= layers <= sum(c.cut.stages[stage] for stage in c.cut.placed[1])
+    assert seen > 50
 
 
 # ---- unlike pools ---------------------------------------------------------------------------------------------------

@@ -61,12 +61,13 @@ def test_the_slowest_stage_of_layers_that_cost_alike(layers: int, stages: int, e
 
 @given(st.integers(3, 130), st.integers(3, 64), SECONDS, ENDS, ENDS)
 @settings(max_examples=300, deadline=None)
-def test_no_stage_between_has_fewer_layers_than_if_all_had_as_many(
+def test_no_stage_between_has_fewer_layers_than_if_all_were_alike(
     layers: int, stages: int, each: float, first: float, last: float
 ) -> None:
-    """Which bounds on memory count on (demand.py)."""
-    stages = min(stages, layers)
-    assert min(balance(chain((0, layers)), [each], first * each, last * each, stages)[1:-1]) >= layers // stages
+    """Which bounds on memory count on (`loads.interior_of`)."""
+    made, stages = chain((0, layers)), min(stages, layers)
+    even, found = (balance(made, [each], *ends, stages) for ends in ((0.0, 0.0), (first * each, last * each)))
+    assert all(size >= least for size, least in zip(found[1:-1], even[1:-1], strict=True))
 
 
 @given(st.data())
