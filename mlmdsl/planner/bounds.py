@@ -195,7 +195,7 @@ def least_step(place: Place, share: Share, rates: Rates, micro_batches: int, cou
     where none of them frees as much memory as it takes."""
     (schedule, interleave), sums = course, rates.sums
     m, p, layers = micro_batches, place.pipeline, place.bench.setting.chain.count
-    longer = rates.trade.seconds(rates.trade.kept - demand.may_keep(share.states))
+    longer = rates.trade.seconds(rates.trade.kept - min(demand.may_keep(share.states)))
     if longer == inf:
         return inf
     longest = 0.0
@@ -259,11 +259,9 @@ def least_with(place: Place, share: Share, micro_batch: int, passes: float) -> f
 
 
 class LeastStep(NamedTuple):
-    """Seconds of a step with a micro-batch; and of one with this or a larger one; bytes by which all of either exceed what they
-    may use."""
+    """Seconds of a step; bytes by which it exceeds what it may use."""
 
     seconds: float
-    larger: float
     over: float
 
 
@@ -272,42 +270,39 @@ def least_at(
     shares: Iterable[Share],
     rates: Rates,
     micro_batch: int,
-    now: tuple[Course, ...],
+    courses: tuple[Course, ...],
     ever: tuple[Course, ...] = (),
     of: int = 0,
     balanced: bool = False,
 ) -> list[LeastStep]:
-    """By way of ZeRO, under any of some schedules, `now` with this micro-batch, `ever` with a larger one. `of`: the micro-batch
-    that the rates are of, if they are a larger one's; `balanced`: as `demand_of` has it. Of larger micro-batches ranks hold as
-    many sequences at least, and wait longer for each other."""
+    """By way of ZeRO, under any of some schedules; with this micro-batch, or under `ever` with this or a larger one. `of`: the
+    micro-batch that the rates are of, if they are a larger one's; `balanced`: as `demand_of` has it. Of larger micro-batches
+    ranks hold as many sequences at least, and wait longer for each other; they may do without sums of gradients."""
     m, p, trade = place.micro_batches(micro_batch), place.pipeline, rates.trade
-    part = _WHOLE * micro_batch / (of or micro_batch)
-    demand, sums, send = demand_of(place, rates.held.scaled(part), m, now, balanced), rates.sums, rates.send
-
-    def least(courses: tuple[Course, ...]) -> float:
-        each = (least_pipeline(schedule, sums, send, m, p, v, 0, place.idle_share) for schedule, v in _quickest(courses))
-        return min(each, default=inf)
-
-    passes, later = least(now), least(ever)
-    layers, busy, interior = place.bench.setting.chain.count, 0.0, demand.interior
-    if place.idle_share == 1.0:
-        busy = m * -(-layers // p) * sums.quickest
+    part, sums, layers = _WHOLE * micro_batch / (of or micro_batch), rates.sums, place.bench.setting.chain.count
+    demand, every = demand_of(place, rates.held.scaled(part), m, courses, ever, balanced), ever or courses
+    each = (least_pipeline(schedule, sums, rates.send, m, p, v, 0, place.idle_share) for schedule, v in _quickest(every))
+    passes, waits = min(each), place.idle_share == 1.0
+    each_way = sums.quickest_forward if courses[0][0] in V_SHAPED else sums.quickest
+    busy = m * -(-layers // p) * sums.quickest if waits else 0.0
     if not place.alike:
         work, paces = place.paces(of or micro_batch, 0)
         busy = max(busy, m * work / sum(paces))
-    found = list[LeastStep]()
+    found, around = list[LeastStep](), len(demand.lines) - len(demand.inside)
     for overhead, states in shares:
-        over, seconds, larger = demand.over(states, part * trade.least), inf, inf
+        may_keep, seconds = demand.may_keep(states), inf
+        over = demand.over(may_keep, states, part * trade.least)
         if over <= 0:
-            longer = trade.seconds(trade.kept - demand.may_keep(states) / part)
-            around, mean = overhead.once + place.sync_seconds, (part * sums.forward / p, part * (sums.backward + longer) / p)
-            alone, ever_so = (part * max(known + m / p * longer, busy) for known in (passes, min(passes, later)))
-            if interior is not None and place.idle_share == 1.0:
-                most = trade.seconds(trade.kept - demand.interior_may_keep(states) / part)
-                alone = max(alone, part * m * (interior.layers * sums.quickest + interior.even / layers * most))
-            seconds = _WHOLE * (overhead.beside(alone, m, *mean) + around)
-            larger = _WHOLE * (ever_so + around)
-        found.append(LeastStep(seconds, larger, over))
+            longer = trade.seconds(trade.kept - min(may_keep[:around]) / part)
+            seconds = max(passes + m / p * longer, busy)
+            for rank, most in zip(demand.inside, may_keep[around:], strict=True) if waits else ():
+                more = 0.0 if ever else trade.seconds(trade.kept - most / part) * rank.even / layers
+                seconds = max(seconds, m * (rank.layers * sums.quickest + more) + rank.before * each_way)
+            seconds *= part
+            if not ever:
+                seconds = overhead.beside(seconds, m, part * sums.forward / p, part * (sums.backward + longer) / p)
+            seconds = _WHOLE * (seconds + overhead.once + place.sync_seconds)
+        found.append(LeastStep(seconds, over))
     return found
 
 

@@ -6,17 +6,16 @@ micro-batch. So it says as well how much of one there is room for, given the oth
     mean       of even shares: of state, of one micro-batch's activations and of the loss
     schedule   of ranks that hold c micro-batches, however layers lie on them (`schedule.least_in_flight`)
     load       of one rank whose layers are known (loads.py)
-    interior   of the second rank, where layers are alike and balanced: it has its share of them (`loads.interior`)
+    interior   of the second rank and the last but one, where layers are alike and balanced (`loads.interior_of`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import inf
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mlmdsl.planner.holdings import Sharing
-from mlmdsl.planner.loads import Load, interior_of, loads_of
+from mlmdsl.planner.loads import Interior, Load, interior_of, loads_of
 from mlmdsl.planner.moments import Moment, reduces_each_pass
 from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.schedule import Course, least_of, sums_while_full
@@ -86,47 +85,31 @@ class Line(NamedTuple):
         return fixed + whole * states.whole[summed] + layer * states.layer[summed]
 
 
-class Interior(NamedTuple):
-    """The second rank's line; layers that it has at least, and so many of them at least that would keep as much if it held the
-    most micro-batches of each."""
-
-    line: Line
-    layers: int
-    even: float
-
-
 class Demand(NamedTuple):
-    """Of a micro-batch under one schedule: lines that hold however layers are cut; for each way to cut them, lines of ranks
-    with their loads; of balanced layers the second rank's; whether sums of gradients are there by then; what a plan may use."""
+    """Of a micro-batch under one schedule: lines of the mean rank and of the fullest, however layers are cut, and of ranks
+    `inside` that are known where layers are balanced; for each way to cut them, lines of ranks with their loads; whether sums
+    of gradients are there by then; what a plan may use."""
 
-    mean: tuple[Line, ...]
+    lines: tuple[Line, ...]
+    inside: tuple[Interior, ...]
     loaded: tuple[tuple[tuple[Line, Load], ...], ...]
-    interior: Interior | None
     summed: bool
     room: float
 
-    def over(self, states: States, kept: float) -> float:
+    def may_keep(self, states: States) -> list[float]:
+        """By line, bytes of one micro-batch that all layers may keep together; for the sake of a rank inside, if all kept as
+        much as its own do."""
+        summed, room = self.summed, self.room
+        return [(room - line.besides(states, summed)) / line.kept for line in self.lines]
+
+    def over(self, may_keep: Sequence[float], states: States, kept: float) -> float:
         """Bytes by which a plan exceeds its room, at least, where all layers keep so many for a micro-batch."""
-        summed = self.summed
-        found = max([line.besides(states, summed) + line.kept * kept for line in self.mean])
+        found = max([line.kept * (kept - most) for line, most in zip(self.lines, may_keep, strict=True)])
         if self.loaded:
+            summed = self.summed
             cuts = [max([line.besides(states, summed) + line.kept * kept for line, _ in ranks]) for ranks in self.loaded]
-            found = max(found, min(cuts))
-        if self.interior is not None:
-            line = self.interior.line
-            found = max(found, line.besides(states, summed) + line.kept * kept)
-        return found - self.room
-
-    def may_keep(self, states: States) -> float:
-        """Bytes of one micro-batch that all layers may keep together."""
-        return min([self._may_keep(line, states) for line in self.mean])
-
-    def interior_may_keep(self, states: States) -> float:
-        """The same for the second rank's sake: if all layers kept as much as its own do."""
-        return inf if self.interior is None else self._may_keep(self.interior.line, states)
-
-    def _may_keep(self, line: Line, states: States) -> float:
-        return (self.room - line.besides(states, self.summed)) / line.kept
+            found = max(found, min(cuts) - self.room)
+        return found
 
 
 class LeastHeld(NamedTuple):
@@ -151,18 +134,24 @@ def held_of(place: Place, micro_batch: int, modes: Iterable[int], apart: bool) -
     return LeastHeld(least.loss, (working + adding, working + making), place.least_buffers(micro_batch))
 
 
-def demand_of(place: Place, held: LeastHeld, micro_batches: int, courses: tuple[Course, ...], balanced: bool = False) -> Demand:
-    """Of the schedule that holds least among some, for each of the quantities, however layers lie on the ranks. `balanced`:
-    whether layers are alike, and cut so that the slowest stage is as fast as can be."""
+def demand_of(
+    place: Place,
+    held: LeastHeld,
+    micro_batches: int,
+    courses: tuple[Course, ...],
+    ever: tuple[Course, ...] = (),
+    balanced: bool = False,
+) -> Demand:
+    """Of the schedule that holds least among some, for each of the quantities, however layers lie on the ranks; or under `ever`
+    of any larger micro-batch, too. `balanced`: whether layers are alike, and cut so that the slowest stage is as fast as can
+    be."""
     pipeline, slack, layers = place.pipeline, place.slack, place.bench.setting.chain.count
     summed, (kept, state, received, buffers) = least_of(courses, pipeline, micro_batches)
     mean = Line(_around(place, held, buffers, held.loss / pipeline), 1 / pipeline, 0.0, slack / pipeline)
     most = Line(_around(place, held, received), state, 0.0, slack * kept)
-    interior = None
-    if balanced and pipeline > 2:
-        count, total, even, links = interior_of(courses, pipeline, micro_batches, layers)
-        interior = Interior(Line(_around(place, held, links), 0.0, count, slack * total / layers), count, even)
-    return Demand((mean, most), (), interior, summed, float(place.most_bytes))
+    inside = interior_of(ever or courses, pipeline, micro_batches, layers) if balanced else ()
+    lines = [Line(_around(place, held, x.links), 0.0, x.layers, slack * x.total / layers) for x in inside]
+    return Demand((mean, most, *lines), inside, (), summed and not ever, float(place.most_bytes))
 
 
 def loaded_demand(place: Place, held: LeastHeld, micro_batches: int, course: Course, cuts: Cuts) -> Demand:
@@ -175,7 +164,7 @@ def loaded_demand(place: Place, held: LeastHeld, micro_batches: int, course: Cou
     buffers = 2 * (pipeline * interleave - 1) / pipeline
     mean = Line(_around(place, held, buffers, held.loss / pipeline), 1 / pipeline, 0.0, slack / pipeline)
     summed = sums_while_full(schedule, pipeline, micro_batches)
-    return Demand((mean,), tuple(loaded), None, summed, float(place.most_bytes))
+    return Demand((mean,), (), tuple(loaded), summed, float(place.most_bytes))
 
 
 def _around(place: Place, held: LeastHeld, links: float, loss: float = 0.0) -> tuple[float, float]:

@@ -47,32 +47,38 @@ def loads_of(course: Course, pipeline: int, micro_batches: int, stages: tuple[in
 
 
 class Interior(NamedTuple):
-    """Of the second rank, at least: layers, micro-batches held times layers, this over the most micro-batches of any of them,
-    and links to other stages."""
+    """Of a rank that has neither the model's beginning nor its end, at least: layers, micro-batches held times layers, this
+    over the most micro-batches of any of them, links to other stages, and layers before its first one."""
 
     layers: int
     total: float
     even: float
     links: int
+    before: int
 
 
 @cache
-def interior_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int, layers: int) -> Interior:
-    """Of each the least under any of the schedules, in a pipeline of more than two ranks whose layers are alike and balanced:
-    no stage between the first and the last has fewer than if these were like it (`stages.balance`)."""
-    return Interior(*map(min, zip(*(_interior(course, pipeline, micro_batches, layers) for course in courses), strict=True)))
+def interior_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int, layers: int) -> tuple[Interior, ...]:
+    """The second rank and the last but one, which hold much and come late, of layers that are alike and balanced: no stage
+    between the first and the last has fewer than if these were like it (`stages.balance`). Of each the least under any of the
+    schedules."""
+    ranks = dict.fromkeys((1, pipeline - 2)) if pipeline > 2 else ()
+    each = [[_interior(course, pipeline, micro_batches, layers, rank) for course in courses] for rank in ranks]
+    return tuple(Interior(*map(min, zip(*found, strict=True))) for found in each)
 
 
 @cache
-def _interior(course: Course, pipeline: int, micro_batches: int, layers: int) -> Interior:
+def _interior(course: Course, pipeline: int, micro_batches: int, layers: int, rank: int) -> Interior:
     schedule, interleave = course
-    fewer, rest = divmod(layers, pipeline * interleave)
-    mine = stages_of(schedule, pipeline, interleave, 1)
-    sizes = tuple(fewer + (stage >= pipeline * interleave - rest) for stage in mine)
-    handed = sum([sum(links(schedule, pipeline, interleave)[stage]) for stage in mine])
-    place = Position(1, sizes, 0, 0, handed, False, False)
-    fullest = max(_loads(course, pipeline, micro_batches, place), key=lambda load: load.total)
-    return Interior(sum(sizes), fullest.total, fullest.total / fullest.held[0][0], handed)
+    stages = pipeline * interleave
+    fewer, rest = divmod(layers, stages)
+    mine = stages_of(schedule, pipeline, interleave, rank)
+    sizes = tuple(fewer + (stage >= stages - rest) for stage in mine)
+    before = 1 + sum(fewer + (stage >= stages - rest) for stage in range(1, rank))  # the first stage has one at least
+    place = Position(rank, sizes, before, 0, 2 * interleave, False, False)
+    loads = _loads(course, pipeline, micro_batches, place)
+    fullest = next(loads) if interleave > 2 else max(loads, key=lambda load: load.total)  # the mean of all stages
+    return Interior(sum(sizes), fullest.total, fullest.total / fullest.held[0][0], place.links, before)
 
 
 def _less(one: Load, other: Load) -> bool:

@@ -73,7 +73,6 @@ class Branch(NamedTuple):
     modes: tuple[int, ...] = ()
     candidate: Candidate | None = None
     mild: int | None = None
-    first: float = 0.0
     closely: bool = False
     told: bool = False
 

@@ -34,7 +34,9 @@ class Site:
 
 def group_on(site: Site, mesh: Mesh, axis: str) -> Group:
     """Groups of an axis whose ranks lie there."""
-    return group_of(replace(mesh, devices_per_node=site.network.devices_per_node), axis, site.network)
+    per_node = site.network.devices_per_node
+    there = mesh if per_node == mesh.devices_per_node else replace(mesh, devices_per_node=per_node)
+    return group_of(there, axis, site.network)
 
 
 def size_of(pool: Pool) -> int:

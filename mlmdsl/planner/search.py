@@ -32,8 +32,8 @@ from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.refitting import Fitting
 from mlmdsl.planner.rooms import Unlike
 from mlmdsl.planner.rules import CompiledRule, compile_rule
-from mlmdsl.planner.schedule import V_SHAPED, pipeline_bound
-from mlmdsl.planner.space import Family, Space
+from mlmdsl.planner.schedule import V_SHAPED, Course, pipeline_bound
+from mlmdsl.planner.space import Space
 
 _TIMES = frozenset({"step_time", "bubble", "mfu", "cost"})  # facts that follow from times
 # Facts that are not known of a branch
@@ -139,33 +139,42 @@ class Judge:
                 self.outcome.plant(branch)
 
     def _from(self, place: Place, sizes: tuple[int, ...]) -> Iterator[Branch]:
-        """With these micro-batches, the smallest first, as far as sums over a whole batch tell; if they may fit."""
-        alone, larger, over = inf, inf, inf
-        for family in self.space.families(place, sizes[0]):
-            for least in self._coarsely(place, family, sizes[0]):
-                alone, larger, over = min(alone, least.seconds), min(larger, least.larger), min(over, least.over)
-        first, bound = self._objective(place, alone, over), self._objective(place, larger, over)
-        branch = Branch(bound, self._broken(place), place, sizes, self.space.shares(place), first=first)
+        """With these micro-batches, as far as sums over a whole batch tell; if they may fit."""
+        families = self.space.families(place, sizes[0])
+        courses = ((tuple(course for group in now for course in group), ever) for now, ever in families)
+        bound, over = self._coarsely(place, sizes[0], courses)
+        yield from self._fits(Branch(bound, self._broken(place), place, sizes, self.space.shares(place)), over)
+
+    def _peeled(self, branch: Branch) -> Iterator[Branch]:
+        """The smallest micro-batch, and all others."""
+        place, (first, *others) = branch.place, branch.micro_batches
+        courses = ((group, ()) for family in self.space.families(place, first) for group in family.now)
+        bound, over = self._coarsely(place, first, courses)
+        alone = branch._replace(bound=max(branch.bound, bound), micro_batches=(first,), closely=True)
+        yield from self._fits(alone, over)
+        if others:
+            yield from self._from(place, tuple(others))
+
+    def _coarsely(
+        self, place: Place, micro_batch: int, courses: Iterable[tuple[tuple[Course, ...], tuple[Course, ...]]]
+    ) -> tuple[float, float]:
+        """(bound, over) under any of some schedules and any way of ZeRO: of this micro-batch, or of this or a larger one, as
+        far as sums over a whole batch tell."""
+        shares, whole, even, found = self._on(place), self.setting.spec.train.batch, self._is_balanced(place), list[LeastStep]()
+        for now, ever in courses:
+            schedule = now[0][0]
+            choices = [shares[choice] for choice in self.space.shares(place, schedule)]
+            rates = self._rates(place, whole, self.space.modes(schedule), schedule)
+            found += least_at(place, choices, rates, micro_batch, now, ever, whole, even)
+        seconds, over = map(min, zip(*found, strict=True)) if found else (inf, inf)
+        return self._objective(place, seconds, over), over
+
+    def _fits(self, branch: Branch, over: float) -> Iterator[Branch]:
+        """Nothing where a bound proves that it does not."""
         if over > 0:
             self._put_aside(over, branch)
         else:
             yield branch
-
-    def _peeled(self, branch: Branch) -> Iterator[Branch]:
-        """The smallest micro-batch, and all others."""
-        first, *others = branch.micro_batches
-        yield branch._replace(bound=max(branch.bound, branch.first), micro_batches=(first,), closely=True)
-        if others:
-            yield from self._from(branch.place, tuple(others))
-
-    def _coarsely(self, place: Place, family: Family, micro_batch: int) -> list[LeastStep]:
-        """By way of ZeRO, of this micro-batch or a larger one, as far as sums over a whole batch tell."""
-        shares, whole, modes = self._on(place), self.setting.spec.train.batch, self.space.modes(family.schedule)
-        choices = self.space.shares(place, family.schedule)
-        rates = self._rates(place, whole, modes, family.schedule)
-        return least_at(
-            place, [shares[choice] for choice in choices], rates, micro_batch, *family, whole, self._is_balanced(place)
-        )
 
     def _objective(self, place: Place, seconds: float, over: float) -> float:
         return (over + place.most_bytes) * (1 - 1e-8) if self.minimize == "memory" else seconds
@@ -233,7 +242,7 @@ class Judge:
         place, micro_batch, (choice,) = branch.place, branch.micro_batch, branch.shares
         rates, demand, kept = self._terms(branch)
         share = self._on(place)[choice]
-        over, bound = demand.over(share.states, kept), inf
+        over, bound = demand.over(demand.may_keep(share.states), share.states, kept), inf
         if over <= 0 and self.minimize != "memory":
             bound = least_step(place, share, rates, place.micro_batches(micro_batch), branch.course, demand)
         if self._is_free(branch):

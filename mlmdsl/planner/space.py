@@ -23,7 +23,7 @@ from mlmdsl.planner.outcome import Outcome, Tally
 from mlmdsl.planner.passes import MODES
 from mlmdsl.planner.plan import Schedule
 from mlmdsl.planner.pricing import Place
-from mlmdsl.planner.schedule import V_SHAPED, Course, cannot_run, executable, recomputes, zeros
+from mlmdsl.planner.schedule import V_SHAPED, Course, cannot_run, executable, recomputes, sums_while_full, zeros
 from mlmdsl.planner.sharding import Infeasible
 from mlmdsl.planner.stages import begins_anew
 
@@ -44,15 +44,16 @@ class Runs(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Schedules with a micro-batch, and with this or a larger one."""
+    """Schedules that go with the same ways of recomputing and of ZeRO. `now`: with a micro-batch, by whether ranks have sums of
+    gradients while they are full; `ever`: with this or a larger one."""
 
-    now: tuple[Course, ...]
+    now: tuple[tuple[Course, ...], ...]
     ever: tuple[Course, ...]
 
     @property
     def schedule(self) -> Schedule:
         """One of them."""
-        return self.now[0][0]
+        return self.ever[0][0]
 
 
 @frozen
@@ -200,15 +201,21 @@ class Space:
         return {-(-layers // (pipeline * v)): v for v in reversed(several)}.values()
 
     def families(self, place: Place, micro_batch: int) -> tuple[Family, ...]:
-        """Schedules that go with the same ways of recomputing and of ZeRO."""
+        """Of one micro-batch."""
         key = (place.pipeline, place.micro_batches(1), micro_batch)
         found = self._families.get(key)
         if found is None:
-            runs = self.runs(place).courses
-            every = [course for size, courses in runs.items() if size > micro_batch for course in courses]
-            both = [[[c for c in of if (c[0] in V_SHAPED) == v] for of in (runs[micro_batch], every)] for v in (False, True)]
-            made = (Family(tuple(now), tuple(dict.fromkeys((*now, *later)))) for now, later in both if now)
-            found = self._families[key] = tuple(family for family in made if self.ways(family.schedule))
+            runs, m = self.runs(place).courses, place.micro_batches(micro_batch)
+            larger = [course for size, courses in runs.items() if size > micro_batch for course in courses]
+            made = list[Family]()
+            for v_shaped in (False, True):
+                now, later = ([c for c in of if (c[0] in V_SHAPED) == v_shaped] for of in (runs[micro_batch], larger))
+                if now and self.ways(now[0][0]):
+                    groups = (
+                        tuple(c for c in now if sums_while_full(c[0], place.pipeline, m) == full) for full in (True, False)
+                    )
+                    made.append(Family(tuple(group for group in groups if group), tuple(dict.fromkeys((*now, *later)))))
+            found = self._families[key] = tuple(made)
         return found
 
     def modes(self, schedule: Schedule) -> tuple[int, ...]:
