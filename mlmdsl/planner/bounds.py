@@ -30,6 +30,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from mlmdsl.planner.bench import Bench, Sums
+from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.communication import collective_seconds
 from mlmdsl.planner.demand import Demand, LeastHeld, Line, States, demand_of, held_of, states_of
 from mlmdsl.planner.loads import Load
@@ -37,7 +38,7 @@ from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import CollectiveKind, Schedule
 from mlmdsl.planner.pools import group_on
 from mlmdsl.planner.pricing import Place
-from mlmdsl.planner.schedule import V_SHAPED, Course
+from mlmdsl.planner.schedule import V_SHAPED, Course, pipeline_bound
 from mlmdsl.planner.trade import Trade
 
 # Sums of the same numbers in another order differ in their last digits, and plans are compared by nine (outcome.py)
@@ -250,6 +251,22 @@ def _through_rank(schedule: Schedule, rates: Rates, m: int, p: int, load: Load, 
     if schedule in V_SHAPED:
         return m * busy + at.before * sums.quickest_forward
     return m * busy + at.before * sums.quickest + first * (not at.first)
+
+
+def least_mixed(place: Place, share: Share, rates: Rates, c: Candidate, mild: int, demand: Demand) -> float:
+    """Of a candidate on alike devices some of whose layers are recomputed in a milder way: by way of one of the ranks that have
+    to recompute the most. What collectives take that passes do not hide is no less than where these are longest."""
+    if place.idle_share < 1.0:
+        return 0.0
+    costs = [f + b for count, f, b, _ in place.runs(c._replace(recompute=mild)) for _ in range(count)]
+    passes, m, layers = 0.0, place.micro_batches(c.micro_batch), place.bench.setting.chain.count
+    _, ahead, behind, taken = share.overhead
+    for line, load in (each for ranks in demand.loaded for each in ranks):
+        busy = sum(costs[stage] for stage in c.cut.placed[load.place.rank]) + taken * (ahead + behind)
+        longer = _longer(rates, share, demand, line, load, layers)
+        passes = max(passes, sum(costs[: load.place.rank]) + m * (busy + longer))
+    dear = place.times(c, pipeline_bound)
+    return ROUNDED * (passes + dear.total - dear.pipeline)
 
 
 def least_with(place: Place, share: Share, micro_batch: int, passes: float) -> float:

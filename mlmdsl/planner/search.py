@@ -23,7 +23,18 @@ from mlmdsl.grammar.spec import PlanConstraints, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import assemble, explain, recomputing
 from mlmdsl.planner.bench import Bench, Setting
-from mlmdsl.planner.bounds import ROUNDED, LeastStep, Rates, Share, least_at, least_step, least_with, rates_of, shares_of
+from mlmdsl.planner.bounds import (
+    ROUNDED,
+    LeastStep,
+    Rates,
+    Share,
+    least_at,
+    least_mixed,
+    least_step,
+    least_with,
+    rates_of,
+    shares_of,
+)
 from mlmdsl.planner.candidate import Candidate, Times
 from mlmdsl.planner.demand import Cuts, Demand, demand_of, loaded_demand
 from mlmdsl.planner.outcome import Branch, Found, Outcome
@@ -278,6 +289,9 @@ class Judge:
             bound = least_with(place, self._on(place)[branch.shares[0]], branch.micro_batch, passes)
         else:
             bound = ROUNDED * place.times(candidate._replace(recompute=mild), pipeline_bound).total
+            if mild < candidate.recompute and self._is_plain(place):
+                rates, demand, _ = self._terms(branch)
+                bound = max(bound, least_mixed(place, self._on(place)[branch.shares[0]], rates, candidate, mild, demand))
         return branch._replace(bound=max(bound, branch.bound), told=True)
 
     def _mixes(self, branch: Branch) -> bool:
