@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -78,9 +79,7 @@ def _plan(options: argparse.Namespace) -> int:
         print(_emitted(done, until), end="")
         return 0
     assert done.plan is not None
-    plan = done.plan.model_copy(
-        update={"spec": _relative(options.spec, Path(options.output).parent if options.output else Path())}
-    )
+    plan = replace(done.plan, spec=_relative(options.spec, Path(options.output).parent if options.output else Path()))
     if options.output:
         Path(options.output).write_text(plan.saved().to_json(), encoding="utf-8")
     from mlmdsl.explained import explain
@@ -153,7 +152,9 @@ def _verify(options: argparse.Namespace) -> int:
         program = beside if beside.exists() else Path(folder) / "program.py"
         verdict = compare(plan, options.rank, measure(program, options.rank, done.spec.cluster.pools[0].device.kind))
     if options.json:
-        print(verdict.model_dump_json(indent=1))
+        from mlmdsl.serialization import to_json
+
+        print(to_json(verdict))
     else:
         from mlmdsl.report.verdict import render_verdict
 
@@ -170,7 +171,9 @@ def _validate(options: argparse.Namespace) -> int:
     except Problem as problem:
         raise _usage(f"{options.runs}: {problem}") from None
     if options.json:
-        print(found.model_dump_json(indent=1))
+        from mlmdsl.serialization import to_json
+
+        print(to_json(found))
     else:
         from mlmdsl.report.validated import render_validation
 
