@@ -14,10 +14,10 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace) -> int:
         _check_gpus(spec.cluster)
     from mlmdsl.report.terminal import render_summary
 
-    out = Path(options.out or Path("runs") / f"{plan.model.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    out = Path(options.out or Path("runs") / f"{plan.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     print(f"{render_summary(plan, color=_color(sys.stdout))}\neverything goes to {out}", flush=True)
     _make_room(out, program.files, resuming=options.resume is not None)
     program.write(out)
@@ -255,7 +255,7 @@ def _import(options: argparse.Namespace) -> int:
     if options.set and options.spec is None:
         raise _usage("--set belongs to a SPEC: without one, the spec is written from config.json")
     folder = Path(options.folder)
-    out = Path(options.out or Path("runs") / f"{folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}")
+    out = Path(options.out or Path("runs") / f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")
     spec = (options.spec, _read(options.spec)) if options.spec else None
     done = import_checkpoint(folder, out, spec, options.set, options.procs)
     _show(done.warnings, {}, "text")
