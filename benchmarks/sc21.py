@@ -10,7 +10,7 @@ sequence parallelism and full recomputation.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlmdsl import words
@@ -58,7 +58,7 @@ def rows() -> Iterator[Row]:
         assert isinstance(run, Run), run
         place, candidate = placed(run)
         setting = place.bench.setting
-        then, free = explore(setting, setting.spec.plan.model_copy(update={"pins": means})), explore(setting, setting.spec.plan)
+        then, free = explore(setting, replace(setting.spec.plan, pins=means)), explore(setting, setting.spec.plan)
         limited = costed(then.found[0].place, then.found[0].candidate) if then.found else None
         best = costed(free.found[0].place, free.found[0].candidate)
         yield Row(run, costed(place, candidate), footprint(run, place, candidate), limited, best)

@@ -14,9 +14,10 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -78,9 +79,7 @@ def _plan(options: argparse.Namespace) -> int:
         print(_emitted(done, until), end="")
         return 0
     assert done.plan is not None
-    plan = done.plan.model_copy(
-        update={"spec": _relative(options.spec, Path(options.output).parent if options.output else Path())}
-    )
+    plan = replace(done.plan, spec=_relative(options.spec, Path(options.output).parent if options.output else Path()))
     if options.output:
         Path(options.output).write_text(plan.saved().to_json(), encoding="utf-8")
     from mlmdsl.explained import explain
@@ -105,7 +104,7 @@ def _run(options: argparse.Namespace) -> int:
         _check_gpus(spec.cluster)
     from mlmdsl.report.terminal import render_summary
 
-    out = Path(options.out or Path("runs") / f"{plan.model.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    out = Path(options.out or Path("runs") / f"{plan.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     print(f"{render_summary(plan, color=_color(sys.stdout))}\neverything goes to {out}", flush=True)
     _make_room(out, program.files, resuming=options.resume is not None)
     program.write(out)
@@ -153,7 +152,9 @@ def _verify(options: argparse.Namespace) -> int:
         program = beside if beside.exists() else Path(folder) / "program.py"
         verdict = compare(plan, options.rank, measure(program, options.rank, done.spec.cluster.pools[0].device.kind))
     if options.json:
-        print(verdict.model_dump_json(indent=1))
+        from mlmdsl.serialization import to_json
+
+        print(to_json(verdict))
     else:
         from mlmdsl.report.verdict import render_verdict
 
@@ -170,7 +171,9 @@ def _validate(options: argparse.Namespace) -> int:
     except Problem as problem:
         raise _usage(f"{options.runs}: {problem}") from None
     if options.json:
-        print(found.model_dump_json(indent=1))
+        from mlmdsl.serialization import to_json
+
+        print(to_json(found))
     else:
         from mlmdsl.report.validated import render_validation
 
@@ -252,7 +255,7 @@ def _import(options: argparse.Namespace) -> int:
     if options.set and options.spec is None:
         raise _usage("--set belongs to a SPEC: without one, the spec is written from config.json")
     folder = Path(options.folder)
-    out = Path(options.out or Path("runs") / f"{folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}")
+    out = Path(options.out or Path("runs") / f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")
     spec = (options.spec, _read(options.spec)) if options.spec else None
     done = import_checkpoint(folder, out, spec, options.set, options.procs)
     _show(done.warnings, {}, "text")

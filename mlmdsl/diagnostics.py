@@ -16,12 +16,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlmdsl.frozen import frozen
+
 Severity = Literal["error", "warning"]
 
 MAX_DIAGNOSTICS = 20  # more than a screenful helps nobody; the rest is counted
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Span:
     """A piece of source text: 1-based lines and columns, the end column exclusive."""
 
@@ -36,7 +38,7 @@ class Span:
         return Span(self.file, self.line, self.column, other.end_line, other.end_column)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Label:
     """A second place in the source that takes part in the contradiction."""
 
@@ -44,7 +46,7 @@ class Label:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Diagnostic:
     """One problem: a stable code, what is wrong, where, and what to write instead."""
 

@@ -31,12 +31,14 @@ class Explained:
 
     def to_json(self, plan: Plan) -> str:
         """The plan's keys, and one for each thing that is told."""
-        told: dict[str, Any] = {
-            "accuracy": self.accuracy.model_dump(mode="json"),
-            "goodput": self.goodput.model_dump(mode="json"),
-            "why": [each.model_dump(mode="json") for each in self.why],
-            "what_if": [each.model_dump(mode="json") for each in self.what_if],
-            "within": self.within.model_dump(mode="json") if self.within else None,
+        from mlmdsl.serialization import to_plain
+
+        told = {
+            "accuracy": to_plain(self.accuracy),
+            "goodput": to_plain(self.goodput),
+            "why": [to_plain(each) for each in self.why],
+            "what_if": [to_plain(each) for each in self.what_if],
+            "within": to_plain(self.within) if self.within else None,
         }
         return json.dumps(json.loads(plan.to_json()) | {key: value for key, value in told.items() if value}, indent=1) + "\n"
 

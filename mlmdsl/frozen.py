@@ -2,8 +2,8 @@
 
 `@dataclass(frozen=True)` writes and compiles six methods for each class, for all of them a quarter of the time that it takes to
 import the compiler. Only `__init__` has to be written for a class's fields, and here that waits for the first instance; the
-other five are common to all. `fields`, `replace` and `asdict` of dataclasses work as ever. (Where there are slots or an order
-`dataclass` stays.)
+other five are common to all. `fields`, `replace` and `asdict` of dataclasses work as ever. (Where there is an order `dataclass`
+stays.)
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ told apart: "GB" is 1e9 bytes, "GiB" 2**30, "Gb/s" 1e9 bits a second.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
+
+from mlmdsl.frozen import frozen
 
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -87,7 +89,7 @@ WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Quantity:
     """`value` in the dimension's base unit; `text` as written, for messages."""
 

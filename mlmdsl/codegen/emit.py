@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlmdsl.codegen.program import program_text
@@ -37,5 +37,5 @@ def emit(spec: Spec, graph: Graph, plan: Plan) -> Program:
     sources = spec_files(spec)
     moved = list(sources.values()) != list(spec.sources.values())
     sha256 = fingerprint(sources.values(), spec.overrides) if moved else plan.spec_sha256
-    saved = plan.saved().model_copy(update={"spec": "spec.mlm", "spec_sha256": sha256, "folder": spec.folder})
+    saved = replace(plan.saved(), spec="spec.mlm", spec_sha256=sha256, folder=spec.folder)
     return Program({"program.py": program_text(spec, graph, plan), "plan.json": saved.to_json(), **sources})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import PurePath
@@ -174,7 +175,7 @@ def _training(train: Train, graph: Graph, plan: Plan) -> Call:
 def _reading(objective: Objective, graph: Graph, plan: Plan) -> Iterable[tuple[str, Call | str]]:
     """What is predicted, and from what; nothing where it is the next token from tokens alone."""
     if objective.kind != "next_token":
-        defaults, settings = Objective(kind=objective.kind), tuple(Objective.model_fields)[1:]
+        defaults, settings = Objective(kind=objective.kind), [field.name for field in dataclasses.fields(Objective)][1:]
         values = ((key, getattr(objective, key)) for key in settings if getattr(objective, key) != getattr(defaults, key))
         shown = tuple((key, number(value) if isinstance(value, float) else str(value)) for key, value in values)
         yield "objective", Call("Objective", (("", literal(objective.kind)), *shown))

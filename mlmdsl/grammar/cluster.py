@@ -74,7 +74,7 @@ def _operation(settings: Settings, per_node: int) -> Operation:
         "pue": settings.number("pue", least=1.0, example="1.2"),
         "kg_per_kwh": settings.quantity("carbon", "kg_per_kwh"),
     }
-    return Operation.model_validate({key: value for key, value in given.items() if value is not None})
+    return Operation(**{key: value for key, value in given.items() if value is not None})
 
 
 def _finished_pool(name: str, settings: Settings) -> Pool | None:

@@ -1,34 +1,20 @@
 """What a user described, resolved: every name looked up, every quantity in SI units, every setting checked.
 
-All models are frozen and refuse unknown fields. Bytes are bytes, seconds are seconds, bandwidths are bytes per second in one
-direction per device; counts of tokens and sequences are plain ints.
+Bytes are bytes, seconds are seconds, bandwidths are bytes per second in one direction per device; counts of tokens and
+sequences are plain ints.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict
-from pydantic_core import core_schema
+from dataclasses import KW_ONLY
+from typing import Literal
 
 from mlmdsl.diagnostics import Span
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar import syntax
 from mlmdsl.runtime import config
-
-
-class _Made:
-    """Of a field whose values are made by the passes before: their type is trusted, not looked into."""
-
-    @staticmethod
-    def __get_pydantic_core_schema__(*_: object) -> core_schema.CoreSchema:
-        return core_schema.any_schema()
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
 
 Precision = Literal["fp32", "bf16"]
 
@@ -36,9 +22,11 @@ Precision = Literal["fp32", "bf16"]
 # ---- the cluster ----------------------------------------------------------------------------------------------------
 
 
-class Device(Frozen):
+@frozen
+class Device:
     """One accelerator. `peak_flops_per_second` by precision ("fp32", "tf32", "fp16", "bf16", "fp8"), dense (datasheet)."""
 
+    _: KW_ONLY
     name: str
     kind: Literal["cuda", "rocm", "cpu"]
     memory_bytes: int
@@ -50,7 +38,8 @@ class Device(Frozen):
     curves: dict[str, dict[str, float]] | None = None  # measured: by part and parameter of planner/compute.py's curves
 
 
-class Link(Frozen):
+@frozen
+class Link:
     """One level of the network: what one device can send in one direction while the others do the same."""
 
     kind: str  # "nvlink", "pcie", "infinity_fabric", "infiniband", "ethernet", "shm", "loopback"
@@ -59,7 +48,8 @@ class Link(Frozen):
     oversubscription: float = 1.0
 
 
-class Pool(Frozen):
+@frozen
+class Pool:
     """Alike nodes."""
 
     name: str
@@ -69,7 +59,8 @@ class Pool(Frozen):
     intra: Link
 
 
-class Operation(Frozen):
+@frozen
+class Operation:
     """How a cluster is run. Defaults: a failure per device in 50,677 hours (419 in 54 days of 16,384 H100) and 1 GB/s of
     storage a node (2 TB/s sustained for 2,000 nodes), both of arXiv:2407.21783, section 3.3; ten minutes to find a failure and
     start again (arXiv:2402.15627); PUE 1.2 (BLOOM's, arXiv:2211.02001); 0.445 kg of CO2 a kWh, the world's mean in 2024 (IEA,
@@ -82,7 +73,9 @@ class Operation(Frozen):
     kg_per_kwh: float = 0.445
 
 
-class Cluster(Frozen):
+@frozen
+class Cluster:
+    _: KW_ONLY
     name: str
     pools: tuple[Pool, ...]  # one, unless the text has `pool` blocks
     inter: Link | None  # None on a single node
@@ -99,7 +92,8 @@ class Cluster(Frozen):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-class Data(Frozen):
+@frozen
+class Data:
     """`paths` are absolute patterns (resolved against the spec's folder); for "python" they are module names."""
 
     kind: Literal["text", "jsonl", "parquet", "python", "python_source", "pairs", "conversations"]
@@ -110,13 +104,15 @@ class Data(Frozen):
     validation: float = 0.05  # share of the token stream held out at its end
 
 
-class Tokenizer(Frozen):
+@frozen
+class Tokenizer:
     kind: Literal["bytes", "hf"]
     path: str | None = None
     vocab: int | None = None  # bytes: 256 (+ end of text where asked for); hf: read from the file when training starts
 
 
-class Objective(Frozen):
+@frozen
+class Objective:
     """As runtime/config.py's, which says what each feeds."""
 
     kind: Literal["next_token", "masked_token", "span_corruption", "seq2seq", "chat"]
@@ -130,7 +126,8 @@ class Objective(Frozen):
         return config.Objective(self.kind, self.probability, self.density, self.mean_length, self.target)
 
 
-class Optimizer(Frozen):
+@frozen
+class Optimizer:
     kind: Literal["adamw"]
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
@@ -139,13 +136,16 @@ class Optimizer(Frozen):
     clip: float | None = 1.0
 
 
-class LearningRateSchedule(Frozen):
+@frozen
+class LearningRateSchedule:
     kind: Literal["constant", "linear", "cosine"]
     warmup_steps: int = 0
     min_lr: float = 0.0
 
 
-class Train(Frozen):
+@frozen
+class Train:
+    _: KW_ONLY
     data: Data
     tokenizer: Tokenizer
     objective: Objective
@@ -168,24 +168,27 @@ class Train(Frozen):
 PlanValue = int | bool | str | tuple[int, ...] | tuple[str, ...]
 
 
-class Pin(Frozen):
+@frozen
+class Pin:
     variable: str
     value: PlanValue
     text: str
     span: Span
 
 
-class Rule(Frozen):
+@frozen
+class Rule:
     """`condition` is boolean over plan variables and `memory`, `device.memory`, `step_time`, `bubble`, `cost`, and the
     facts `<axis>.crosses_nodes`."""
 
     form: Literal["require", "prefer", "avoid", "forbid"]
-    condition: Annotated[syntax.Expr, _Made]
+    condition: syntax.Expr
     text: str
     span: Span
 
 
-class PlanConstraints(Frozen):
+@frozen
+class PlanConstraints:
     minimize: Literal["time", "cost", "memory"] = "time"
     pins: tuple[Pin, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -194,25 +197,28 @@ class PlanConstraints(Frozen):
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-class ModelSource(Frozen):
+@frozen
+class ModelSource:
     """The model as text still: its shapes are checked when the graph is built. `values` holds the consts and params in force
     (after `--set`) by name; `blocks` every block by its qualified name, with the values of the file it was written in; `names`
     those that the model can call, by the names it calls them by."""
 
-    model: Annotated[syntax.Model, _Made]
+    model: syntax.Model
     values: dict[str, object]
-    blocks: Annotated[Mapping[str, BlockSource], _Made]
+    blocks: Mapping[str, BlockSource]
     names: dict[str, str]
 
 
-class BlockSource(Frozen):
-    block: Annotated[syntax.Block, _Made]
+@frozen
+class BlockSource:
+    block: syntax.Block
     values: dict[str, object]
     blocks: dict[str, str]  # names as written inside this block's file -> keys of ModelSource.blocks
     qualified: str  # "std/attention.mlm:Attention"
 
 
-class Spec(Frozen):
+@frozen
+class Spec:
     """`sources` maps each file read to its text; `sha256` is over the entry file, its imports (not std) and the overrides.
     `folder` is where relative paths of data and tokenizer start."""
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mlmdsl.frozen import frozen
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Placement:
@@ -68,7 +70,7 @@ def parse_weight_placement(text: str) -> WeightPlacement:
     return WeightPlacement(None if name == "replicate" else int(name[6:-1]), bool(partial))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Strategy:
     """One way to compute an operation on the axis: what it asks of its inputs and weights, what it gives."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Literal
+
+from mlmdsl.frozen import frozen
 
 # A known size, or one that is bound when planning: a symbol such as "B" or "S", or a sum of products of symbols and numbers
 # ("2*B*S" rows of tokens that go to two experts each)
@@ -38,7 +39,7 @@ def symbols_of(dim: Dim) -> frozenset[str]:
     return frozenset(name for name in names if not name.isdecimal())
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TensorType:
     dtype: DType
     shape: tuple[Dim, ...]
@@ -54,7 +55,7 @@ class TensorType:
         return prod(self.sizes(bound))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Init:
     """How a weight starts: every value is a function of the weight's name and the global index alone."""
 
@@ -62,7 +63,7 @@ class Init:
     std: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Weight:
     """A parameter tensor. In a repeated region one `Weight` stands for `count` of them."""
 

@@ -8,12 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlmdsl.grammar.spec import Frozen, Spec
+from mlmdsl.frozen import frozen
+from mlmdsl.grammar.spec import Spec
 from mlmdsl.planner.compute import curves_of
 from mlmdsl.planner.plan import Plan
 
 
-class Accuracy(Frozen):
+@frozen
+class Accuracy:
     """low_s and high_s: four of five published runs were measured within this band about their prediction; runs: how many;
     measured: whether kernels of this very device were, by `origin`."""
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from math import gcd
 from typing import NamedTuple
 
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar.constraints import USUAL, Order
 from mlmdsl.grammar.spec import Device, Spec
 from mlmdsl.graph.flops import flops_per_token
@@ -34,7 +35,7 @@ from mlmdsl.planner.trade import Trade, trade_of
 _WIDTH = {"fp32": 4, "bf16": 2}
 
 
-@dataclass(frozen=True)
+@frozen
 class Setting:
     """What all candidates share."""
 

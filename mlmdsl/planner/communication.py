@@ -18,9 +18,9 @@ device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil, log2
 
+from mlmdsl.frozen import frozen
 from mlmdsl.planner.mesh import Mesh, Network
 
 # Share of a link's line rate that large messages reach. NVLink: 229 of 300 GB/s on an A100 (vTrain's traces), 370 of 450 on an
@@ -44,7 +44,7 @@ _CALL_SECONDS = 26e-6
 _HOST_LINKS = ("loopback", "shm")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Group:
     """What the time of a collective depends on: members, members per node, and the two links as messages see them."""
 

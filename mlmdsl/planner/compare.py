@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from mlmdsl import words
-from mlmdsl.grammar.spec import Frozen
+from mlmdsl.frozen import frozen
 from mlmdsl.planner.assemble import ledger, links_of, predicted, variables
 from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.plan import Plan, PlanVariables, Predicted, StageMemory
@@ -59,7 +60,8 @@ def costed_plan(plan: Plan) -> Costed:
     return Costed(plan.plan, plan.predicted, plan.memory, plan.cluster.links, plan.batch, alike)
 
 
-class Part(Frozen):
+@frozen
+class Part:
     """Seconds of a step that one part takes under two plans."""
 
     name: str
@@ -74,8 +76,7 @@ def parts_of(chosen: Costed, other: Costed) -> tuple[Part, ...]:
     return tuple(part for part in found if part.chosen_s > 0 or part.other_s > 0)
 
 
-def verdict(chosen: Costed, other: Costed) -> str:
-    """ "slower", "faster" or "as_fast"."""
+def verdict(chosen: Costed, other: Costed) -> Literal["slower", "faster", "as_fast"]:
     more = other.seconds / chosen.seconds - 1
     return "as_fast" if abs(more) < _SAME else "slower" if more > 0 else "faster"
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import log, pi, sqrt
 from pathlib import Path
@@ -38,7 +37,7 @@ _FP8 = 0.88
 _SPREAD = 0.015
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MatmulCurve:
     share: float  # of the peak, for long inner dims
     half_depth: float  # the inner dim at which half of that is reached
@@ -46,7 +45,7 @@ class MatmulCurve:
     fill_seconds: float  # first loads, last stores
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttentionCurve:
     share: float
     half_length: float
@@ -55,13 +54,13 @@ class AttentionCurve:
     fill_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MemoryCurve:
     share: float
     optimizer_share: float  # fused AdamW: seven streams at once
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Curves:
     """What one file of hardware/ says. `origin`: what was measured, on what, and how well the curve fits; `measured`: whether
     it is of this very device; `sustained`: of the arithmetic that a kernel reaches by itself, what is left in a step that never

@@ -4,6 +4,7 @@ none does."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 
 from mlmdsl import words
 from mlmdsl.diagnostics import Diagnostic, Label, PlanError, Span
@@ -119,8 +120,8 @@ def _in_reverse_order(setting: Setting, plan: Plan, explore: Explore) -> float:
     limits, cluster = setting.spec.plan, setting.spec.cluster
     values = {name: getattr(plan.plan, name) for name in _MESH if name not in {pin.variable for pin in limits.pins}}
     pins = (*limits.pins, *(Pin(variable=name, value=value, text=name, span=cluster.span) for name, value in values.items()))
-    turned = cluster.model_copy(update={"pools": cluster.pools[::-1]})
-    spec = setting.spec.model_copy(update={"cluster": turned, "plan": limits.model_copy(update={"pins": pins})})
+    turned = replace(cluster, pools=cluster.pools[::-1])
+    spec = replace(setting.spec, cluster=turned, plan=replace(limits, pins=pins))
     found = explore(Setting(spec, setting.graph), spec.plan).found
     return found[0].times.total if found else float("inf")
 
@@ -160,8 +161,8 @@ def _shortage(place: Place, candidate: Candidate) -> str:
 
 
 def _largest(stage: StageMemory) -> tuple[str, int]:
-    sizes = stage.model_dump(exclude={"stage", "moment", "total_bytes"})
-    name = max(sizes, key=lambda key: sizes[key])
+    sizes = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name not in ("stage", "moment", "total_bytes")}
+    name = max(sizes, key=sizes.__getitem__)
     return name.removesuffix("_bytes").replace("_", " "), sizes[name]
 
 
@@ -186,7 +187,7 @@ def _rules(outcome: Outcome, rules: dict[tuple[str, str], Tally], explore: Explo
     hard = [rule for rule in limits.rules if any(rule.text == text for _, text in rules)]
     last = max(hard, key=lambda rule: rules[rule.form, rule.text].count)
     nearest = closest(outcome, (last.form, last.text), rules[last.form, last.text])
-    without = explore(outcome.setting, limits.model_copy(update={"rules": tuple(r for r in limits.rules if r != last)}))
+    without = explore(outcome.setting, replace(limits, rules=tuple(r for r in limits.rules if r != last)))
     help = _would_fit(without, "without this rule the best plan is") or _pins_that_help(outcome, explore)
     others = tuple(Label(rule.span, "so does this") for rule in hard if rule != last)
     text = " ".join(last.text.split())
@@ -255,11 +256,11 @@ def _pins_that_help(outcome: Outcome, explore: Explore) -> str:
     limits = outcome.setting.spec.plan
     for pin in limits.pins:
         others = tuple(other for other in limits.pins if other != pin)
-        found = explore(outcome.setting, limits.model_copy(update={"pins": others}))
+        found = explore(outcome.setting, replace(limits, pins=others))
         if found.found:
             return _would_fit(found, f"without the pin {pinned(pin)} the best plan is")
     if len(limits.pins) > 1:
-        found = explore(outcome.setting, limits.model_copy(update={"pins": ()}))
+        found = explore(outcome.setting, replace(limits, pins=()))
         return _would_fit(found, "without the pins the best plan is")
     return ""
 
@@ -276,9 +277,9 @@ def _more_nodes(outcome: Outcome, explore: Explore) -> str:
 
 def _scaled(spec: Spec, factor: int) -> Spec:
     """With `factor` times the nodes."""
-    pools = tuple(pool.model_copy(update={"nodes": pool.nodes * factor}) for pool in spec.cluster.pools)
+    pools = tuple(replace(pool, nodes=pool.nodes * factor) for pool in spec.cluster.pools)
     inter = spec.cluster.inter or spec.cluster.pools[0].intra
-    return spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"pools": pools, "inter": inter})})
+    return replace(spec, cluster=replace(spec.cluster, pools=pools, inter=inter))
 
 
 def _fewer_nodes(outcome: Outcome, explore: Explore) -> str:
@@ -288,8 +289,8 @@ def _fewer_nodes(outcome: Outcome, explore: Explore) -> str:
     if others:
         return ""
     for nodes in range(pool.nodes - 1, max(0, pool.nodes - 16), -1):
-        cluster = spec.cluster.model_copy(update={"pools": (pool.model_copy(update={"nodes": nodes}),)})
-        smaller = spec.model_copy(update={"cluster": cluster})
+        cluster = replace(spec.cluster, pools=(replace(pool, nodes=nodes),))
+        smaller = replace(spec, cluster=cluster)
         found = explore(Setting(smaller, outcome.setting.graph), smaller.plan)
         if found.found:
             return _would_fit(found, f"on {nodes * pool.devices_per_node:,} devices the best plan is")

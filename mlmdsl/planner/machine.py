@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import exp, log
 from statistics import median
 from typing import Any
@@ -58,7 +58,7 @@ def machine_of(measured: Mapping[str, Any]) -> Machine:
     # another precision's curve is this one's over a peak that gives what its best product reached
     share = min(1.0, found.curves.matmul.share)
     wide = {name: peak if name == precision else peak / share for name, peak in peaks.items()}
-    device = device.model_copy(update={"peak_flops_per_second": wide})
+    device = replace(device, peak_flops_per_second=wide)
     intra = _link([row for row in measured["links"] if row["ranks"] == row["per_node"]], measured["kind"], None)
     inter = _link([row for row in measured["links"] if row["ranks"] > row["per_node"]], measured["kind"], intra)
     return Machine(device, found, intra, inter, measured)

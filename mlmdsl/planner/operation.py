@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import exp, sqrt
 
-from mlmdsl.grammar.spec import Frozen, Spec
+from mlmdsl.frozen import frozen
+from mlmdsl.grammar.spec import Spec
 from mlmdsl.planner.plan import Plan
 
 _HOUR, _DAY = 3600.0, 86_400.0
@@ -27,7 +28,8 @@ DEFAULT_PRICE: Mapping[str, float] = {
 }
 
 
-class Goodput(Frozen):
+@frozen
+class Goodput:
     """interval_s: between checkpoints, in whole steps, by Young and Daly; share: of the time, what steps take that are kept;
     train_days: with checkpoints, failures and restarts."""
 
@@ -40,7 +42,8 @@ class Goodput(Frozen):
     train_days: float
 
 
-class Bill(Frozen):
+@frozen
+class Bill:
     """Of the whole run. usd: of devices, and of energy where that has a price; price_usd: of a device for an hour;
     default_price: of the documented ones, as the cluster has none."""
 

@@ -14,7 +14,7 @@ runtime calls it:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from math import prod
 from typing import NamedTuple, get_args
@@ -39,7 +39,7 @@ _COMPOSED = {"cpu": _SIMPLE}
 _SUMS = ("reduce_scatter", "all_reduce")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Again:
     """What runs a second time before the backward pass: seconds of kernels, FLOPs of matrix products, seconds of collectives by
     axis, and which moves."""
@@ -53,7 +53,7 @@ class Again:
     moves: tuple[Move, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PassCost:
     """One pass of one region. Tuples have an entry per way of recomputing, in the order of MODES.
 

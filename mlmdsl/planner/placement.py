@@ -15,13 +15,12 @@ Everything else has no meaning: a BROADCAST value, say, cannot be used where its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from mlmdsl.frozen import frozen
 from mlmdsl.graph.placement import Placement
 from mlmdsl.planner.plan import CollectiveKind
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Step:
     """One row of the table; `dim` is what is gathered, scattered or split, `target_dim` an all_to_all's second dim."""
 

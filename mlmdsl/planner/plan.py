@@ -7,13 +7,14 @@ all_gather's output, a reduce_scatter's input, an all_reduce's tensor).
 from __future__ import annotations
 
 import json
-from typing import Literal, get_args
-
-import pydantic
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, replace
+from typing import ClassVar, Literal, get_args
 
 from mlmdsl.diagnostics import Diagnostic, PlanError
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar.constraints import USUAL, Order
-from mlmdsl.grammar.spec import Frozen, Spec
+from mlmdsl.grammar.spec import Spec
 from mlmdsl.planner.mesh import Mesh
 
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "recv", "split"]
@@ -25,10 +26,12 @@ Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zb_v", "dualpipe_v"]
 Recompute = Literal["none", "selective", "full"]
 
 
-class PlanVariables(Frozen):
+@frozen
+class PlanVariables:
     """The names of language.md. `stages` has one entry per virtual stage in model order: pipeline * interleave of them.
     `recompute` is one word, or one for each layer where they differ."""
 
+    _: KW_ONLY
     tensor: int = 1
     sequence_parallel: bool = False
     context: int = 1
@@ -80,7 +83,8 @@ class PlanVariables(Frozen):
         return ", ".join(f"{mode} of {count} layer{'s' * (count > 1)}" for mode, count in counts if count)
 
 
-class Transition(Frozen):
+@frozen
+class Transition:
     """A value changes its placement on one axis, once, for all `consumers` that ask for `target`.
 
     forward and backward name the collectives ("split": a local slice; None: nothing to do). `dim` is the dim that is gathered,
@@ -98,7 +102,8 @@ class Transition(Frozen):
     reason: str = ""
 
 
-class NodeLayout(Frozen):
+@frozen
+class NodeLayout:
     """The strategy chosen for one node; placements as `str(Placement)` and `str(WeightPlacement)`."""
 
     path: str
@@ -108,7 +113,8 @@ class NodeLayout(Frozen):
     output: str
 
 
-class RegionLayout(Frozen):
+@frozen
+class RegionLayout:
     """One region of the graph, in the graph's order, on one axis. `boundary` is the placement of the carried (and
     stage-to-stage) values by path."""
 
@@ -118,7 +124,8 @@ class RegionLayout(Frozen):
     boundary: dict[str, str]
 
 
-class Collective(Frozen):
+@frozen
+class Collective:
     """Calls that a rank of `stage` makes in one step: all alike in kind, axis and size."""
 
     stage: int  # pipeline rank
@@ -129,9 +136,11 @@ class Collective(Frozen):
     reason: str
 
 
-class StageMemory(Frozen):
+@frozen
+class StageMemory:
     """The ledger of the fullest rank of one pipeline stage at its peak: at the moment when it holds the most (moments.py)."""
 
+    _: KW_ONLY
     stage: int
     moment: str = ""
     weights_bytes: int
@@ -148,7 +157,8 @@ class StageMemory(Frozen):
     total_bytes: int
 
 
-class Predicted(Frozen):
+@frozen
+class Predicted:
     """`model_tflops_per_device` and `mfu` count matrix products only, causal attention half; mfu divides by the device's dense
     datasheet peak in the training precision."""
 
@@ -166,14 +176,16 @@ class Predicted(Frozen):
     ]  # of the busiest rank: compute, recompute, tensor, context, expert, pipeline, data, optimizer, bubble
 
 
-class ModelFacts(Frozen):
+@frozen
+class ModelFacts:
     name: str
     parameters: int
     parameters_active: int
     flops_per_token: float
 
 
-class Rejection(Frozen):
+@frozen
+class Rejection:
     """Why candidates fell out: a true reason, how many, and the closest one with what would make it fit."""
 
     reason: str  # "memory", "heads", "layers", "batch", "pin", "require", "forbid", "slower", ...
@@ -181,10 +193,12 @@ class Rejection(Frozen):
     closest: str
 
 
-class SearchReport(Frozen):
+@frozen
+class SearchReport:
     """Every candidate is found to fit (`feasible`), rejected (`bounded` of these by a bound on memory), or `outpaced`: a bound
     on time proves it to be slower than the plan and its runners-up, so that nobody asks whether it fits."""
 
+    _: KW_ONLY
     candidates: int
     feasible: int
     bounded: int = 0
@@ -193,12 +207,14 @@ class SearchReport(Frozen):
     rejected: tuple[Rejection, ...]
 
 
-class Alternative(Frozen):
+@frozen
+class Alternative:
     plan: PlanVariables
     predicted: Predicted
 
 
-class SoftConstraint(Frozen):
+@frozen
+class SoftConstraint:
     """A `prefer` or `avoid` that the plan keeps or breaks. price_s: seconds of a step that keeping it costs against the best
     plan without it; None where no plan that fits keeps it."""
 
@@ -207,7 +223,8 @@ class SoftConstraint(Frozen):
     price_s: float | None
 
 
-class StageTime(Frozen):
+@frozen
+class StageTime:
     """One pipeline stage in a step: `starts_s` is when its first forward pass can start; forward and backward passes are those
     of one micro-batch through all of the rank's virtual stages, sends and recomputation included; idle_s counts from the first
     forward pass of any stage to the last backward pass."""
@@ -222,7 +239,8 @@ class StageTime(Frozen):
     in_flight: int  # micro-batches held at once, over the virtual stages
 
 
-class PoolFacts(Frozen):
+@frozen
+class PoolFacts:
     """Alike nodes of a cluster of several pools: their ranks from `first_rank` on, and the pipeline stages that lie on them, as
     a whole or in part."""
 
@@ -236,7 +254,8 @@ class PoolFacts(Frozen):
     stages: tuple[int, ...]
 
 
-class ClusterFacts(Frozen):
+@frozen
+class ClusterFacts:
     """Of a cluster of several pools `device_memory_bytes` is the least of all, `peak_flops_per_second` the mean of devices (so
     that MFU is a share of the sum of all peaks), and `devices_per_node` how many ranks in a row share a node everywhere."""
 
@@ -266,7 +285,11 @@ class ClusterFacts(Frozen):
         return min((pool.device_memory_bytes for pool in self.pools_of(stage)), default=self.device_memory_bytes)
 
 
-class Plan(Frozen):
+@frozen
+class Plan:
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}  # of all that it consists of, when it is read
+
+    _: KW_ONLY
     version: int = 1
     spec: str = "spec.mlm"  # where the spec lies, relative to the plan's file
     spec_sha256: str
@@ -295,24 +318,26 @@ class Plan(Frozen):
 
     def to_json(self) -> str:
         """Stable text: the same spec gives the same bytes, apart from `search.seconds`."""
-        return self.model_dump_json(indent=1) + "\n"
+        from mlmdsl.serialization import to_json
+
+        return to_json(self) + "\n"
 
     def saved(self) -> Plan:
         """As it is written to a file: without what differs from one search to the next."""
-        return self.model_copy(update={"search": self.search.model_copy(update={"seconds": 0.0})})
+        return replace(self, search=replace(self.search, seconds=0.0))
 
 
 def load_plan(text: str, path: str = "plan.json") -> Plan:
     """A saved plan. Raises PlanError: MLM0620 where the text is none, MLM0621 where it is of another version."""
+    from mlmdsl.serialization import Mismatch, from_json
+
     try:
         version = json.loads(text).get("version")
-        if version != Plan.model_fields["version"].default:
+        if version != Plan.version:
             raise _unreadable("MLM0621", f"{path} is a plan of version {version}", "make it again: mlmdsl plan SPEC -o PLAN")
-        return Plan.model_validate_json(text)
-    except pydantic.ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the text"
-        raise _unreadable("MLM0620", f"{path} is not a saved plan: {where}: {first['msg']}") from None
+        return from_json(Plan, text)
+    except Mismatch as problem:
+        raise _unreadable("MLM0620", f"{path} is not a saved plan: {problem}") from None
     except (ValueError, AttributeError):  # not JSON, or no object
         raise _unreadable("MLM0620", f"{path} is not a saved plan: it is not a JSON object") from None
 

@@ -147,7 +147,7 @@ def weakest_device(devices: Sequence[Device], precision: str) -> Device:
         "memory_bytes_per_second": min(device.memory_bytes_per_second for device in devices),
         "launch_seconds": max(device.launch_seconds for device in devices),
     }
-    return slowest.model_copy(update=weakest)
+    return replace(slowest, **weakest)
 
 
 def _alike(a: Site, b: Site) -> bool:

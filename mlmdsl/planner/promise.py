@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from mlmdsl.grammar.spec import Frozen
+from mlmdsl.frozen import frozen
 from mlmdsl.planner.plan import Plan, PlanVariables, StageMemory
 from mlmdsl.runtime.measured import Heard, Measured
 
@@ -19,7 +19,8 @@ TOLERANCE = 0.05  # of the peak of memory
 Said = tuple[str, tuple[int, ...], int]  # kind, ranks, bytes
 
 
-class Row(Frozen):
+@frozen
+class Row:
     """Calls that are alike, planned and found in one step."""
 
     kind: str
@@ -34,7 +35,8 @@ class Row(Frozen):
         return self.planned == self.found
 
 
-class Verdict(Frozen):
+@frozen
+class Verdict:
     """Memory in bytes of live tensors; `moment` is that of the peak that was found, `parts` what was alive then."""
 
     rank: int

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -82,7 +82,7 @@ def _searched(spec: Spec, graph: Graph) -> Plan:
     )
     plan = assemble.plan_of(best.place, best.candidate, report)
     notes = explain.notes(outcome, plan, explore)
-    return plan.model_copy(update={"alternatives": alternatives, "soft": wishes, "notes": notes})
+    return replace(plan, alternatives=alternatives, soft=wishes, notes=notes)
 
 
 def single_device(spec: Spec, graph: Graph) -> Plan:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from mlmdsl.grammar.spec import Cluster, Frozen, Link, PlanConstraints, Pool, Spec
+from mlmdsl.frozen import frozen
+from mlmdsl.grammar.spec import Cluster, Link, PlanConstraints, Pool, Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner import explain
 from mlmdsl.planner.plan import Plan, PlanVariables
 from mlmdsl.planner.within import best_plan
 
 
-class WhatIf(Frozen):
+@frozen
+class WhatIf:
     """`change`: what would be different; the best plan then, None where none fits; kind: of the machine, or of the text."""
 
     change: str
@@ -38,39 +41,39 @@ def _asked(kind: str, change: str, spec: Spec, graph: Graph) -> WhatIf:
 def _machines(spec: Spec) -> Iterator[tuple[str, Spec]]:
     cluster = spec.cluster
     if any(pool.devices_per_node > 1 for pool in cluster.pools):
-        pools = tuple(pool.model_copy(update={"intra": _doubled(pool.intra)}) for pool in cluster.pools)
+        pools = tuple(replace(pool, intra=_doubled(pool.intra)) for pool in cluster.pools)
         kinds = dict.fromkeys(pool.intra.kind for pool in cluster.pools)
-        yield f"{' and '.join(kinds)} twice as fast", _with(spec, cluster.model_copy(update={"pools": pools}))
+        yield f"{' and '.join(kinds)} twice as fast", _with(spec, replace(cluster, pools=pools))
     if cluster.inter is not None and sum(pool.nodes for pool in cluster.pools) > 1:
-        faster = cluster.model_copy(update={"inter": _doubled(cluster.inter)})
+        faster = replace(cluster, inter=_doubled(cluster.inter))
         yield f"{cluster.inter.kind} twice as fast", _with(spec, faster)
     if cluster.inter is not None:
         several = len(cluster.pools) > 1
         for i, pool in enumerate(cluster.pools):
-            more = (*cluster.pools[:i], pool.model_copy(update={"nodes": pool.nodes + 1}), *cluster.pools[i + 1 :])
+            more = (*cluster.pools[:i], replace(pool, nodes=pool.nodes + 1), *cluster.pools[i + 1 :])
             yield f"one node more{f' of pool {pool.name}' * several}", _pooled(spec, more)
-        yield "twice the nodes", _pooled(spec, [pool.model_copy(update={"nodes": 2 * pool.nodes}) for pool in cluster.pools])
+        yield "twice the nodes", _pooled(spec, [replace(pool, nodes=2 * pool.nodes) for pool in cluster.pools])
         if several:
             yield "the pools in reverse order", _pooled(spec, cluster.pools[::-1])
-    yield "twice the memory", _with(spec, cluster.model_copy(update={"pools": tuple(_roomier(cluster))}))
+    yield "twice the memory", _with(spec, replace(cluster, pools=tuple(_roomier(cluster))))
 
 
 def _pooled(spec: Spec, pools: Sequence[Pool]) -> Spec:
-    return _with(spec, spec.cluster.model_copy(update={"pools": tuple(pools)}))
+    return _with(spec, replace(spec.cluster, pools=tuple(pools)))
 
 
 def _with(spec: Spec, cluster: Cluster) -> Spec:
-    return spec.model_copy(update={"cluster": cluster})
+    return replace(spec, cluster=cluster)
 
 
 def _doubled(link: Link) -> Link:
-    return link.model_copy(update={"bytes_per_second": 2 * link.bytes_per_second})
+    return replace(link, bytes_per_second=2 * link.bytes_per_second)
 
 
-def _roomier(cluster: Cluster) -> Iterator[object]:
+def _roomier(cluster: Cluster) -> Iterator[Pool]:
     for pool in cluster.pools:
-        device = pool.device.model_copy(update={"memory_bytes": 2 * pool.device.memory_bytes})
-        yield pool.model_copy(update={"device": device})
+        device = replace(pool.device, memory_bytes=2 * pool.device.memory_bytes)
+        yield replace(pool, device=device)
 
 
 def _freed(spec: Spec) -> Iterator[tuple[str, Spec]]:
@@ -78,15 +81,15 @@ def _freed(spec: Spec) -> Iterator[tuple[str, Spec]]:
     limits = spec.plan
     for pin in limits.pins:
         others = tuple(other for other in limits.pins if other != pin)
-        yield f"without pin {explain.pinned(pin)}", _limited(spec, limits.model_copy(update={"pins": others}))
+        yield f"without pin {explain.pinned(pin)}", _limited(spec, replace(limits, pins=others))
     for rule in limits.rules:
         others = tuple(other for other in limits.rules if other != rule)
         text = " ".join(rule.text.split())
-        yield f"without {text}", _limited(spec, limits.model_copy(update={"rules": others}))
+        yield f"without {text}", _limited(spec, replace(limits, rules=others))
 
 
 def _limited(spec: Spec, limits: PlanConstraints) -> Spec:
-    return spec.model_copy(update={"plan": limits})
+    return replace(spec, plan=limits)
 
 
 def change_of(plan: Plan, other: WhatIf) -> float | None:

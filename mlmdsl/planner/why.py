@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from mlmdsl.diagnostics import Diagnostics, Span
+from mlmdsl.frozen import frozen
 from mlmdsl.grammar import syntax as s
 from mlmdsl.grammar.constraints import read_pins
 from mlmdsl.grammar.overrides import Overrides
-from mlmdsl.grammar.spec import Frozen, Pin, PlanConstraints, PlanValue, Rule
+from mlmdsl.grammar.spec import Pin, PlanConstraints, PlanValue, Rule
 from mlmdsl.planner import explain
 from mlmdsl.planner.assemble import variables
 from mlmdsl.planner.bench import Setting
@@ -26,7 +28,8 @@ from mlmdsl.planner.search import explore
 Verdict = Literal["slower", "as_fast", "faster", "memory", "rule", "illegal"]
 
 
-class Answer(Frozen):
+@frozen
+class Answer:
     """asked: as it was asked; chosen: it is the plan's own choice, so that the rest is about the best plan without it;
     verdict: `memory`, `rule`, `illegal` where no plan with it can be taken, then `plan` is the closest one, if there is any;
     parts: seconds of the plan's step and of this one's; memory: the ledger of its fullest rank."""
@@ -57,12 +60,11 @@ def questions(texts: Sequence[str]) -> list[Question]:
 
 def answer(setting: Setting, chosen: Plan, asked: Question) -> Answer:
     text = " and ".join(explain.pinned(pin) for pin in asked)
-    values = chosen.plan.model_dump()
-    if all(values[pin.variable] == pin.value for pin in asked):
+    if all(getattr(chosen.plan, pin.variable) == pin.value for pin in asked):
         return _of_the_choice(setting, chosen, asked, text)
     limits = _forced(setting.spec.plan, asked)
     found = Diagnostics()
-    check(setting.spec.model_copy(update={"plan": limits}), setting.graph, found)
+    check(replace(setting.spec, plan=limits), setting.graph, found)
     if found.errors:
         first = next(item for item in found.items if item.severity == "error")
         return Answer(asked=text, chosen=False, verdict="illegal", sentence=_sentence(first.message, first.help))
@@ -74,7 +76,7 @@ def answer(setting: Setting, chosen: Plan, asked: Question) -> Answer:
 
 def _forced(limits: PlanConstraints, asked: Question) -> PlanConstraints:
     names = {pin.variable for pin in asked}
-    return limits.model_copy(update={"pins": (*(pin for pin in limits.pins if pin.variable not in names), *asked)})
+    return replace(limits, pins=(*(pin for pin in limits.pins if pin.variable not in names), *asked))
 
 
 def _possible(setting: Setting, chosen: Plan, best: Found, outcome: Outcome, text: str) -> Answer:
@@ -100,19 +102,8 @@ def _excluded(setting: Setting, chosen: Plan, best: Found, outcome: Outcome) -> 
     return "the plan is to take the least memory" if setting.spec.plan.minimize == "memory" else ""
 
 
-def _answer(text: str, is_choice: bool, kind: str, sentence: str, plan: Costed, other: Costed) -> Answer:
-    return Answer.model_validate(
-        {
-            "asked": text,
-            "chosen": is_choice,
-            "verdict": kind,
-            "sentence": sentence,
-            "plan": other.plan,
-            "predicted": other.predicted,
-            "parts": parts_of(plan, other),
-            "memory": other.fullest,
-        }
-    )
+def _answer(text: str, is_choice: bool, kind: Verdict, sentence: str, plan: Costed, other: Costed) -> Answer:
+    return Answer(text, is_choice, kind, sentence, other.plan, other.predicted, parts_of(plan, other), other.fullest)
 
 
 # ---- asked of the choice itself -------------------------------------------------------------------------------------
@@ -123,7 +114,7 @@ def _of_the_choice(setting: Setting, chosen: Plan, asked: Question, text: str) -
     names = {pin.variable for pin in asked}
     limits = setting.spec.plan
     free = tuple(pin for pin in limits.pins if pin.variable not in names)
-    outcome = explore(setting, limits.model_copy(update={"pins": free, "rules": (*limits.rules, _forbidden(asked))}))
+    outcome = explore(setting, replace(limits, pins=free, rules=(*limits.rules, _forbidden(asked))))
     if not outcome.found:
         sentence = f"it is the choice, and no plan that fits has another {' and '.join(sorted(names))}"
         return Answer(asked=text, chosen=True, verdict="slower", sentence=sentence)
@@ -177,13 +168,13 @@ def _not_possible(setting: Setting, chosen: Plan, outcome: Outcome, text: str) -
         reasons = "; ".join(t.words for t in outcome.rejected.values() if t.words) or "no plan can have it with the other pins"
         return Answer(asked=text, chosen=False, verdict="illegal", sentence=f"not legal: {reasons}")
     closest = explain.closest(outcome, key, tally)
-    kind = "rule" if rules else "memory"
+    kind: Verdict = "rule" if rules else "memory"
     if rules:
         sentence = f"breaks `{' '.join(key[1].split())}`; the closest: {closest}"
     else:
         sentence = f"does not fit: of {tally.count:,} plans the closest, {closest}"
     if tally.closest is None or tally.place is None:
-        return Answer.model_validate({"asked": text, "chosen": False, "verdict": kind, "sentence": sentence})
+        return Answer(asked=text, chosen=False, verdict=kind, sentence=sentence)
     return _answer(text, False, kind, sentence, costed_plan(chosen), costed(tally.place, tally.closest))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mlmdsl.diagnostics import Diagnostic, UsageError
-from mlmdsl.grammar.spec import Frozen, Spec
+from mlmdsl.frozen import frozen
+from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
 from mlmdsl.planner.assemble import plan_of
 from mlmdsl.planner.bench import Setting
@@ -19,7 +21,8 @@ _PARTS = 8  # of the way from one power of two to the next
 _EMPTY = SearchReport(candidates=0, feasible=0, seconds=0.0, rejected=())
 
 
-class Sized(Frozen):
+@frozen
+class Sized:
     """The best plan on so many nodes; goodput and bill: of the whole run."""
 
     nodes: int
@@ -30,7 +33,8 @@ class Sized(Frozen):
     bill: Bill
 
 
-class Within(Frozen):
+@frozen
+class Within:
     """cheapest: of the sizes that end in time; None where none of those looked at does. sizes: by nodes."""
 
     asked_days: float
@@ -112,8 +116,8 @@ def sized(spec: Spec, graph: Graph, nodes: int) -> Sized | None:
 def with_nodes(spec: Spec, nodes: int) -> Spec:
     """The first pool with so many nodes."""
     pool, *others = spec.cluster.pools
-    pools = (pool.model_copy(update={"nodes": nodes}), *others)
-    return spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"pools": pools})})
+    pools = (replace(pool, nodes=nodes), *others)
+    return replace(spec, cluster=replace(spec.cluster, pools=pools))
 
 
 def best_plan(spec: Spec, graph: Graph) -> Plan | None:

@@ -19,7 +19,7 @@ def syntax_json(tree: File) -> str:
 
 def spec_json(spec: Spec) -> str:
     """The resolved settings; the model, still text at this stage, by its name and the values in force."""
-    settings = {name: json.loads(getattr(spec, name).model_dump_json()) for name in ("cluster", "train", "plan")}
+    settings = {name: dataclasses.asdict(getattr(spec, name)) for name in ("cluster", "train", "plan")}
     blocks = sorted({*spec.model.blocks, *spec.model.names})
     model = {"name": spec.model.model.name, "values": _plain(spec.model.values), "blocks": blocks}
     return _dump({"path": spec.path, "sha256": spec.sha256, "overrides": list(spec.overrides), "model": model, **settings})

@@ -6,8 +6,9 @@ They appear literally in `program.py`, so that the settings of a run can be read
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+
+from mlmdsl.frozen import frozen
 
 QUERY_BLOCK = 256  # queries whose scores are in memory at one time where attention is computed without a fused kernel
 
@@ -24,7 +25,7 @@ def cut_over_copies(shape: Sequence[int], copies: int) -> bool:
     return copies > 1 and len(shape) > 1 and shape[1] % copies == 0
 
 
-@dataclass(frozen=True)
+@frozen
 class Parallel:
     """The plan's variables as executed. Ranks lie in a grid whose axes `order` names, the outermost first.
 
@@ -79,7 +80,7 @@ class Parallel:
         return tuple(stage for stage in range(len(self.stages)) if self.pipeline_rank(stage) == rank)
 
 
-@dataclass(frozen=True)
+@frozen
 class Data:
     kind: str  # text, jsonl, parquet, python, python_source, pairs, conversations
     paths: tuple[str, ...]
@@ -94,13 +95,13 @@ class Data:
         return self.kind in ("pairs", "conversations")
 
 
-@dataclass(frozen=True)
+@frozen
 class Tokenizer:
     kind: str  # bytes, hf
     path: str | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Objective:
     """What is predicted. `probability` of a token to be masked; `density` of spans that are cut out, of `mean_length` tokens;
     `target` is the length of decoder_tokens and of their targets, None where there are none."""
@@ -147,7 +148,7 @@ def span_lengths(sequence: int, density: float, mean_length: float) -> tuple[int
     return found
 
 
-@dataclass(frozen=True)
+@frozen
 class AdamW:
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
@@ -156,14 +157,14 @@ class AdamW:
     clip: float | None = 1.0
 
 
-@dataclass(frozen=True)
+@frozen
 class Schedule:
     kind: str  # constant, linear, cosine
     warmup: int = 0
     min_lr: float = 0.0
 
 
-@dataclass(frozen=True)
+@frozen
 class Training:
     """`batch` and `sequence` in sequences and tokens; `steps` optimizer steps."""
 

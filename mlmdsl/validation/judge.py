@@ -8,10 +8,11 @@ model's freedom would be spent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import exp, log
 from statistics import fmean, median
 
-from mlmdsl.grammar.spec import Frozen
+from mlmdsl.frozen import frozen
 from mlmdsl.planner.assemble import predicted
 from mlmdsl.planner.fitting import descend
 from mlmdsl.validation.footprint import footprint
@@ -21,7 +22,8 @@ from mlmdsl.validation.runs import Problem, Run, read_runs
 _COLLECTIVES = ("tensor", "context", "expert", "pipeline", "data")
 
 
-class Row(Frozen):
+@frozen
+class Row:
     """One run. None: not measured, or not predicted, for `reason`. collectives_s: of the predicted step, with the pipeline's
     idle time in proportion."""
 
@@ -45,7 +47,8 @@ class Row(Frozen):
         return _error(self.predicted_peak_memory_bytes, self.measured_peak_memory_bytes)
 
 
-class Errors(Frozen):
+@frozen
+class Errors:
     """Shares of what was measured, without their signs but for `worst`, `lowest` and `bias`, the mean."""
 
     runs: int
@@ -58,7 +61,8 @@ class Errors(Frozen):
     bias: float
 
 
-class LeftOut(Frozen):
+@frozen
+class LeftOut:
     """Mean absolute errors of step times under one factor on kernels and one on collectives: fitted to every source, and to all
     but the one that is predicted. factors: (kernels, collectives), by the source left out."""
 
@@ -68,7 +72,8 @@ class LeftOut(Frozen):
     factors: dict[str, tuple[float, float]]
 
 
-class Summary(Frozen):
+@frozen
+class Summary:
     """`by_source`: a source with runs on one node and on several stands a second and third time, with these alone."""
 
     runs: int
@@ -80,7 +85,8 @@ class Summary(Frozen):
     leave_one_source_out: LeftOut | None
 
 
-class Validation(Frozen):
+@frozen
+class Validation:
     rows: tuple[Row, ...]
     summary: Summary
 
@@ -104,7 +110,7 @@ def _row(name: str, run: Run | Problem) -> Row:
     try:
         place, candidate = placed(run)
     except Problem as problem:
-        return row.model_copy(update={"reason": str(problem)})
+        return replace(row, reason=str(problem))
     parts = predicted(place, candidate).breakdown_s
     total, moved = sum(parts.values()), sum(parts[name] for name in _COLLECTIVES)
     found = {
@@ -112,7 +118,7 @@ def _row(name: str, run: Run | Problem) -> Row:
         "predicted_peak_memory_bytes": footprint(run, place, candidate),
         "collectives_s": total * moved / (total - parts["bubble"]),
     }
-    return row.model_copy(update=found)
+    return replace(row, **found)
 
 
 def _error(found: float | None, measured: float | None) -> float | None:

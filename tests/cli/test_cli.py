@@ -94,10 +94,11 @@ def test_every_command_explains_itself_by_example(command: str) -> None:
     assert f"mlmdsl {command}" in done.stdout
 
 
-def test_planning_never_imports_torch() -> None:
+@pytest.mark.parametrize("module", ["torch", "pydantic"])
+def test_planning_never_imports(module: str) -> None:
     script = (
         "import sys; from mlmdsl.cli import main; status = main(['plan', sys.argv[1]]); "
-        "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(status)"
+        f"assert '{module}' not in sys.modules, '{module} was imported'; sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", script, LLAMA], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_one_rank_on_the_tensor_axis_leaves_no_trace_of_it(name: str):
 def test_the_order_of_ranks_stands_in_the_program():
     graph = graph_of(TINY_GPT)
     usual = PlanVariables(pipeline=2, data=4, context=1, stages=(2, 2), micro_batch=2)
-    texts = [emit(spec(), graph, plan(graph, usual.model_copy(update={"order": order}))).text for order in ORDERS]
+    texts = [emit(spec(), graph, plan(graph, replace(usual, order=order))).text for order in ORDERS]
     assert "Ranks: torch.arange(8).view(2, 4, 1, 1): pipeline, data, context, tensor." in texts[0]
     assert "Ranks: torch.arange(8).view(4, 2, 1, 1): data, pipeline, context, tensor." in texts[1]
     assert "order=" not in texts[0] and 'order="data_pipeline_context_tensor"' in texts[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -266,7 +266,8 @@ def said(item: str, values: dict[str, str]) -> tuple[list[str], dict[str, Any] |
     model = TWO_SIDED if "span_corruption" in text else ""
     found, resolved, _ = Case(wrapped("file", f"{model}{item} {'here ' if item == 'cluster' else ''}{{\n{text}}}\n"), {}).run()
     read = resolved.cluster if item == "cluster" else resolved.train
-    return told(found.items), read and rounded(read.model_dump(exclude={"span", "spans"}))
+    values = read and {key: rounded(value) for key, value in asdict(read).items() if key not in ("span", "spans")}
+    return told(found.items), values
 
 
 def rounded(value: Any) -> Any:

@@ -8,6 +8,7 @@ Beside them the shipped architectures made small.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from mlmdsl.compile import compile_spec
@@ -170,7 +171,7 @@ def program_text(model: str, variables: PlanVariables) -> str:
 def emitted(text: str, variables: PlanVariables, *overrides: str) -> str:
     """The program of a model's text, every variable pinned."""
     devices = f"cluster.devices_per_node={variables.world_size}"
-    pins = [f"{name}={_written(value)}" for name, value in variables]
+    pins = [f"{name}={_written(value)}" for name, value in asdict(variables).items()]
     done = compile_spec(text + SETTINGS, path="/specs/model.mlm", overrides=(*overrides, devices), pins=pins)
     assert done.plan is not None and done.program is not None
     assert done.plan.plan == variables

@@ -41,7 +41,7 @@ def curve(model: str, variables: PlanVariables) -> Curve:
 )
 def test_plans_keep_documents_apart(model: str, plan: int) -> None:
     one = PlanVariables(micro_batch=8, stages=(2,))
-    found = compare(curve(model, one), curve(model, PlanVariables.model_validate(PLANS[plan])))
+    found = compare(curve(model, one), curve(model, PlanVariables(**PLANS[plan])))
     assert found.largest < TOLERANCE, found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mlmdsl.planner.compute import Kernels, curves_of
 from tests.planner.models import CPU, H100
 
 KERNELS = Kernels(H100, "bf16")
-H200 = H100.model_copy(update={"name": "H200_SXM_141GB", "memory_bytes_per_second": 4.8e12})
+H200 = replace(H100, name="H200_SXM_141GB", memory_bytes_per_second=4.8e12)
 
 # ms of bf16 F.linear of M tokens from K to N on one H100 and one H200 (SXM), torch 2.11, CUDA 13.0
 LINEAR = {
@@ -123,7 +124,7 @@ def test_many_small_kernels_cost_their_launches() -> None:
 
 
 def test_a_device_without_a_file_takes_the_curves_of_its_kind() -> None:
-    unknown = H100.model_copy(update={"name": "GPU_OF_TOMORROW"})
+    unknown = replace(H100, name="GPU_OF_TOMORROW")
     assert curves_of(unknown).origin.startswith("Not measured")
     assert curves_of(H100).origin.startswith("One NVIDIA H100")
     assert Kernels(CPU, "fp32").forward_seconds(linear(4096, 1024, 1024)) == pytest.approx(2 * 4096 * 2**20 / 8e10, rel=0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -131,7 +132,7 @@ def test_a_saved_plan_is_read_as_it_was(plan: Plan) -> None:
     before = json.loads(plan.to_json())  # of a version without the variable
     assert before["plan"].pop("order") == "pipeline_data_context_tensor" and load_plan(json.dumps(before)) == plan
     saved = plan.saved()
-    assert saved.search.seconds == 0.0 and saved.model_copy(update={"search": plan.search}) == plan
+    assert saved.search.seconds == 0.0 and replace(saved, search=plan.search) == plan
     assert load_plan(saved.to_json()).to_json() == saved.to_json()
 
 
@@ -160,9 +161,11 @@ def test_another_version(plan: Plan, version: object) -> None:
         (("memory",), 3, "memory"),
         (("plan", "stages"), None, "plan.stages"),
         (("surprise",), 1, "surprise"),
+        (("plan", "surprise"), 1, "plan.surprise"),
+        (("layout", 0, "nodes", 0, "surprise"), 1, "layout.0.nodes.0.surprise"),
     ],
 )
-def test_a_changed_plan_says_where(plan: Plan, path: tuple[str, ...], value: object, where: str) -> None:
+def test_a_changed_plan_says_where(plan: Plan, path: tuple[str | int, ...], value: object, where: str) -> None:
     whole = json.loads(plan.to_json())
     inner = whole
     for name in path[:-1]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,7 +124,7 @@ def test_alike_pools_make_one_cluster() -> None:
     one, two = (plan for plan in plans if plan is not None)
     assert one.predicted == two.predicted and one.plan == two.plan and one.memory == two.memory
     assert one.alternatives == two.alternatives and one.notes == two.notes
-    assert one.cluster == two.cluster.model_copy(update={"pools": ()})
+    assert one.cluster == replace(two.cluster, pools=())
     assert [pool.first_rank for pool in two.cluster.pools] == [0, 4]
 
 
@@ -210,7 +212,7 @@ def test_a_note_says_where_the_pools_would_better_stand_the_other_way_round() ->
     """The last stage has the head to compute, too."""
     pins = ("pin pipeline = 2", "pin schedule = 1f1b", "pin micro_batch = 1", "pin zero = 0", "pin tensor = 4")
     spec, graph = pooled(*pins, memory="4 GiB", other_memory="4 GiB", speed=100)
-    turned = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"pools": spec.cluster.pools[::-1]})})
+    turned = replace(spec, cluster=replace(spec.cluster, pools=spec.cluster.pools[::-1]))
     there, back = search(spec, graph), search(turned, graph)
     assert back.predicted.step_time_s < 0.99 * there.predicted.step_time_s
     assert any("in reverse order the same mesh would take" in note for note in there.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -223,7 +224,7 @@ def test_the_price_of_the_choice_is_below_that_of_its_rivals() -> None:
 
 
 def test_the_device_does_not_matter_to_the_blocks() -> None:
-    slow = H100.model_copy(update={"peak_flops_per_second": {"bf16": 50e12}, "memory_bytes_per_second": 0.8e12})
+    slow = replace(H100, peak_flops_per_second={"bf16": 50e12}, memory_bytes_per_second=0.8e12)
     found = shard_graph(graph_of(LLAMA), 4, True, costs_of(4, SIZES, device=slow))
     assert isinstance(found, Sharding)
     assert collectives(found, 1) == [("all_gather", "reduce_scatter"), ("reduce_scatter", "all_gather")] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,7 @@ def test_groups_of_a_rank() -> None:
     assert group(grid, "copies", 21) == (21, 29)
     assert group(grid, "pipeline", 21) == (5, 21)
     assert group(grid, "world", 21) == tuple(range(32))
-    copied = grid.model_copy(update={"replicate": 2})
+    copied = replace(grid, replicate=2)
     assert group(copied, "shards", 21) == (17, 19, 21, 23) and group(copied, "replicate", 21) == (21, 29)
 
 

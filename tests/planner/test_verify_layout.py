@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,8 +35,8 @@ def verify(graph: Graph, layouts: Sequence[RegionLayout], sequence: bool = True)
 def with_transition(layouts: Sequence[RegionLayout], region: int, index: int, **changes: Any) -> list[RegionLayout]:
     changed = list(layouts)
     items = list(layouts[region].transitions)
-    items[index] = items[index].model_copy(update=changes)
-    changed[region] = layouts[region].model_copy(update={"transitions": tuple(items)})
+    items[index] = replace(items[index], **changes)
+    changed[region] = replace(layouts[region], transitions=tuple(items))
     return changed
 
 
@@ -69,16 +70,16 @@ def test_a_missing_a_doubled_and_a_misplaced_transition_are_found(graph: Graph) 
         for item in layout.transitions:
             without = tuple(t for t in layout.transitions if t is not item)
             changed = list(layouts)
-            changed[region] = layout.model_copy(update={"transitions": without})
+            changed[region] = replace(layout, transitions=without)
             with pytest.raises(AssertionError, match="nothing brings it there"):
                 verify(graph, changed)
             other = (region + 1) % len(layouts)
-            moved = layouts[other].model_copy(update={"transitions": (*layouts[other].transitions, item)})
+            moved = replace(layouts[other], transitions=(*layouts[other].transitions, item))
             changed[other] = moved
             with pytest.raises(AssertionError):
                 verify(graph, changed)
             changed[other] = layouts[other]
-            changed[region] = layout.model_copy(update={"transitions": (*layout.transitions, item)})
+            changed[region] = replace(layout, transitions=(*layout.transitions, item))
             with pytest.raises(AssertionError, match="twice"):
                 verify(graph, changed)
 
@@ -95,9 +96,9 @@ def test_a_node_changed_in_any_way_is_found(graph: Graph, field: str) -> None:
                 "output": "broadcast",
             }
             nodes = list(layout.nodes)
-            nodes[index] = node.model_copy(update={field: values[field]})
+            nodes[index] = replace(node, **{field: values[field]})
             changed = list(layouts)
-            changed[region] = layout.model_copy(update={"nodes": tuple(nodes)})
+            changed[region] = replace(layout, nodes=tuple(nodes))
             with pytest.raises(AssertionError):
                 verify(graph, changed)
 
@@ -107,14 +108,13 @@ def test_tied_weights_that_disagree_are_found(graph: Graph) -> None:
     layouts = layouts_of(graph, True)
     nodes = list(layouts[0].nodes)
     index = next(i for i, node in enumerate(nodes) if node.path == "tok")
-    nodes[index] = nodes[index].model_copy(update={"strategy": "hidden", "weights": ("shard(1)",), "output": "shard(2)"})
+    nodes[index] = replace(nodes[index], strategy="hidden", weights=("shard(1)",), output="shard(2)")
     moves = tuple(
-        t.model_copy(update={"source": "shard(2)", "forward": "all_to_all", "backward": "all_to_all", "dim": 2, "target_dim": 1,
-                             "bytes": t.bytes // 4})
+        replace(t, source="shard(2)", forward="all_to_all", backward="all_to_all", dim=2, target_dim=1, bytes=t.bytes // 4)
         if t.value == "tok" else t
         for t in layouts[0].transitions
     )  # fmt: skip
-    changed = [layouts[0].model_copy(update={"nodes": tuple(nodes), "transitions": moves}), *layouts[1:]]
+    changed = [replace(layouts[0], nodes=tuple(nodes), transitions=moves), *layouts[1:]]
     with pytest.raises(AssertionError, match=r"tok\.weight lies in two ways"):
         verify(graph, changed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_forced_choice_is_what_a_search_with_that_pin_finds(llama: tuple[Setti
     setting, plan = llama
     found = asked(setting, plan, text)
     pins = questions([text])[0]
-    best = explore(setting, setting.spec.plan.model_copy(update={"pins": pins})).found
+    best = explore(setting, replace(setting.spec.plan, pins=pins)).found
     if found.chosen or not best:
         assert found.chosen or found.verdict in ("memory", "rule", "illegal")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -69,7 +70,7 @@ def large_plan() -> Plan:
         energy_kwh=1.2e7,
         breakdown_s=parts,
     )
-    slower = predicted.model_copy(update={"step_time_s": 10.0})
+    slower = replace(predicted, step_time_s=10.0)
     return Plan(
         spec_sha256="0" * 64,
         plan=chosen,
@@ -102,7 +103,7 @@ def large_plan() -> Plan:
                 ),
             ),
         ),
-        alternatives=(Alternative(plan=chosen.model_copy(update={"pipeline": 8}), predicted=slower),),
+        alternatives=(Alternative(plan=replace(chosen, pipeline=8), predicted=slower),),
         soft=(SoftConstraint(text="avoid tensor.crosses_nodes", kept=True, price_s=0.0),),
         notes=("vocab = 50257 is no multiple of tensor = 8, so the head is computed whole on each rank; 50304 would be split",),
         seq_len=8192,
@@ -135,9 +136,7 @@ def test_cells_hold_their_ranks_in_either_order() -> None:
     small = PlanVariables(tensor=2, pipeline=2, data=4, context=2, stages=(63, 63), order="data_pipeline_context_tensor")
     drawn = {}
     for order in get_args(Order):
-        text = render_plan(
-            plan.model_copy(update={"plan": small.model_copy(update={"order": order}), "memory": plan.memory[:2]})
-        )
+        text = render_plan(replace(plan, plan=replace(small, order=order), memory=plan.memory[:2]))
         drawn[order] = [re.findall(r"[0-9]+-[0-9]+", line)[:4] for line in text.splitlines() if "layers" in line]
     assert drawn["pipeline_data_context_tensor"] == [["0-3", "4-7", "8-11", "12-15"], ["16-19", "20-23", "24-27", "28-31"]]
     assert drawn["data_pipeline_context_tensor"] == [["0-3", "8-11", "16-19", "24-27"], ["4-7", "12-15", "20-23", "28-31"]]
@@ -147,8 +146,8 @@ def test_cells_hold_their_ranks_in_either_order() -> None:
 def test_one_device_has_no_mesh_and_no_links() -> None:
     plan = large_plan()
     alone = PlanVariables(stages=(126,), recompute="none")
-    facts = plan.cluster.model_copy(update={"nodes": 1, "devices_per_node": 1, "world_size": 1, "links": {}})
-    text = render_plan(plan.model_copy(update={"plan": alone, "memory": plan.memory[:1], "cluster": facts}))
+    facts = replace(plan.cluster, nodes=1, devices_per_node=1, world_size=1, links={})
+    text = render_plan(replace(plan, plan=alone, memory=plan.memory[:1], cluster=facts))
     assert "mesh" not in text
     assert "links" not in text
     assert alone.described == "one device, micro-batch 1, recompute none"
