@@ -218,10 +218,9 @@ def _longer(rates: Rates, share: Share, demand: Demand, line: Line, load: Load, 
     """What the passes of a rank take longer at least than under the mildest way, for it to hold its load: layers of which it
     holds the most micro-batches free the most memory for their time."""
     trade = rates.trade
-    over = line.besides(share.states, demand.summed) + line.kept * trade.kept - demand.room
+    over = (trade.kept - line.may_keep(share.states, demand.summed)) * load.total / layers  # bytes of activations
     if over <= 0:
         return 0.0
-    over *= load.total / (line.kept * layers)  # bytes of activations
     edges, longer = trade.edges, 0.0
     whole = len(edges) == 1  # every layer is recomputed in one of two ways
     steps = [(price / count, price, most / layers, count, n) for count, n in load.held for price, most in edges]

@@ -1,7 +1,7 @@
 """What no plan holds less than: bytes of some rank, told before layers are cut into stages, or once it is known how.
 
 Every bound is a line: so many bytes whatever is chosen, and multiples of the state, and of what layers keep for one
-micro-batch. So it says as well how much of one there is room for, given the other.
+micro-batch. So it says how much these may keep, given the state.
 
     mean       of even shares: of state, of one micro-batch's activations and of the loss
     schedule   of ranks that hold c micro-batches, however layers lie on them (`schedule.least_in_flight`)
@@ -70,45 +70,42 @@ def state_bytes(place: Place, part: Part, sharing: Sharing, summed: bool) -> flo
 
 
 class Line(NamedTuple):
-    """Bytes of a rank: `around`, where gradients are added one by one and where a layer's are made first; and multiples of the
-    whole state, of a layer's state, and of what all layers keep."""
+    """Of a rank, bytes of one micro-batch that all layers may keep together if it had no state, where gradients are added one
+    by one and where a layer's are made first; by how much less for each byte of the whole state, and of a layer's; bytes that
+    the rank holds for each of them."""
 
-    around: tuple[float, float]
+    most: tuple[float, float]
     whole: float
     layer: float
-    kept: float
+    held: float
 
-    def besides(self, states: States, summed: bool) -> float:
-        """Without activations."""
-        (adding, making), whole, layer, _ = self
-        fixed = making if states.makes[summed] else adding
-        return fixed + whole * states.whole[summed] + layer * states.layer[summed]
+    def may_keep(self, states: States, summed: bool) -> float:
+        return self.most[states.makes[summed]] - self.whole * states.whole[summed] - self.layer * states.layer[summed]
 
 
 class Demand(NamedTuple):
     """Of a micro-batch under one schedule: lines of the mean rank and of the fullest, however layers are cut, and of ranks
     `inside` that are known where layers are balanced; for each way to cut them, lines of ranks with their loads; whether sums
-    of gradients are there by then; what a plan may use."""
+    of gradients are there by then."""
 
     lines: tuple[Line, ...]
     inside: tuple[Interior, ...]
     loaded: tuple[tuple[tuple[Line, Load], ...], ...]
     summed: bool
-    room: float
 
     def may_keep(self, states: States) -> list[float]:
         """By line, bytes of one micro-batch that all layers may keep together; for the sake of a rank inside, if all kept as
         much as its own do."""
-        summed, room = self.summed, self.room
-        return [(room - line.besides(states, summed)) / line.kept for line in self.lines]
+        makes, whole, layer = states.makes[self.summed], states.whole[self.summed], states.layer[self.summed]
+        return [most[makes] - of_whole * whole - of_layer * layer for most, of_whole, of_layer, _ in self.lines]
 
     def over(self, may_keep: Sequence[float], states: States, kept: float) -> float:
-        """Bytes by which a plan exceeds its room, at least, where all layers keep so many for a micro-batch."""
-        found = max([line.kept * (kept - most) for line, most in zip(self.lines, may_keep, strict=True)])
+        """Bytes by which a plan exceeds what it may use, at least, where all layers keep so many for a micro-batch."""
+        found = max([line.held * (kept - most) for line, most in zip(self.lines, may_keep, strict=True)])
         if self.loaded:
             summed = self.summed
-            cuts = [max([line.besides(states, summed) + line.kept * kept for line, _ in ranks]) for ranks in self.loaded]
-            found = max(found, min(cuts) - self.room)
+            cuts = [max([line.held * (kept - line.may_keep(states, summed)) for line, _ in ranks]) for ranks in self.loaded]
+            found = max(found, min(cuts))
         return found
 
 
@@ -145,30 +142,33 @@ def demand_of(
     """Of the schedule that holds least among some, for each of the quantities, however layers lie on the ranks; or under `ever`
     of any larger micro-batch, too. `balanced`: whether layers are alike, and cut so that the slowest stage is as fast as can
     be."""
-    pipeline, slack, layers = place.pipeline, place.slack, place.bench.setting.chain.count
+    pipeline, layers = place.pipeline, place.bench.setting.chain.count
     summed, (kept, state, received, buffers) = least_of(courses, pipeline, micro_batches)
-    mean = Line(_around(place, held, buffers, held.loss / pipeline), 1 / pipeline, 0.0, slack / pipeline)
-    most = Line(_around(place, held, received), state, 0.0, slack * kept)
     inside = interior_of(ever or courses, pipeline, micro_batches, layers) if balanced else ()
-    lines = [Line(_around(place, held, x.links), 0.0, x.layers, slack * x.total / layers) for x in inside]
-    return Demand((mean, most, *lines), inside, (), summed and not ever, float(place.most_bytes))
+    lines = [_line(place, held, rank.links, 0.0, rank.layers, rank.total / layers) for rank in inside]
+    most = _line(place, held, received, state, 0.0, kept)
+    return Demand((_mean(place, held, buffers), most, *lines), inside, (), summed and not ever)
 
 
 def loaded_demand(place: Place, held: LeastHeld, micro_batches: int, course: Course, cuts: Cuts) -> Demand:
     """Of one schedule, layers being cut into stages in one of these ways."""
-    (schedule, interleave), pipeline, slack = course, place.pipeline, place.slack
-    each, loaded = slack / place.bench.setting.chain.count, list[tuple[tuple[Line, Load], ...]]()
-    for stages in cuts:
-        loads = loads_of(course, pipeline, micro_batches, stages)
-        loaded.append(tuple((Line(_around(place, held, x.place.links), 0.0, x.layers, each * x.total), x) for x in loads))
-    buffers = 2 * (pipeline * interleave - 1) / pipeline
-    mean = Line(_around(place, held, buffers, held.loss / pipeline), 1 / pipeline, 0.0, slack / pipeline)
-    summed = sums_while_full(schedule, pipeline, micro_batches)
-    return Demand((mean,), (), tuple(loaded), summed, float(place.most_bytes))
+    (schedule, interleave), pipeline, layers = course, place.pipeline, place.bench.setting.chain.count
+    loads = [loads_of(course, pipeline, micro_batches, stages) for stages in cuts]
+    each = (((_line(place, held, x.place.links, 0.0, x.layers, x.total / layers), x) for x in ranks) for ranks in loads)
+    mean = _mean(place, held, 2 * (pipeline * interleave - 1) / pipeline)
+    return Demand((mean,), (), tuple(map(tuple, each)), sums_while_full(schedule, pipeline, micro_batches))
 
 
-def _around(place: Place, held: LeastHeld, links: float, loss: float = 0.0) -> tuple[float, float]:
-    """Bytes of activations are whole numbers."""
-    base, slack, (adding, making) = place.context_bytes - 1, place.slack, held.working
-    buffers = links * held.buffers
-    return base + slack * (max(loss, adding) + buffers), base + slack * (max(loss, making) + buffers)
+def _mean(place: Place, held: LeastHeld, links: float) -> Line:
+    """Of the mean rank, for one of the micro-batches that it holds."""
+    share = 1 / place.pipeline
+    return _line(place, held, links, share, 0.0, share, held.loss * share)
+
+
+def _line(place: Place, held: LeastHeld, links: float, whole: float, layer: float, kept: float, loss: float = 0.0) -> Line:
+    """`whole`, `layer`, `kept`: bytes of a rank for each of the whole state, of a layer's, and of what all layers keep. Bytes
+    of activations are whole numbers."""
+    slack, (adding, making) = place.slack, held.working
+    room, kept = place.most_bytes - place.context_bytes + 1 - slack * links * held.buffers, slack * kept
+    most = (room - slack * max(loss, adding)) / kept, (room - slack * max(loss, making)) / kept
+    return Line(most, whole / kept, layer / kept, kept)
