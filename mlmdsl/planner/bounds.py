@@ -14,8 +14,9 @@ add up to W.) The fullest rank has the mean rank's weights at least, and so exch
 unlike, W is that of the quickest (uneven.py knows more).
 
 Where memory is short, some layers are recomputed: as many as free what some rank has too much of (demand.py), in the ways that
-cost least time for it (trade.py). Where it is known how layers are cut, no schedule is shorter than the way by any of its ranks
-(loads.py), whose passes recompute what it takes for that rank alone.
+cost least time for it (trade.py). No schedule is shorter than the way by any of its ranks, whose passes recompute what it takes
+for that rank alone: by ranks inside the pipeline where layers are alike and balanced, by any where it is known how they are cut
+(loads.py).
 
 Seconds of a sequence do not grow with the micro-batch: kernels and links are the faster the more there is to do at once
 (compute.py, communication.py). So one large micro-batch bounds all smaller ones.

@@ -1,4 +1,5 @@
-"""Which rank holds the most layers' activations, where it is known how layers are cut into stages."""
+"""Which ranks hold most and come late: where it is known how layers are cut into stages, and where it is known only that they
+are alike and balanced."""
 
 from __future__ import annotations
 
