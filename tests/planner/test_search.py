@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -365,7 +365,8 @@ def test_a_plan_adds_up(name: str, line: str) -> None:
 
 def _pins(v: PlanVariables) -> list[str]:
     names = ("context", "expert")
-    written = ((name, f"[{', '.join(map(str, x))}]" if isinstance(x, tuple) else str(x).lower()) for name, x in v)
+    values = asdict(v).items()
+    written = ((name, f"[{', '.join(map(str, x))}]" if isinstance(x, tuple) else str(x).lower()) for name, x in values)
     return [f"{name}={text}" for name, text in written if name not in names]
 
 
