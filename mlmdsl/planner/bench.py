@@ -133,15 +133,23 @@ class Setting:
     ) -> Mesh:
         return Mesh(tensor, data, pipeline, self.network.devices_per_node, context, expert, replicate, order)
 
+    @cached_property
+    def _costs(self) -> dict[int, Costs]:
+        """By tensor degree, what a sharding is chosen by."""
+        return {}
+
     def shard(self, tensor: int, sequence_parallel: bool) -> Bench | Infeasible:
         """The sharding does not depend on the micro-batch: it is chosen for one sequence."""
         if tensor == 1:
             return Bench(self, replicated(self.graph), group_of(self.mesh(1, 1, 1), "tensor", self.network))
-        group = group_of(self.mesh(tensor, 1, 1), "tensor", self.network)
-        sizes = self.graph.sizes(reference_micro_batch(self.spec.train.seq_len), self.spec.train.seq_len)
-        share = self.network.inter_bytes_per_second
-        found = shard_graph(self.graph, tensor, sequence_parallel, Costs(self.kernels, group, share, self.width, sizes))
-        return found if isinstance(found, Infeasible) else Bench(self, found, group)
+        costs = self._costs.get(tensor)
+        if costs is None:
+            group = group_of(self.mesh(tensor, 1, 1), "tensor", self.network)
+            sizes = self.graph.sizes(reference_micro_batch(self.spec.train.seq_len), self.spec.train.seq_len)
+            share = self.network.inter_bytes_per_second
+            costs = self._costs[tensor] = Costs(self.kernels, group, share, self.width, sizes)
+        found = shard_graph(self.graph, tensor, sequence_parallel, costs)
+        return found if isinstance(found, Infeasible) else Bench(self, found, costs.group)
 
 
 class PartCost(NamedTuple):

@@ -43,6 +43,11 @@ class Costs:
     float_bytes: int
     sizes: Mapping[str, int]
 
+    @cached_property
+    def known(self) -> dict[tuple[object, ...], float]:
+        """Seconds of nodes and of transitions, which problems over as many ranks have in common."""
+        return {}
+
 
 def width(type: TensorType, float_bytes: int) -> int:
     """Bytes of one element."""
@@ -170,24 +175,24 @@ class Problem:
                 return False
         return True
 
-    @cached_property
-    def _seconds_cache(self) -> dict[tuple[object, ...], float]:
-        return {}
-
     def _node_seconds(self, node: Node, strategy: Strategy) -> float:
-        passes = self.graph.region_of[node.path].count
-        return passes * self._pass_seconds(node, strategy) + self._step_seconds(node, strategy)
+        key, known = (self.tensor, node.path, strategy), self.costs.known
+        found = known.get(key)
+        if found is None:
+            passes = self.graph.region_of[node.path].count
+            found = known[key] = passes * self._pass_seconds(node, strategy) + self._step_seconds(node, strategy)
+        return found
 
     def _pass_seconds(self, node: Node, strategy: Strategy) -> float:
         """Forward and backward of one micro-batch. The launch of kernels is left out: it is the same for every strategy."""
         local = local_sizes(self.graph, node, strategy, self.tensor, self.costs.sizes, self.costs.float_bytes)
-        key = (node.op, node.attributes, strategy.name, local.inputs, local.output, local.weights)
-        if key not in self._seconds_cache:
+        key, known = (node.op, node.attributes, strategy.name, local.inputs, local.output, local.weights), self.costs.known
+        if key not in known:
             op = CATALOGUE[node.op]
             inner = op.collectives(strategy, local)
             called = sum(count * collective_seconds(kind, size, self.costs.group) for kind, size, count in inner)
-            self._seconds_cache[key] = self.costs.kernels.busy_seconds(op.work(local)) + called
-        return self._seconds_cache[key]
+            known[key] = self.costs.kernels.busy_seconds(op.work(local)) + called
+        return known[key]
 
     def _step_seconds(self, node: Node, strategy: Strategy) -> float:
         """What its weights cost once per step; a weight with several uses shares it among them."""
@@ -228,18 +233,14 @@ class Problem:
         """Forward and backward time of all transitions of a value in one pass."""
         return sum(self._move_seconds(value, source, target) for target in sorted(targets) if target != source)
 
-    @cached_property
-    def _move_cache(self) -> dict[tuple[object, ...], float]:
-        return {}
-
     def _move_seconds(self, value: str, source: Placement, target: Placement) -> float:
         type = self.graph.nodes[value].type
-        key = (type, source, target)
-        if key not in self._move_cache:
+        key, known = (self.tensor, type, source, target), self.costs.known
+        if key not in known:
             step = transition(source, target, integer=type.dtype == "int")
             size = type.elements(self.costs.sizes) * width(type, self.costs.float_bytes)
-            self._move_cache[key] = inf if step is None else self._step_pair_seconds(step, size)
-        return self._move_cache[key]
+            known[key] = inf if step is None else self._step_pair_seconds(step, size)
+        return known[key]
 
     def _step_pair_seconds(self, step: Step, whole_bytes: int) -> float:
         size = step.side_bytes(whole_bytes, self.tensor)
