@@ -275,6 +275,12 @@ def least_with(place: Place, share: Share, micro_batch: int, passes: float) -> f
     return ROUNDED * (passes + share.overhead.once + place.sync_seconds)
 
 
+def least_busy(place: Place, of: int) -> float:
+    """Seconds that the mean rank's passes take in a step, with any micro-batch up to `of`."""
+    sums = place.sums(of, 0)
+    return _WHOLE * place.rows / of * (sums.forward + sums.backward) / place.pipeline
+
+
 class LeastStep(NamedTuple):
     """Seconds of a step; bytes by which it exceeds what it may use."""
 

@@ -29,6 +29,7 @@ from mlmdsl.planner.bounds import (
     Rates,
     Share,
     least_at,
+    least_busy,
     least_mixed,
     least_step,
     least_with,
@@ -146,8 +147,11 @@ class Judge:
         candidates = self.space.count(place, sizes)
         self.outcome.candidates += candidates
         if candidates:
-            for branch in self._from(place, sizes):
-                self.outcome.plant(branch)
+            self.outcome.plant(Branch(self._afar(place), self._broken(place), place, sizes, ()))
+
+    def _afar(self, place: Place) -> float:
+        """What no plan of a place takes less than, as far as passes tell that do not wait for each other."""
+        return 0.0 if self.minimize == "memory" else least_busy(place, self.setting.spec.train.batch)
 
     def _from(self, place: Place, sizes: tuple[int, ...]) -> Iterator[Branch]:
         """With these micro-batches, as far as sums over a whole batch tell; if they may fit."""
@@ -198,6 +202,8 @@ class Judge:
             self._weigh(branch.candidate, branch.place, branch.place.peak_bytes(branch.candidate))
         elif branch.mode is not None:
             yield from self._fitting(branch)
+        elif not branch.shares:
+            yield from self._from(branch.place, branch.micro_batches)
         elif not branch.closely:
             yield from self._peeled(branch) if branch.schedule is None else self._viable(branch._replace(closely=True))
         elif branch.schedule is not None:
