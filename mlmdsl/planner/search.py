@@ -157,30 +157,30 @@ class Judge:
         """With these micro-batches, as far as sums over a whole batch tell; if they may fit."""
         families = self.space.families(place, sizes[0])
         courses = ((tuple(course for group in now for course in group), ever) for now, ever in families)
-        bound, over = self._coarsely(place, sizes[0], courses)
+        bound, over = self._coarsely(place, sizes[0], courses, self.setting.spec.train.batch)
         yield from self._fits(Branch(bound, self._broken(place), place, sizes, self.space.shares(place)), over)
 
     def _peeled(self, branch: Branch) -> Iterator[Branch]:
         """The smallest micro-batch, and all others."""
         place, (first, *others) = branch.place, branch.micro_batches
         courses = ((group, ()) for family in self.space.families(place, first) for group in family.now)
-        bound, over = self._coarsely(place, first, courses)
+        bound, over = self._coarsely(place, first, courses, first)
         alone = branch._replace(bound=max(branch.bound, bound), micro_batches=(first,), closely=True)
         yield from self._fits(alone, over)
         if others:
             yield from self._from(place, tuple(others))
 
     def _coarsely(
-        self, place: Place, micro_batch: int, courses: Iterable[tuple[tuple[Course, ...], tuple[Course, ...]]]
+        self, place: Place, micro_batch: int, courses: Iterable[tuple[tuple[Course, ...], tuple[Course, ...]]], of: int
     ) -> tuple[float, float]:
         """(bound, over) under any of some schedules and any way of ZeRO: of this micro-batch, or of this or a larger one, as
-        far as sums over a whole batch tell."""
-        shares, whole, even, found = self._on(place), self.setting.spec.train.batch, self._is_balanced(place), list[LeastStep]()
+        far as sums of `of` sequences tell."""
+        shares, even, found = self._on(place), self._is_balanced(place), list[LeastStep]()
         for now, ever in courses:
             schedule = now[0][0]
             choices = [shares[choice] for choice in self.space.shares(place, schedule)]
-            rates = self._rates(place, whole, self.space.modes(schedule), schedule)
-            found += least_at(place, choices, rates, micro_batch, now, ever, whole, even)
+            rates = self._rates(place, of, self.space.modes(schedule), schedule)
+            found += least_at(place, choices, rates, micro_batch, now, ever, of, even)
         seconds, over = map(min, zip(*found, strict=True)) if found else (inf, inf)
         return self._objective(place, seconds, over), over
 
