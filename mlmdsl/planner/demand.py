@@ -18,7 +18,7 @@ from mlmdsl.planner.holdings import Sharing
 from mlmdsl.planner.loads import Interior, Load, interior_of, loads_of
 from mlmdsl.planner.moments import Moment, reduces_each_pass
 from mlmdsl.planner.pricing import Place
-from mlmdsl.planner.schedule import Course, least_of, sums_while_full
+from mlmdsl.planner.schedule import Course, all_full, least_of, sums_while_full
 from mlmdsl.planner.stages import Part
 
 Cuts = tuple[tuple[int, ...], ...]  # ways in which layers may be cut into virtual stages; none where it is not known
@@ -144,7 +144,7 @@ def demand_of(
     be."""
     pipeline, layers = place.pipeline, place.bench.setting.chain.count
     summed, (kept, state, received, buffers) = least_of(courses, pipeline, micro_batches)
-    inside = interior_of(ever or courses, pipeline, micro_batches, layers) if balanced else ()
+    inside = interior_of(all_full(ever or courses, pipeline, micro_batches), pipeline, layers) if balanced else ()
     lines = [_line(place, held, rank.links, 0.0, rank.layers, rank.total / layers) for rank in inside]
     most = _line(place, held, received, state, 0.0, kept)
     return Demand((_mean(place, held, buffers), most, *lines), inside, (), summed and not ever)
