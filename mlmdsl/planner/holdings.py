@@ -79,7 +79,7 @@ class Units(NamedTuple):
 
 class Sharing(NamedTuple):
     """How replicas share the weights out; whether there are several stages; micro-batches in a step, 3 for more. `zero` is 0
-    where there is one replica."""
+    where there is one replica, which is all that is said of replicas without it."""
 
     zero: int
     replicas: int
