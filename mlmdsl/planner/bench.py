@@ -131,7 +131,13 @@ class Setting:
         replicate: int = 1,
         order: Order = USUAL,
     ) -> Mesh:
-        return Mesh(tensor, data, pipeline, self.network.devices_per_node, context, expert, replicate, order)
+        key = (tensor, data, pipeline, self.network.devices_per_node, context, expert, replicate, order)
+        return self._meshes.get(key) or self._meshes.setdefault(key, Mesh(*key))
+
+    @cached_property
+    def _meshes(self) -> dict[tuple[object, ...], Mesh]:
+        """Equal ones are one object."""
+        return {}
 
     @cached_property
     def _costs(self) -> dict[int, Costs]:

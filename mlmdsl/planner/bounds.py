@@ -37,7 +37,6 @@ from mlmdsl.planner.demand import Demand, LeastHeld, Line, States, demand_of, he
 from mlmdsl.planner.loads import Load
 from mlmdsl.planner.moments import reduces_each_pass
 from mlmdsl.planner.plan import CollectiveKind, Schedule
-from mlmdsl.planner.pools import group_on
 from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.schedule import V_SHAPED, Course, pipeline_bound
 from mlmdsl.planner.trade import Trade
@@ -164,7 +163,7 @@ class _Traffic:
         return max(mean, -(-chain.count // place.pipeline) * each)
 
     def _seconds(self, kind: CollectiveKind, size: float, axis: str, replicate: int) -> float:
-        return collective_seconds(kind, size, group_on(self.bench.site, self.place.mesh_of(replicate), axis))
+        return collective_seconds(kind, size, self.place.group_on(self.bench.site, axis, replicate))
 
     def _optimizer(self, elements: float) -> float:
         return self.kernels.optimizer_seconds(self.place.optimizer_bytes * elements)
@@ -273,6 +272,12 @@ def least_with(place: Place, share: Share, micro_batch: int, passes: float) -> f
     """Of a step whose way through the pipeline is known."""
     passes = share.overhead.beside(passes, place.micro_batches(micro_batch), 0.0, 0.0)
     return ROUNDED * (passes + share.overhead.once + place.sync_seconds)
+
+
+def least_busy(place: Place, of: int) -> float:
+    """Seconds that the mean rank's passes take in a step, with any micro-batch up to `of`."""
+    sums = place.sums(of, 0)
+    return _WHOLE * place.rows / of * (sums.forward + sums.backward) / place.pipeline
 
 
 class LeastStep(NamedTuple):

@@ -269,10 +269,13 @@ class Problem:
         (consumer,) = use.consumers
         wanted = [self.demand(consumer, s) for s in self.domains[consumer[0]]]
         made = [s.output for s in self.domains[use.producer]]
-        each = {
-            source: [use.passes * self._move_seconds(use.value, source, t) if t != source else 0.0 for t in wanted]
-            for source in dict.fromkeys(made)
-        }
+        every = dict.fromkeys(wanted)
+
+        def row(source: Placement) -> list[float]:
+            seconds = {t: use.passes * self._move_seconds(use.value, source, t) if t != source else 0.0 for t in every}
+            return [seconds[t] for t in wanted]
+
+        each = {source: row(source) for source in dict.fromkeys(made)}
         return Factor((use.producer, consumer[0]), [seconds for source in made for seconds in each[source]])
 
     def _shared_use(self, use: Use, variable: int) -> Iterator[Factor]:

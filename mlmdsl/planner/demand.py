@@ -18,7 +18,7 @@ from mlmdsl.planner.holdings import Sharing
 from mlmdsl.planner.loads import Interior, Load, interior_of, loads_of
 from mlmdsl.planner.moments import Moment, reduces_each_pass
 from mlmdsl.planner.pricing import Place
-from mlmdsl.planner.schedule import Course, least_of, sums_while_full
+from mlmdsl.planner.schedule import Course, all_full, least_of, sums_while_full
 from mlmdsl.planner.stages import Part
 
 Cuts = tuple[tuple[int, ...], ...]  # ways in which layers may be cut into virtual stages; none where it is not known
@@ -39,20 +39,20 @@ def states_of(place: Place, zero: int, replicate: int) -> States:
     sharing, piped = place.sharing(zero, replicate, 1), place.pipeline > 1
     in_place = place.bench.setting.width == 4 and not reduces_each_pass(sharing.zero, piped)
     whole = [state_bytes(place, place.bench.setting.chain.whole[0], sharing, summed) for summed in (False, True)]
-    counted = piped and len(place.bench.setting.chain.kinds) == 1
-    layer = [layer_bytes(place, sharing, summed) if counted else 0.0 for summed in (False, True)]
-    return States((whole[0], whole[1]), (sharing.zero > 0, sharing.zero > 0 and not in_place), (layer[0], layer[1]))
+    layer = (0.0, 0.0)
+    if piped and len(place.bench.setting.chain.kinds) == 1:
+        layer = layer_bytes(place, sharing, False), layer_bytes(place, sharing, True)
+    return States((whole[0], whole[1]), (sharing.zero > 0, sharing.zero > 0 and not in_place), layer)
 
 
 def layer_bytes(place: Place, sharing: Sharing, summed: bool) -> float:
     """State of one layer more in a stage of a pipeline, as `state_bytes` has it: what layers have in common and what is
     gathered of one or two at a time aside."""
     holdings, width, one = place.bench.holdings, place.bench.setting.width, place.bench.setting.chain.part((1,), False, False)
-    shards, experts = sharing.shards, holdings.of(one).experts
-    whole, own = holdings.units(one, 1).layers[0][1], holdings.units(one, shards).layers[0][1] / shards
+    experts, whole = holdings.of(one).experts, holdings.units(one, 1).layers[0][1]
     if not sharing.zero:
         return (width + 4 * (width < 4) + 12) * (whole + experts)
-    waits = _waits(sharing, summed)
+    own, waits = holdings.units(one, sharing.shards).layers[0][1] / sharing.shards, _waits(sharing, summed)
     found = 12 * own + width * whole * (sharing.zero < 3 or waits) + 4 * whole * waits
     return found + sum(holdings.shared((one,), sharing, width, "loss")) if experts else found
 
@@ -144,7 +144,7 @@ def demand_of(
     be."""
     pipeline, layers = place.pipeline, place.bench.setting.chain.count
     summed, (kept, state, received, buffers) = least_of(courses, pipeline, micro_batches)
-    inside = interior_of(ever or courses, pipeline, micro_batches, layers) if balanced else ()
+    inside = interior_of(all_full(ever or courses, pipeline, micro_batches), pipeline, layers) if balanced else ()
     lines = [_line(place, held, rank.links, 0.0, rank.layers, rank.total / layers) for rank in inside]
     most = _line(place, held, received, state, 0.0, kept)
     return Demand((_mean(place, held, buffers), most, *lines), inside, (), summed and not ever)

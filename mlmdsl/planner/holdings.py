@@ -22,8 +22,8 @@ Shards are counted as FSDP2 cuts them: along a dim that d divides, or dim 0 in c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ class Units(NamedTuple):
 
 class Sharing(NamedTuple):
     """How replicas share the weights out; whether there are several stages; micro-batches in a step, 3 for more. `zero` is 0
-    where there is one replica."""
+    where there is one replica, which is all that is said of replicas without it."""
 
     zero: int
     replicas: int
@@ -349,7 +349,8 @@ def _layer_by_layer(has: Shares, sharing: Sharing, width: int, moment: Moment) -
     return State(weights, 4 * owned, sums + 4 * reduced, 8 * owned, unsharded, width * made + sent)
 
 
-def shard_elements(shape: Sequence[int], shards: int) -> int:
+@cache
+def shard_elements(shape: tuple[int, ...], shards: int) -> int:
     """Of the largest shard of a weight."""
     dim = even_dim(shape, shards)
     return prod(shape) // shape[dim] * -(-shape[dim] // shards)

@@ -8,7 +8,7 @@ from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from mlmdsl.planner.schedule import V_SHAPED, Course, extremes, in_flight, links, rounds, stages_of
+from mlmdsl.planner.schedule import V_SHAPED, Course, Full, extremes, in_flight, links, rounds, stages_of
 
 
 class Position(NamedTuple):
@@ -59,12 +59,12 @@ class Interior(NamedTuple):
 
 
 @cache
-def interior_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int, layers: int) -> tuple[Interior, ...]:
+def interior_of(full: Full, pipeline: int, layers: int) -> tuple[Interior, ...]:
     """The second rank and the last but one, which hold much and come late, of layers that are alike and balanced: no stage
     between the first and the last has fewer than if these were like it (`stages.balance`). Of each the least under any of the
     schedules."""
     ranks = dict.fromkeys((1, pipeline - 2)) if pipeline > 2 else ()
-    each = [[_interior(course, pipeline, micro_batches, layers, rank) for course in courses] for rank in ranks]
+    each = [[_interior(course, pipeline, m, layers, rank) for course, m in full] for rank in ranks]
     return tuple(Interior(*map(min, zip(*found, strict=True))) for found in each)
 
 

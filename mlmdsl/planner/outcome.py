@@ -53,22 +53,20 @@ class Found(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Candidates of one place: all with these micro-batches, the smallest first; or with one of them (`schedule`) and one
-    schedule and one of the `shares`, which are ZeRO and its copies; or (`mode`) in one way of recomputing, and others that
-    recompute some of the layers in a milder way; or (`candidate`) one that fits, itself or (`mild`) as far as memory allows in
-    that milder way.
+    """Candidates of one place: all with these micro-batches, the smallest first; or with one of them and some schedules
+    (`courses`) and `shares`, which are ZeRO and its copies, in the end one of each; or (`mode`) in one way of recomputing, and
+    others that recompute some of the layers in a milder way; or (`candidate`) one that fits, itself or (`mild`) as far as
+    memory allows in that milder way.
 
     bound: the objective is no less; broken: a bit for each wish that none of them keeps; modes: of every layer, where a pin
-    says so; first: a bound of the smallest micro-batch alone, where that is known; closely: whether the bound comes from the
-    micro-batch's own sums, and not from those of a larger one; told: whether it comes from the stages' layers."""
+    says so; closely: whether the bound knows how layers may be cut; told: whether it comes from the stages' layers."""
 
     bound: float
     broken: int
     place: Place
     micro_batches: tuple[int, ...]
-    shares: tuple[tuple[int, int], ...]
-    schedule: Schedule | None = None
-    interleave: int = 1
+    courses: tuple[Course, ...] = ()
+    shares: tuple[tuple[int, int], ...] = ()
     mode: int | None = None
     modes: tuple[int, ...] = ()
     candidate: Candidate | None = None
@@ -89,8 +87,13 @@ class Branch(NamedTuple):
     @property
     def course(self) -> Course:
         """Of one with a schedule."""
-        assert self.schedule is not None
-        return self.schedule, self.interleave
+        (found,) = self.courses
+        return found
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of one with a schedule; of several, which go with the same ways of recomputing and of ZeRO, one of them."""
+        return self.courses[0][0]
 
     def order(self, ignored: int = 0) -> tuple[Any, ...]:
         """In front of all plans that it can have."""

@@ -22,7 +22,7 @@ from mlmdsl.planner.holdings import Sharing, State, shard_elements
 from mlmdsl.planner.mesh import Mesh
 from mlmdsl.planner.moments import Moment, moments, reduces_each_pass
 from mlmdsl.planner.plan import CollectiveKind, Schedule
-from mlmdsl.planner.pools import group_on
+from mlmdsl.planner.pools import Site, group_on
 from mlmdsl.planner.proportion import Paces, Speed, paces, proportion
 from mlmdsl.planner.stages import Cut, Part, cut_of
 from mlmdsl.planner.trade import Trade, cheapest
@@ -142,11 +142,11 @@ class Place:
         """What a plan may use of the stages' largest memory."""
         return max(bench.site.capacity_bytes for bench in self.distinct)
 
-    def _group_on(self, rank: int, axis: str, replicate: int = 1) -> Group:
-        """Groups inside a stage."""
-        key = (self.benches[rank].site, axis, replicate)
+    def group_on(self, site: Site, axis: str, replicate: int = 1) -> Group:
+        """Groups inside a stage that lies there."""
+        key = (site, axis, replicate)
         if key not in self._groups:
-            self._groups[key] = group_on(self.benches[rank].site, self.mesh_of(replicate), axis)
+            self._groups[key] = group_on(site, self.mesh_of(replicate), axis)
         return self._groups[key]
 
     @cached_property
@@ -225,21 +225,20 @@ class Place:
 
     def filling(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> memory.Filling:
         """What the rank holds besides its state; the same for every ZeRO."""
-        if not c.modes:
-            key = (c.micro_batch, c.schedule, c.interleave, c.recompute, rank, parts)
-            found = self._fillings.get(key)
-            if found is None:
-                found = self._fillings[key] = self.filling_under(c, rank, parts, (c.recompute,) * len(parts))
-            return found
-        return self.filling_under(c, rank, parts, [self.how(c, stage) for stage in c.cut.placed[rank]])
+        hows = [self.how(c, stage) for stage in c.cut.placed[rank]] if c.modes else (c.recompute,) * len(parts)
+        return self.filling_under(c, rank, parts, hows)
 
     def filling_under(self, c: Candidate, rank: int, parts: tuple[Part, ...], hows: Sequence[How]) -> memory.Filling:
         """By what the rank's virtual stages recompute."""
-        piped, m = self.pipeline > 1, self.micro_batches(c.micro_batch)
-        bench = self.benches[rank]
-        stages = [bench.part(part, c.micro_batch, how, piped).bytes for part, how in zip(parts, hows, strict=True)]
         turns = c.schedule in schedule.V_SHAPED and rank == self.pipeline - 1
-        return memory.Filling(stages, m, bench.site.device.kind, turns)
+        key = (parts, c.micro_batch, tuple(hows), turns, -1 if self.alike else rank)
+        found = self._fillings.get(key)
+        if found is None:
+            piped, bench = self.pipeline > 1, self.benches[rank]
+            stages = [bench.part(part, c.micro_batch, how, piped).bytes for part, how in zip(parts, hows, strict=True)]
+            m = self.micro_batches(c.micro_batch)
+            found = self._fillings[key] = memory.Filling(stages, m, bench.site.device.kind, turns)
+        return found
 
     def moments(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> Moments:
         """Those of which one is the rank's fullest."""
@@ -257,8 +256,10 @@ class Place:
         return found
 
     def sharing(self, zero: int, replicate: int, micro_batches: int) -> Sharing:
-        shared = zero if self.replicas > 1 else 0
-        return Sharing(shared, self.replicas, replicate, self.pipeline > 1, min(micro_batches, 3))
+        piped, few = self.pipeline > 1, min(micro_batches, 3)
+        if not zero or self.replicas == 1:
+            return Sharing(0, 1, 1, piped, few)
+        return Sharing(zero, self.replicas, replicate, piped, few)
 
     def fullest(
         self, c: Candidate, rank: int, parts: tuple[Part, ...], *, tensors: bool = False
@@ -486,7 +487,8 @@ class Place:
 
     def _exchange(self, c: Candidate, rank: int, parts: tuple[Part, ...]) -> Exchange:
         setting, holdings, zero, shards = self.bench.setting, self.bench.holdings, c.zero, self.shards(c)
-        site, group = self.benches[rank].site, self._group_on(rank, "replicas" if c.replicate == 1 else "shards", c.replicate)
+        site = self.benches[rank].site
+        group = self.group_on(site, "replicas" if c.replicate == 1 else "shards", c.replicate)
         held, summed = [holdings.of(part) for part in parts], setting.execution.gradient_bytes
         elements = owned = sum(h.elements for h in held)
         gather, reduce, unit, copied, hooks = 0.0, collective_seconds("all_reduce", summed * elements, group), 1.0, 0.0, 0.0
@@ -501,9 +503,9 @@ class Place:
             reduce = sum(n * collective_seconds("reduce_scatter", summed * size, group) for n, size in units if size)
             gather, reduce = gather + laid_out, reduce + laid_out
             unit = min(1.0, max(size for _, size in units) / max(1, elements))
-            copies = self._group_on(rank, "replicate", c.replicate)
+            copies = self.group_on(site, "replicate", c.replicate)
             copied = sum(n * collective_seconds("all_reduce", summed * size / shards, copies) for n, size in units if size)
-        sharing = self._group_on(rank, "copies")
+        sharing = self.group_on(site, "copies")
         experts = sum(
             count * collective_seconds(kind, size, sharing) for kind, size, count in self.expert_exchanges(parts, zero)
         )
@@ -544,14 +546,13 @@ class Place:
 
     def tied_elements(self, c: Candidate, parts: tuple[Part, ...]) -> int:
         """Local elements of weights that other ranks of the pipeline hold too, as far as ZeRO leaves them here."""
-        shared = self.bench.setting.shared_weights
-        if self.pipeline == 1 or not shared:
+        shared, holdings = self.bench.setting.shared_weights, self.bench.holdings
+        mine = {key for part in parts for key in holdings.of(part).keys} & shared
+        if self.pipeline == 1 or not mine:
             return 0
-        holdings = self.bench.holdings
-        held = [{key for part in c.cut.held(rank) for key in holdings.of(part).keys} & shared for rank in range(self.pipeline)]
+        held = [{key for part in c.cut.held(rank) for key in holdings.of(part).keys} & mine for rank in range(self.pipeline)]
         counted = Counter(key for keys in held for key in keys)
-        mine = {key for part in parts for key in holdings.of(part).keys}
-        shapes = [holdings.local_shapes[key] for key in sorted(mine & shared) if counted[key] > 1]
+        shapes = [holdings.local_shapes[key] for key in sorted(mine) if counted[key] > 1]
         return sum(shard_elements(shape, self.shards(c)) for shape in shapes)
 
     @cached_property

@@ -22,6 +22,7 @@ from mlmdsl.planner import interleaved, zero_bubble
 from mlmdsl.planner.plan import Recompute, Schedule
 
 Course = tuple[Schedule, int]  # a schedule, and its virtual stages a rank
+Full = tuple[tuple[Course, int], ...]  # schedules, each with so many micro-batches
 V_SHAPED: tuple[Schedule, ...] = ("zb_v", "dualpipe_v")  # two stages on a rank: down over the ranks, and back
 _ROUNDS = 4  # of an interleaved schedule, after which rounds are alike
 _STEADY = 4  # micro-batches per rank of a V, after which one takes as long as the next
@@ -139,10 +140,16 @@ def least_in_flight(schedule: Schedule, pipeline: int, interleave: int, micro_ba
     return _least_in_flight(schedule, pipeline, interleave, _as_full(schedule, pipeline, micro_batches))
 
 
+@cache
+def all_full(courses: tuple[Course, ...], pipeline: int, micro_batches: int) -> Full:
+    """Of each of some schedules, as few micro-batches as ranks hold as many of."""
+    return tuple((course, _as_full(course[0], pipeline, micro_batches)) for course in courses)
+
+
 def _as_full(schedule: Schedule, pipeline: int, micro_batches: int) -> int:
-    """As few micro-batches as ranks hold as many of: those of the warm-up, or of a few rounds."""
+    """Those of the warm-up and one more, or of a few rounds."""
     if schedule == "1f1b":
-        return min(micro_batches, pipeline)
+        return min(micro_batches, pipeline + 1)
     if schedule in V_SHAPED:
         return min(micro_batches, 2 * pipeline)
     if schedule == "interleaved_1f1b":
@@ -197,11 +204,15 @@ def sums_while_full(schedule: Schedule, pipeline: int, micro_batches: int) -> bo
     return schedule == "interleaved_1f1b" and rounds(pipeline, micro_batches) > 1
 
 
-@cache
 def least_of(courses: tuple[Course, ...], pipeline: int, micro_batches: int) -> tuple[bool, Fullest]:
     """Of each quantity the least under any of the schedules; whether ranks have sums while they are full under all of them."""
-    each = [least_in_flight(schedule, pipeline, interleave, micro_batches) for schedule, interleave in courses]
-    summed = all(sums_while_full(schedule, pipeline, micro_batches) for schedule, _ in courses)
+    return _least_of(all_full(courses, pipeline, micro_batches), pipeline)
+
+
+@cache
+def _least_of(full: Full, pipeline: int) -> tuple[bool, Fullest]:
+    each = [_least_in_flight(schedule, pipeline, interleave, m) for (schedule, interleave), m in full]
+    summed = all(sums_while_full(schedule, pipeline, m) for (schedule, _), m in full)
     return summed, Fullest(*map(min, zip(*each, strict=True)))
 
 

@@ -29,6 +29,7 @@ from mlmdsl.planner.bounds import (
     Rates,
     Share,
     least_at,
+    least_busy,
     least_mixed,
     least_step,
     least_with,
@@ -146,46 +147,44 @@ class Judge:
         candidates = self.space.count(place, sizes)
         self.outcome.candidates += candidates
         if candidates:
-            for branch in self._from(place, sizes):
-                self.outcome.plant(branch)
+            self.outcome.plant(Branch(self._afar(place), self._broken(place), place, sizes))
 
-    def _from(self, place: Place, sizes: tuple[int, ...]) -> Iterator[Branch]:
-        """With these micro-batches, as far as sums over a whole batch tell; if they may fit."""
-        families = self.space.families(place, sizes[0])
-        courses = ((tuple(course for group in now for course in group), ever) for now, ever in families)
-        bound, over = self._coarsely(place, sizes[0], courses)
-        yield from self._fits(Branch(bound, self._broken(place), place, sizes, self.space.shares(place)), over)
+    def _afar(self, place: Place) -> float:
+        """What no plan of a place takes less than, as far as passes tell that do not wait for each other."""
+        return 0.0 if self.minimize == "memory" else least_busy(place, self.setting.spec.train.batch)
 
     def _peeled(self, branch: Branch) -> Iterator[Branch]:
-        """The smallest micro-batch, and all others."""
+        """The smallest micro-batch, by schedules that are much alike, and all others."""
         place, (first, *others) = branch.place, branch.micro_batches
-        courses = ((group, ()) for family in self.space.families(place, first) for group in family.now)
-        bound, over = self._coarsely(place, first, courses)
-        alone = branch._replace(bound=max(branch.bound, bound), micro_batches=(first,), closely=True)
-        yield from self._fits(alone, over)
+        for family in self.space.families(place, first):
+            for group in family.now:
+                shares = self.space.shares(place, group[0][0])
+                yield from self._scheduled(branch._replace(micro_batches=(first,), courses=group, shares=shares))
         if others:
-            yield from self._from(place, tuple(others))
+            yield from self._larger(branch._replace(micro_batches=tuple(others)))
 
-    def _coarsely(
-        self, place: Place, micro_batch: int, courses: Iterable[tuple[tuple[Course, ...], tuple[Course, ...]]]
-    ) -> tuple[float, float]:
-        """(bound, over) under any of some schedules and any way of ZeRO: of this micro-batch, or of this or a larger one, as
-        far as sums over a whole batch tell."""
-        shares, whole, even, found = self._on(place), self.setting.spec.train.batch, self._is_balanced(place), list[LeastStep]()
-        for now, ever in courses:
-            schedule = now[0][0]
-            choices = [shares[choice] for choice in self.space.shares(place, schedule)]
-            rates = self._rates(place, whole, self.space.modes(schedule), schedule)
-            found += least_at(place, choices, rates, micro_batch, now, ever, whole, even)
-        seconds, over = map(min, zip(*found, strict=True)) if found else (inf, inf)
-        return self._objective(place, seconds, over), over
-
-    def _fits(self, branch: Branch, over: float) -> Iterator[Branch]:
-        """Nothing where a bound proves that it does not."""
+    def _larger(self, branch: Branch) -> Iterator[Branch]:
+        """With these micro-batches, as far as sums over a whole batch tell; if they may fit."""
+        place, whole, found = branch.place, self.setting.spec.train.batch, list[LeastStep]()
+        for family in self.space.families(place, branch.micro_batch):
+            now = tuple(course for group in family.now for course in group)
+            found += self._coarsely(place, branch.micro_batch, now, family.ever, whole)
+        over = min((least.over for least in found), default=inf)
         if over > 0:
             self._put_aside(over, branch)
-        else:
-            yield branch
+            return
+        seconds = min(least.seconds for least in found)
+        yield branch._replace(bound=max(branch.bound, self._objective(place, seconds, over)))
+
+    def _coarsely(
+        self, place: Place, micro_batch: int, now: tuple[Course, ...], ever: tuple[Course, ...], of: int
+    ) -> list[LeastStep]:
+        """By way of ZeRO, under any of some schedules: of this micro-batch, or under `ever` of this or a larger one, as far as
+        sums of `of` sequences tell."""
+        schedule, shares = now[0][0], self._on(place)
+        choices = [shares[choice] for choice in self.space.shares(place, schedule)]
+        rates = self._rates(place, of, self.space.modes(schedule), schedule)
+        return least_at(place, choices, rates, micro_batch, now, ever, of, self._is_balanced(place))
 
     def _objective(self, place: Place, seconds: float, over: float) -> float:
         return (over + place.most_bytes) * (1 - 1e-8) if self.minimize == "memory" else seconds
@@ -198,31 +197,37 @@ class Judge:
             self._weigh(branch.candidate, branch.place, branch.place.peak_bytes(branch.candidate))
         elif branch.mode is not None:
             yield from self._fitting(branch)
-        elif not branch.closely:
-            yield from self._peeled(branch) if branch.schedule is None else self._viable(branch._replace(closely=True))
-        elif branch.schedule is not None:
-            for part in self._parts(branch):
-                yield from self._viable(part)
-        else:
+        elif not branch.courses:
+            yield from self._peeled(branch)
+        elif len(branch.courses) > 1:
             for part in self._parts(branch):
                 yield from self._scheduled(part)
+        elif not branch.closely:
+            yield from self._viable(branch._replace(closely=True))
+        else:
+            for part in self._parts(branch):
+                yield from self._viable(part)
 
     def _scheduled(self, branch: Branch) -> Iterator[Branch]:
-        """Of one with a schedule, by way of ZeRO, however layers are cut."""
-        place, shares, schedule = branch.place, self._on(branch.place), branch.course[0]
+        """With one schedule, by way of ZeRO, however layers are cut; with several, all ways that may fit."""
+        place, shares, schedule = branch.place, self._on(branch.place), branch.schedule
         rates = self._rates(place, branch.micro_batch, self.space.modes(schedule), schedule)
         chosen, even = [shares[choice] for choice in branch.shares], self._is_balanced(place)
-        each = least_at(place, chosen, rates, branch.micro_batch, (branch.course,), balanced=even)
-        yield from self._kept(branch, [(self._objective(place, least.seconds, least.over), least.over) for least in each])
+        each = least_at(place, chosen, rates, branch.micro_batch, branch.courses, balanced=even)
+        kept = self._kept(branch, [(self._objective(place, least.seconds, least.over), least.over) for least in each])
+        if len(branch.courses) == 1:
+            yield from kept
+        elif several := list(kept):
+            yield branch._replace(bound=min(each.bound for each in several), shares=tuple(each.shares[0] for each in several))
 
     def _parts(self, branch: Branch) -> Iterator[Branch]:
         """All that a branch consists of: by schedule, by ZeRO and its copies, by way of recomputing."""
         place = branch.place
-        if branch.schedule is None:
-            for schedule, interleave in self.space.runs(place).courses[branch.micro_batch]:
-                shares = self.space.shares(place, schedule)
-                if shares and self.space.ways(schedule):
-                    part = branch._replace(shares=shares, schedule=schedule, interleave=interleave, closely=False)
+        if len(branch.courses) != 1:
+            for course in branch.courses or self.space.runs(place).courses[branch.micro_batch]:
+                shares = branch.shares or self.space.shares(place, course[0])
+                if shares and self.space.ways(course[0]):
+                    part = branch._replace(courses=(course,), shares=shares)
                     yield part._replace(broken=self._broken(place, part)) if self.outcome.wishes else part
         elif len(branch.shares) > 1:
             for share in branch.shares:
@@ -263,7 +268,7 @@ class Judge:
 
     def _fitting(self, branch: Branch) -> Iterator[Branch]:
         """One way of recomputing: if that fits, itself, and others that recompute some layers in a milder way."""
-        if not branch.told and branch.course[0] in V_SHAPED and branch.place.alike:  # it takes long to tell what fits
+        if not branch.told and branch.schedule in V_SHAPED and branch.place.alike:  # it takes long to tell what fits
             yield self._told(branch, self._candidate(branch))
             return
         candidate = self._laid_out(branch)
@@ -311,7 +316,7 @@ class Judge:
 
     def _terms(self, branch: Branch) -> tuple[Rates, Demand, float]:
         """What bounds on one with a schedule are made of; bytes of a micro-batch that its layers keep at least."""
-        place, micro_batch, schedule = branch.place, branch.micro_batch, branch.course[0]
+        place, micro_batch, schedule = branch.place, branch.micro_batch, branch.schedule
         modes = self._modes(branch)
         rates = self._rates(place, micro_batch, modes, schedule)
         kept = rates.trade.least
@@ -325,7 +330,6 @@ class Judge:
 
     def _modes(self, branch: Branch) -> tuple[int, ...]:
         """Ways in which layers may be recomputed, the mildest first."""
-        assert branch.schedule is not None
         every, mode = self.space.modes(branch.schedule), branch.mode
         if mode is None or branch.modes:
             return every
@@ -361,9 +365,8 @@ class Judge:
         """Ways in which layers may be cut into stages: for each way of recomputing the one that balances them."""
         if (given := self.space.pins.get("stages")) is not None:
             return (given,)
-        assert branch.schedule is not None
         modes = [mode for mode, _ in self.space.ways(branch.schedule)] if branch.mode is None else [branch.mode]
-        bench, stages = branch.place.bench, branch.place.pipeline * branch.interleave
+        bench, stages = branch.place.bench, branch.place.pipeline * branch.course[1]
         found = [bench.balanced(branch.micro_batch, mode, stages) for mode in modes]
         return tuple({id(cut): cut for cut in found}.values())  # equal ones are one object
 
@@ -385,7 +388,8 @@ class Judge:
         """Wishes that no candidate of a branch keeps, as far as they speak of what all have in common."""
         known, unknown = self._facts_of(place) if self.outcome.wishes else {}, _LATE | _GROUPED
         if branch is not None:
-            known |= {"micro_batch": branch.micro_batch, "schedule": branch.schedule, "interleave": branch.interleave}
+            schedule, interleave = branch.course
+            known |= {"micro_batch": branch.micro_batch, "schedule": schedule, "interleave": interleave}
             unknown = _LATE
         wishes = enumerate(self.outcome.wishes)
         return sum(1 << i for i, wish in wishes if wish.names.isdisjoint(unknown) and not wish.kept(known))
@@ -400,9 +404,10 @@ class Judge:
         self._aside.append(_Aside(over, next(self._numbers), branch))
 
     def _count(self, branch: Branch) -> int:
-        if branch.schedule is None:
+        if not branch.courses:
             return self.space.count(branch.place, branch.micro_batches)
-        return len(branch.shares) * len(self.space.ways(branch.schedule)) if branch.mode is None else 1
+        courses, shares = len(branch.courses), len(branch.shares)
+        return courses * shares * len(self.space.ways(branch.schedule)) if branch.mode is None else 1
 
     def find_closest(self) -> None:
         """Of what was put aside, what may be closer to fitting than anything so far: the least bound first."""
@@ -450,15 +455,17 @@ class Judge:
 
     def _candidate(self, branch: Branch) -> Candidate:
         """Of one with one share and a way of recomputing."""
-        place, sharding, schedule, micro_batch = branch.place, branch.place.bench.sharding, branch.schedule, branch.micro_batch
-        assert schedule is not None and branch.mode is not None
+        place, sharding, micro_batch, (schedule, interleave) = (
+            branch.place,
+            branch.place.bench.sharding,
+            branch.micro_batch,
+            branch.course,
+        )
+        assert branch.mode is not None
         given, ((zero, replicate),) = self.space.pins.get("stages"), branch.shares
-        if given is not None:
-            cut = place.given(given, schedule)
-        else:
-            cut = place.cut(micro_batch, branch.mode, schedule, branch.interleave)
+        cut = place.given(given, schedule) if given is not None else place.cut(micro_batch, branch.mode, schedule, interleave)
         fixed = (sharding.tensor, sharding.sequence_parallel, place.pipeline, place.data)
-        chosen = (micro_batch, schedule, branch.interleave, branch.mode)
+        chosen = (micro_batch, schedule, interleave, branch.mode)
         return Candidate(*fixed, *chosen, zero, cut, place.context, place.expert, replicate, branch.modes, place.order)
 
     @cached_property

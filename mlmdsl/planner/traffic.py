@@ -27,10 +27,10 @@ Call = tuple[CollectiveKind, CollectiveAxis, int, int, str]  # kind, axis, bytes
 def collectives(place: Place, c: Candidate) -> tuple[Collective, ...]:
     """By stage; calls that are alike in kind, axis, size and reason together."""
     found: list[Collective] = []
-    mesh = place.mesh_of(c.replicate)
+    mesh, alike = place.mesh_of(c.replicate), dict[tuple[object, ...], tuple[Call, ...]]()
     for rank in range(place.pipeline):
         counted: dict[tuple[CollectiveKind, CollectiveAxis, int, str], int] = {}
-        for kind, axis, size, count, reason in _of_rank(place, c, rank):
+        for kind, axis, size, count, reason in _of_rank(place, c, rank, alike):
             if count and mesh.size(axis) > 1:
                 key = (kind, axis, size, reason)
                 counted[key] = counted.get(key, 0) + count
@@ -56,10 +56,13 @@ def flops(place: Place, c: Candidate) -> tuple[float, ...]:
     )
 
 
-def _of_rank(place: Place, c: Candidate, rank: int) -> Iterator[Call]:
+def _of_rank(place: Place, c: Candidate, rank: int, alike: dict[tuple[object, ...], tuple[Call, ...]]) -> Iterator[Call]:
+    """`alike`: what stages call, by all that it follows from."""
     for stage in c.cut.placed[rank]:
-        yield from _transitions(place, c, stage)
-        yield from _over_pipeline(place, c, stage)
+        key = (c.cut.parts[stage], place.how(c, stage), place.crossings(c, stage))
+        if key not in alike:
+            alike[key] = (*_transitions(place, c, stage), *_over_pipeline(place, c, stage))
+        yield from alike[key]
     parts = c.cut.held(rank)
     yield from _over_replicas(place, c, parts)
     partial, tied = place.partial_elements(c, parts), place.tied_elements(c, parts)

@@ -21,7 +21,7 @@ from mlmdsl.planner.loads import interior_of, loads_of
 from mlmdsl.planner.outcome import Outcome
 from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.recomputing import least_that
-from mlmdsl.planner.schedule import V_SHAPED, Course, executable, least_of
+from mlmdsl.planner.schedule import V_SHAPED, Course, all_full, executable, least_of
 from mlmdsl.planner.search import search
 from mlmdsl.planner.trade import trade_of
 from tests.planner.small import TEXT, exhausted, fits, legal, planned, pooled, problem, shared_cores
@@ -250,7 +250,9 @@ def test_interior_ranks_have_no_less_than_the_bound_says() -> None:
         if place.pipeline > 2:
             seen += 1
             m, course = place.micro_batches(c.micro_batch), (c.schedule, c.interleave)
-            for rank, least in zip((1, place.pipeline - 2), interior_of((course,), place.pipeline, m, 6), strict=False):
+            for rank, least in zip(
+                (1, place.pipeline - 2), interior_of(all_full((course,), place.pipeline, m), place.pipeline, 6), strict=False
+            ):
                 mine = c.cut.placed[rank]
                 assert 0 < least.even <= least.layers <= sum(c.cut.stages[stage] for stage in mine)
                 assert least.before <= sum(c.cut.stages[: mine[0]])
@@ -301,7 +303,8 @@ def test_of_larger_micro_batches_ranks_hold_as_many_sequences() -> None:
             for size, larger in combinations([n for n in sizes if legal_with[n]], 2):
                 ever = tuple({course: None for n in sizes if n >= size for course in legal_with[n]})
                 for course in legal_with[larger]:
-                    pairs = (interior_of(of, p, rows // n, p * layers + 1) for of, n in ((ever, size), ((course,), larger)))
+                    full = (all_full(of, p, rows // n) for of, n in ((ever, size), ((course,), larger)))
+                    pairs = (interior_of(each, p, p * layers + 1) for each in full)
                     for least, own in zip(*pairs, strict=True):
                         assert own.total * larger >= least.total * size * (1 - 1e-9)
                         assert own.layers >= least.layers and own.links >= least.links and own.before >= least.before
