@@ -165,10 +165,11 @@ class Judge:
 
     def _larger(self, branch: Branch) -> Iterator[Branch]:
         """With these micro-batches, as far as sums over a whole batch tell; if they may fit."""
-        place, whole, found = branch.place, self.setting.spec.train.batch, list[LeastStep]()
+        place, found = branch.place, list[LeastStep]()
         for family in self.space.families(place, branch.micro_batch):
             now = tuple(course for group in family.now for course in group)
-            found += self._coarsely(place, branch.micro_batch, now, family.ever, whole)
+            part = branch._replace(courses=now, shares=self.space.shares(place, family.schedule))
+            found += self._least(part, family.ever, self.setting.spec.train.batch)
         over = min((least.over for least in found), default=inf)
         if over > 0:
             self._put_aside(over, branch)
@@ -176,15 +177,13 @@ class Judge:
         seconds = min(least.seconds for least in found)
         yield branch._replace(bound=max(branch.bound, self._objective(place, seconds, over)))
 
-    def _coarsely(
-        self, place: Place, micro_batch: int, now: tuple[Course, ...], ever: tuple[Course, ...], of: int
-    ) -> list[LeastStep]:
-        """By way of ZeRO, under any of some schedules: of this micro-batch, or under `ever` of this or a larger one, as far as
-        sums of `of` sequences tell."""
-        schedule, shares = now[0][0], self._on(place)
-        choices = [shares[choice] for choice in self.space.shares(place, schedule)]
-        rates = self._rates(place, of, self.space.modes(schedule), schedule)
-        return least_at(place, choices, rates, micro_batch, now, ever, of, self._is_balanced(place))
+    def _least(self, branch: Branch, ever: tuple[Course, ...] = (), of: int = 0) -> list[LeastStep]:
+        """By way of ZeRO, of the smallest micro-batch under a branch's schedules, or of this or a larger one under `ever`, as
+        far as sums of `of` sequences tell; however layers are cut."""
+        place, micro_batch, schedule, on = branch.place, branch.micro_batch, branch.schedule, self._on(branch.place)
+        rates = self._rates(place, of or micro_batch, self.space.modes(schedule), schedule)
+        shares = [on[choice] for choice in branch.shares]
+        return least_at(place, shares, rates, micro_batch, branch.courses, ever, of, self._is_balanced(place))
 
     def _objective(self, place: Place, seconds: float, over: float) -> float:
         return (over + place.most_bytes) * (1 - 1e-8) if self.minimize == "memory" else seconds
@@ -209,13 +208,13 @@ class Judge:
                 yield from self._viable(part)
 
     def _scheduled(self, branch: Branch) -> Iterator[Branch]:
-        """With one schedule, by way of ZeRO, however layers are cut; with several, all ways that may fit."""
-        place, shares, schedule = branch.place, self._on(branch.place), branch.schedule
-        rates = self._rates(place, branch.micro_batch, self.space.modes(schedule), schedule)
-        chosen, even = [shares[choice] for choice in branch.shares], self._is_balanced(place)
-        each = least_at(place, chosen, rates, branch.micro_batch, branch.courses, balanced=even)
-        kept = self._kept(branch, [(self._objective(place, least.seconds, least.over), least.over) for least in each])
-        if len(branch.courses) == 1:
+        """With one schedule, by way of ZeRO; with several, all ways that may fit."""
+        alone = len(branch.courses) == 1
+        if alone and self.outcome.wishes:
+            branch = branch._replace(broken=self._broken(branch.place, branch))
+        bounds = [(self._objective(branch.place, least.seconds, least.over), least.over) for least in self._least(branch)]
+        kept = self._kept(branch, bounds)
+        if alone:
             yield from kept
         elif several := list(kept):
             yield branch._replace(bound=min(each.bound for each in several), shares=tuple(each.shares[0] for each in several))
@@ -227,8 +226,7 @@ class Judge:
             for course in branch.courses or self.space.runs(place).courses[branch.micro_batch]:
                 shares = branch.shares or self.space.shares(place, course[0])
                 if shares and self.space.ways(course[0]):
-                    part = branch._replace(courses=(course,), shares=shares)
-                    yield part._replace(broken=self._broken(place, part)) if self.outcome.wishes else part
+                    yield branch._replace(courses=(course,), shares=shares)
         elif len(branch.shares) > 1:
             for share in branch.shares:
                 yield branch._replace(shares=(share,))
