@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlmdsl.compile import compile_spec
 from mlmdsl.grammar.spec import Spec
 from mlmdsl.graph.graph import Graph
-from mlmdsl.planner.bounds import Share, least_at, least_mixed, least_step, rates_of, shares_of
+from mlmdsl.planner.bounds import Share, least_at, least_busy, least_mixed, least_step, rates_of, shares_of
 from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.demand import Demand, demand_of, layer_bytes, loaded_demand, state_bytes
 from mlmdsl.planner.loads import interior_of, loads_of
@@ -89,6 +89,7 @@ def test_no_plan_takes_less_than_its_bounds(outcome: Outcome) -> None:
         batch, share, v_shaped = place.bench.setting.spec.train.batch, share_of(place, c), c.schedule in V_SHAPED
         any_way, course = (0,) if v_shaped else (0, 1, 2), (c.schedule, c.interleave)
         every = rates_of(place, batch, any_way, v_shaped)
+        assert 0 < least_busy(place, batch) <= total
         for size in (n for n in range(1, c.micro_batch + 1) if c.micro_batch % n == 0):
             (least,) = least_at(place, [share], every, size, (course,), (course,), batch, True)
             assert least.over <= 0 < least.seconds <= total
@@ -276,7 +277,7 @@ def test_no_plan_on_unlike_pools_takes_less_than_its_bounds(speed: int) -> None:
         )
         largest = rates_of(place, batch, modes_of(c), c.schedule in V_SHAPED)
         (least,) = least_at(place, [share], largest, c.micro_batch, (course,), (course,), batch)
-        assert 0 < least.seconds <= total
+        assert 0 < least.seconds <= total and 0 < least_busy(place, batch) <= total
         (near,) = least_at(
             place, [share], rates_of(place, c.micro_batch, modes_of(c), c.schedule in V_SHAPED), c.micro_batch, (course,)
         )
