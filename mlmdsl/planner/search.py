@@ -453,12 +453,8 @@ class Judge:
 
     def _candidate(self, branch: Branch) -> Candidate:
         """Of one with one share and a way of recomputing."""
-        place, sharding, micro_batch, (schedule, interleave) = (
-            branch.place,
-            branch.place.bench.sharding,
-            branch.micro_batch,
-            branch.course,
-        )
+        place, micro_batch, (schedule, interleave) = branch.place, branch.micro_batch, branch.course
+        sharding = place.bench.sharding
         assert branch.mode is not None
         given, ((zero, replicate),) = self.space.pins.get("stages"), branch.shares
         cut = place.given(given, schedule) if given is not None else place.cut(micro_batch, branch.mode, schedule, interleave)
