@@ -1,5 +1,5 @@
 # make demo   builds .venv, plans and trains specs/quickstart.mlm on this machine, prints a sample
-# make test   builds .venv and runs the tests
+# make test   builds .venv and runs the tests, on two workers (WORKERS=4: on four)
 # make check  formatter, linter and types
 # make golden rewrites the golden files: read the diff
 # make fuzz   property tests with examples that no run has seen
@@ -16,6 +16,8 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that tests run in: some of them start up to eight ranks of their own
+WORKERS ?= 2
 
 .PHONY: demo examples test check golden fuzz published huggingface sc21 parity regret verify clean
 
@@ -43,7 +45,7 @@ examples: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m compileall -q mlmdsl
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
