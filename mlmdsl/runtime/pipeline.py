@@ -9,11 +9,12 @@ and ranks with unequal counts weigh as they should.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -40,6 +41,9 @@ _SEVERAL = {  # virtual stages on each rank
     "zb_v": ScheduleZBVZeroBubble,
     "dualpipe_v": ScheduleDualPipeV,
 }
+_ENGINE: Any = (
+    torch.autograd.Variable._execution_engine
+)  # `torch.autograd.grad` of torch 2.11 asks nodes for what some have not
 _SPLITTING = ("zb_v", "dualpipe_v")  # take backward passes apart
 
 
@@ -154,7 +158,9 @@ class Pipelined:
 
     def _run(self, step: Callable[..., Any], batch: Batch) -> Tensor:
         """return_outputs=False: otherwise the last stage keeps the logits of every micro-batch."""
-        inputs = tuple(batch[name] for name in self.positional) if self.first else ()
+        inputs = (
+            tuple(batch[name].contiguous() for name in self.positional) if self.first else ()
+        )  # torch 2.11 asks for strides
         keywords = {argument: batch[name] for argument, name in self.keywords.items()}
         losses: list[Tensor] | None = [] if self.last else None
         step(*inputs, target=batch["targets"] if self.last else None, losses=losses, return_outputs=False, **keywords)
@@ -165,10 +171,10 @@ class Pipelined:
 
 class _Stage(PipelineStage):
     """torch's, mended where stages lie in a V: in an evaluation nothing is handed back between two stages of one rank (torch
-    asserts that gradients are there), gradients of weights that were put off are added up (torch calls no hooks of theirs),
-    neighbours are not greeted beforehand (torch 2.11 does so in an order that hangs on gloo), and gradients of inputs, which
-    have been handed on, are not kept beside the receive buffers. `scatters` (ZeRO 2): every backward pass reduce-scatters its
-    gradients, where torch's stages add them up whole and do so once."""
+    asserts that gradients are there), gradients of weights that were put off are our own work (`_weights_backward`) and are
+    added up (torch calls no hooks of theirs), neighbours are not greeted beforehand (torch 2.11 does so in an order that hangs
+    on gloo), and gradients of inputs, which have been handed on, are not kept beside the receive buffers. `scatters` (ZeRO 2):
+    every backward pass reduce-scatters its gradients, where torch's stages add them up whole and do so once."""
 
     scatters = False
 
@@ -176,10 +182,11 @@ class _Stage(PipelineStage):
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], list[dict[str, Any]] | None]:
         if not self.scatters or not isinstance(self.submod, FSDPModule):
-            done = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-            if backward_type == "weight":
-                self._add_up()
-            return done
+            if backward_type != "weight":
+                return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            _weights_backward(bwd_kwargs["param_groups"])
+            self._add_up()
+            return (), None
         assert backward_type == "full", "no schedule with ZeRO 2 takes backward passes apart"
         self.submod.set_is_last_backward(False)
         self.submod.set_reshard_after_backward(False)
@@ -209,6 +216,29 @@ class _Stage(PipelineStage):
 
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         return []
+
+
+def _weights_backward(groups: Iterable[dict[str, Any]]) -> None:
+    """Gradients of weights that were put off, from what came to the nodes where ways to weights and to inputs meet. Where a
+    weight has several of them, one may stand before another: what that one hands on came to it already. (torch's own, of
+    2.11, counts it twice and takes a node's results for one, which 2.13 has mended.)"""
+    for group in groups:
+        saved = [each for each in zip(group.pop("intermediates"), group.pop("grads", ()), strict=False) if each[1] is not None]
+        begun = [(GradientEdge(node, i), grad) for node, grads in saved for i, grad in enumerate(grads) if grad is not None]
+        if not begun:
+            continue
+        handles = [node.register_prehook(lambda _, grads=grads: grads) for node, grads in saved]
+        try:
+            weights = tuple(group["params"])
+            ends = tuple(GradientEdge(weight, 0) for weight in weights)
+            edges, grads = zip(*begun, strict=True)
+            made = torch.autograd.grad(edges, ends, grads)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for weight, grad in zip(weights, made, strict=True):
+            parameter: Tensor = weight.variable
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
 
 def _gather_once(order: dict[int, list[Any]]) -> None:

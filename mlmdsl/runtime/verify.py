@@ -358,19 +358,20 @@ class _FusedRMSNorm(torch.autograd.Function):
     that name is composed of simple ones on any device without such a kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: int, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-dims], *(1 for _ in range(dims))), dtype=torch.float32))
+    def forward(ctx: Any, x: Tensor, dims: int) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-dims], *(1 for _ in range(dims))), dtype=torch.float32))
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None, None if weight is None else torch.empty_like(weight)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(ctx.saved_tensors[0]), None
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    normed: Tensor = _FusedRMSNorm.apply(x, len(shape), weight)
-    return normed
+    """The weight comes in by an operation of torch's own that keeps nothing: torch 2.11 cannot take a backward pass apart at an
+    autograd.Function."""
+    normed: Tensor = _FusedRMSNorm.apply(x, len(shape))
+    return normed if weight is None else normed.add_(weight)
 
 
 _ATTENTION = functional.scaled_dot_product_attention
