@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace) -> int:
         _check_gpus(spec.cluster)
     from mlmdsl.report.terminal import render_summary
 
-    out = Path(options.out or Path("runs") / f"{plan.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = _out(options, plan.model.name)
     print(f"{render_summary(plan, color=_color(sys.stdout))}\neverything goes to {out}", flush=True)
     _make_room(out, program.files, resuming=options.resume is not None)
     program.write(out)
@@ -255,7 +255,7 @@ def _import(options: argparse.Namespace) -> int:
     if options.set and options.spec is None:
         raise _usage("--set belongs to a SPEC: without one, the spec is written from config.json")
     folder = Path(options.folder)
-    out = Path(options.out or Path("runs") / f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = _out(options, folder.resolve().name)
     spec = (options.spec, _read(options.spec)) if options.spec else None
     done = import_checkpoint(folder, out, spec, options.set, options.procs)
     _show(done.warnings, {}, "text")
@@ -390,6 +390,11 @@ def _emitted(done: Compilation, until: Pass) -> str:
 
 def _relative(spec: str, folder: Path) -> str:
     return os.path.relpath(Path(spec).resolve(), folder.resolve())
+
+
+def _out(options: argparse.Namespace, name: str) -> Path:
+    """The folder that --out names, or a new one of this moment."""
+    return Path(options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _make_room(out: Path, files: Mapping[str, str], resuming: bool) -> None:

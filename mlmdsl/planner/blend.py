@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -42,13 +43,14 @@ def regions_of(chain: Chain, part: Part, how: How) -> list[tuple[int, int, int]]
     return layers + [(i, 0, 1) for i in chain.first * part.first + chain.last * part.last]
 
 
-def blends(chain: Chain, stages: Sequence[int], modes: Sequence[int]) -> tuple[Blend, ...]:
+def blends(chain: Chain, stages: Sequence[int], modes: tuple[int, ...]) -> tuple[Blend, ...]:
     """Of each virtual stage, from the way of every layer."""
-    kinds = [kind for kind, count in chain.layers for _ in range(count)]
+    kinds = tuple(kind for kind, count in chain.layers for _ in range(count))
     ends = list(accumulate(stages))
     return tuple(blend(kinds[end - size : end], modes[end - size : end]) for end, size in zip(ends, stages, strict=True))
 
 
-def blend(kinds: Sequence[int], modes: Sequence[int]) -> Blend:
+@cache
+def blend(kinds: tuple[int, ...], modes: tuple[int, ...]) -> Blend:
     """Of a stage whose layers are of these kinds and recomputed in these ways."""
     return Blend(tuple((*key, len(list(run))) for key, run in groupby(zip(kinds, modes, strict=True))))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from mlmdsl.planner import schedule
-from mlmdsl.planner.blend import Blend, How, blend
+from mlmdsl.planner.blend import How, blend
 from mlmdsl.planner.candidate import Candidate
 from mlmdsl.planner.pricing import Place
 
@@ -48,10 +48,9 @@ class _Blender:
 
     def __init__(self, place: Place, c: Candidate, mild: int, limit_bytes: float):
         self.place, self.c, self.mild, self.limit_bytes = place, c, mild, limit_bytes
-        kinds = [kind for kind, count in place.bench.setting.chain.layers for _ in range(count)]
+        kinds = tuple(kind for kind, count in place.bench.setting.chain.layers for _ in range(count))
         kept, ends = place.bench.least_activations(c.micro_batch).kept, list(accumulate(c.cut.stages))
         self.freed = place.slack * (kept[mild] - kept[c.recompute]) / len(kinds)  # bytes, by a layer that holds one micro-batch
-        self.kind = kinds[0] if len(set(kinds)) == 1 else None  # of all layers
         self.kinds = [kinds[end - size : end] for end, size in zip(ends, c.cut.stages, strict=True)]
 
     def modes(self, order: Order) -> tuple[tuple[int, ...], int]:
@@ -131,8 +130,6 @@ class _Blender:
         size, dear = self.c.cut.stages[stage], self.c.recompute
         if n in (0, size):
             return dear if n else self.mild
-        if self.kind is not None:
-            return Blend(((self.kind, dear, n), (self.kind, self.mild, size - n)))
         return blend(self.kinds[stage], (dear,) * n + (self.mild,) * (size - n))
 
 

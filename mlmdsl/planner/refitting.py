@@ -11,7 +11,6 @@ from math import inf
 
 from mlmdsl.planner import schedule
 from mlmdsl.planner.candidate import Candidate
-from mlmdsl.planner.memory import Filling
 from mlmdsl.planner.pricing import Place
 from mlmdsl.planner.proportion import Speed, proportion
 from mlmdsl.planner.rooms import Rooms
@@ -36,7 +35,6 @@ class Fitting:
         self.place, self.c, self.chain = place, c, place.bench.setting.chain
         self.last = len(c.cut.stages) - 1
         self._lefts: dict[tuple[int, int, int, tuple[int, ...]], int] = {}
-        self._held: dict[tuple[int, tuple[int, ...]], tuple[tuple[Part, ...], Filling]] = {}
 
     @cached_property
     def speeds(self) -> list[Speed]:
@@ -70,17 +68,9 @@ class Fitting:
         key = (c.zero, c.replicate, rank, layers)
         found = self._lefts.get(key)
         if found is None:
-            parts, filling = self._held_by(rank, layers)
-            found = self._lefts[key] = self.place.left_bytes(c, rank, parts, filling)
-        return found
-
-    def _held_by(self, rank: int, layers: tuple[int, ...]) -> tuple[tuple[Part, ...], Filling]:
-        """Whatever ZeRO does."""
-        key = (rank, layers)
-        if key not in self._held:
             parts = tuple(self.chain.part(layers, stage == 0, stage == self.last) for stage in self.c.cut.placed[rank])
-            self._held[key] = parts, self.place.filling(self.c, rank, parts)
-        return self._held[key]
+            found = self._lefts[key] = self.place.left_bytes(c, rank, parts, self.place.filling(self.c, rank, parts))
+        return found
 
     def _has_room(self, c: Candidate, stage: int, part: Part) -> bool:
         return self._left(c, self._rank(stage), part.layers) >= 0

@@ -157,8 +157,8 @@ class Judge:
         """The smallest micro-batch, by schedules that are much alike, and all others."""
         place, (first, *others) = branch.place, branch.micro_batches
         for family in self.space.families(place, first):
+            shares = self.space.shares(place, family.schedule)
             for group in family.now:
-                shares = self.space.shares(place, group[0][0])
                 yield from self._scheduled(branch._replace(micro_batches=(first,), courses=group, shares=shares))
         if others:
             yield from self._larger(branch._replace(micro_batches=tuple(others)))

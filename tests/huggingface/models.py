@@ -6,12 +6,12 @@ import os
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from mlmdsl.runtime.exchange import blocks_of
 from mlmdsl.runtime.parallel import public_name
 from mlmdsl.runtime.pieces import Piece
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = import_module("transformers")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

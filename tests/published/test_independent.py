@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from tests.published.independent import row
 from tests.published.test_parameters import TABLE
 
