@@ -43,10 +43,10 @@ def regions_of(chain: Chain, part: Part, how: How) -> list[tuple[int, int, int]]
     return layers + [(i, 0, 1) for i in chain.first * part.first + chain.last * part.last]
 
 
-def blends(chain: Chain, stages: Sequence[int], modes: tuple[int, ...]) -> tuple[Blend, ...]:
+def blends(chain: Chain, stages: Sequence[int], modes: Sequence[int]) -> tuple[Blend, ...]:
     """Of each virtual stage, from the way of every layer."""
     kinds = tuple(kind for kind, count in chain.layers for _ in range(count))
-    ends = list(accumulate(stages))
+    ends, modes = list(accumulate(stages)), tuple(modes)
     return tuple(blend(kinds[end - size : end], modes[end - size : end]) for end, size in zip(ends, stages, strict=True))
 
 
